@@ -1,0 +1,435 @@
+"""dynamic_routing and route_votes: documentation, checks, choice of the backend, autograd, op registration."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastcaps.functional import compute_dtype
+from fastcaps.routing import backend as _backend
+from fastcaps.routing.dynamic_reference import (
+    dynamic_routing_backward_reference,
+    dynamic_routing_reference,
+    output_capsules,
+)
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def dynamic_routing(
+    poses: Tensor,
+    weight: Tensor,
+    *,
+    num_iterations: int = 3,
+    prior: Tensor | None = None,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    leaky: bool = False,
+    detach: bool = False,
+    eps: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    r"""Transform poses into votes and route them by agreement (Sabour et al. 2017, procedure 1).
+
+    .. math::
+        u_{bij} = W_{ij} x_{bi}, \quad
+        c_t = \mathrm{softmax}_J(b_t), \quad
+        s_t = \textstyle\sum_i c_t u + \mathrm{bias}, \quad
+        v_t = \mathrm{squash}(s_t), \quad
+        b_{t+1} = b_t + \langle u, v_t \rangle
+
+    with :math:`b_0` the prior; the result is :math:`v_{T-1}`. B is the batch, I the input capsules, J the output
+    capsules, D_in and D_out their pose sizes, T the number of iterations.
+
+    Args:
+        poses: ``[B, I, D_in]``; float64, float32, bfloat16 or float16. B and I may be 0.
+        weight: ``[I or 1, J or 1, D_out, D_in]``, dtype of ``poses``; a 1 shares the matrices over that axis.
+        num_iterations: T, at least 1.
+        prior: initial routing logits, broadcastable to ``[B, I, J]``; None is 0, ``-inf`` closes a route.
+        bias: ``[J or 1, D_out]``, added to the weighted sum in every iteration.
+        mask: ``[B, I]`` bool; False: this input capsule's pose counts as 0, whatever it holds, and gets no gradient.
+        leaky: the softmax runs over J + 1 capsules, the last with a logit of 0, and drops the last.
+        detach: the coupling coefficients are constants for the gradient: only the last weighted sum is
+            differentiated, and the prior gets none. The default is the full gradient.
+        eps: as in :func:`fastcaps.squash`, for parity with published code only.
+        backend: ``"triton"``, ``"native"``, ``"reference"``, or None for the fastest that can run here. Forward-mode
+            differentiation and vmap over the weight need ``"reference"``; everything else works on all.
+
+    Returns:
+        ``[B, J, D_out]`` in the dtype of ``poses``. J is the largest of weight's, prior's and bias's. A weight shared
+        over J with neither prior nor bias makes all output capsules equal.
+        Half types are computed in float32 and rounded once; under autocast poses and weight are cast first.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: sizes or devices do not fit, or the named backend is unknown or cannot run here.
+
+    Example:
+        >>> poses, weight = torch.randn(2, 6, 4), torch.randn(6, 3, 8, 4)
+        >>> dynamic_routing(poses, weight, num_iterations=3).shape
+        torch.Size([2, 3, 8])
+    """
+    poses, weight = _check_dynamic_routing(poses, weight, num_iterations, prior, bias, mask, leaky, detach, eps)
+    return _route(poses, weight, prior, bias, num_iterations, leaky, detach, eps, backend)
+
+
+def route_votes(
+    votes: Tensor,
+    *,
+    num_iterations: int = 3,
+    prior: Tensor | None = None,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    leaky: bool = False,
+    detach: bool = False,
+    eps: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    """Route votes that are already there: :func:`dynamic_routing` without the transformation.
+
+    Args:
+        votes: ``[B, I, J or 1, D_out]``; float64, float32, bfloat16 or float16. B and I may be 0.
+        num_iterations: T, at least 1.
+        prior: initial routing logits, broadcastable to ``[B, I, J]``.
+        bias: ``[J or 1, D_out]``.
+        mask: ``[B, I]`` bool; False: the votes of this input capsule count as 0.
+        leaky: as in :func:`dynamic_routing`.
+        detach: as in :func:`dynamic_routing`.
+        eps: as in :func:`fastcaps.squash`.
+        backend: as in :func:`dynamic_routing`.
+
+    Returns:
+        ``[B, J, D_out]`` in the dtype of ``votes``.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: sizes or devices do not fit, or the named backend is unknown or cannot run here.
+
+    Example:
+        >>> route_votes(torch.randn(2, 6, 3, 8), num_iterations=2).shape
+        torch.Size([2, 3, 8])
+    """
+    _check_tensor("votes", votes, "[B, I, J or 1, D_out]", 4)
+    _check_options(num_iterations, leaky, detach, eps)
+    votes = _autocast(votes)
+    if 0 in votes.shape[2:]:
+        raise ValueError(f"J and D_out must be at least 1, got votes {tuple(votes.shape)}")
+    _check_extras(votes, None, prior, bias, mask, D_out=votes.shape[3])
+    if mask is not None:
+        votes = votes.masked_fill(~mask[..., None, None], 0)
+    return _route(votes, None, prior, bias, num_iterations, leaky, detach, eps, backend)
+
+
+# ---------------------------------------------------------------------------------------------------------- checks
+
+
+def _check_tensor(name: str, value: Any, wanted: str, rank: int) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor {wanted}, got {type(value).__name__}")
+    if value.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {value.dtype}")
+    if value.dim() != rank:
+        raise ValueError(f"{name} must be {wanted}, got {value.dim()} dimensions: {tuple(value.shape)}")
+
+
+def _check_dynamic_routing(
+    poses: Tensor,
+    weight: Tensor,
+    num_iterations: int,
+    prior: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    leaky: bool,
+    detach: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Check the arguments of dynamic_routing; poses, cast by autocast and masked, and weight, cast by autocast."""
+    _check_tensor("poses", poses, "[B, I, D_in]", 3)
+    _check_tensor("weight", weight, "[I or 1, J or 1, D_out, D_in]", 4)
+    _check_options(num_iterations, leaky, detach, eps)
+    poses, weight = _autocast(poses), _autocast(weight)
+    _check_like("weight", weight, poses)
+    I, D_in = poses.shape[1:]
+    shape = tuple(weight.shape)
+    if D_in == 0 or 0 in shape[1:]:
+        raise ValueError(f"J, D_out and D_in must be at least 1, got weight {shape} and poses {tuple(poses.shape)}")
+    if shape[0] not in (1, I):
+        raise ValueError(f"weight must have I = {I} or 1 matrices on axis 0 for poses {tuple(poses.shape)}, got {shape}")
+    if shape[3] != D_in:
+        raise ValueError(f"weight must have D_in = {D_in} on its last axis, as poses have, got {shape}")
+    _check_extras(poses, weight, prior, bias, mask, D_out=shape[2])
+    if mask is not None:
+        poses = poses.masked_fill(~mask[..., None], 0)
+    return poses, weight
+
+
+def _check_options(num_iterations: Any, leaky: Any, detach: Any, eps: Any) -> None:
+    if isinstance(num_iterations, bool) or not isinstance(num_iterations, int):
+        raise TypeError(f"num_iterations must be an int, got {num_iterations!r} ({type(num_iterations).__name__})")
+    if num_iterations < 1:
+        raise ValueError(f"num_iterations must be at least 1, got {num_iterations}")
+    for name, value in (("leaky", leaky), ("detach", detach)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {value!r}")
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
+        raise TypeError(f"eps must be a float, got {eps!r}")
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"eps must be finite and not negative, got {eps}")
+
+
+def _check_like(name: str, value: Tensor, poses: Tensor) -> None:
+    if value.device != poses.device:
+        raise ValueError(f"{name} must be on the device of the poses or votes, {poses.device}, got {value.device}")
+    # Under autocast the poses change their dtype; a prior or bias may stay float32.
+    amp = name in ("prior", "bias") and value.dtype == torch.float32 and torch.is_autocast_enabled(poses.device.type)
+    if value.dtype != poses.dtype and not amp:
+        raise TypeError(f"{name} must have the dtype of the poses or votes, {poses.dtype}, got {value.dtype}")
+
+
+def _check_extras(
+    poses: Tensor, weight: Tensor | None, prior: Tensor | None, bias: Tensor | None, mask: Tensor | None, D_out: int
+) -> None:
+    B, I = poses.shape[:2]
+    if bias is not None:
+        _check_tensor("bias", bias, "[J or 1, D_out]", 2)
+        _check_like("bias", bias, poses)
+    if prior is not None:
+        _check_tensor("prior", prior, "broadcastable to [B, I, J]", getattr(prior, "ndim", 0))
+        _check_like("prior", prior, poses)
+    J = output_capsules(poses, weight, prior, bias)
+    J_votes = poses.shape[2] if weight is None else weight.shape[1]
+    if J_votes not in (1, J):
+        name = "votes" if weight is None else "weight"
+        raise ValueError(f"{name} must have J = {J} or 1 output capsules, as prior or bias have, got {J_votes}")
+    if bias is not None and (bias.shape[0] not in (1, J) or bias.shape[1] != D_out):
+        raise ValueError(f"bias must be [J = {J} or 1, D_out = {D_out}], got {tuple(bias.shape)}")
+    if prior is not None:
+        wanted = (B, I, J)[3 - prior.dim() :] if prior.dim() <= 3 else None
+        if wanted is None or any(n not in (1, m) for n, m in zip(prior.shape, wanted, strict=True)):
+            raise ValueError(
+                f"prior must broadcast to [B, I, J] = [{B}, {I}, {J}], each of its axes that or 1, "
+                f"got {tuple(prior.shape)}"
+            )
+    if mask is not None:
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"mask must be a bool tensor [B, I], got {got}")
+        if tuple(mask.shape) != (B, I):
+            raise ValueError(f"mask must be [B, I] = [{B}, {I}], got {tuple(mask.shape)}")
+        if mask.device != poses.device:
+            raise ValueError(f"mask must be on the device of the poses or votes, {poses.device}, got {mask.device}")
+
+
+def _autocast(tensor: Tensor) -> Tensor:
+    """What autocast does to the inputs of a matrix product; like it, leaves float64 alone."""
+    kind = tensor.device.type
+    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(kind))
+
+
+# ------------------------------------------------------------------------------------------------------- execution
+
+
+def _route(
+    poses: Tensor,  # [B, I, D_in], or votes [B, I, J or 1, D_out]
+    weight: Tensor | None,  # [I or 1, J or 1, D_out, D_in]
+    prior: Tensor | None,  # broadcastable to [B, I, J]
+    bias: Tensor | None,  # [J or 1, D_out]
+    num_iterations: int,
+    leaky: bool,
+    detach: bool,
+    eps: float,
+    backend: str | None,
+) -> Tensor:
+    kind = poses.device.type
+    if torch.is_autocast_enabled(kind):  # everything inside is float32 at least
+        with torch.autocast(kind, enabled=False):
+            return _route(poses, weight, prior, bias, num_iterations, leaky, detach, eps, backend)
+    chosen = _backend.choose_backend(backend, poses.device)
+    dtype, compute, eps = poses.dtype, compute_dtype(poses.dtype), float(eps)
+    poses = poses.to(compute)
+    weight, prior, bias = (x if x is None else x.to(compute) for x in (weight, prior, bias))
+    if chosen == "reference":
+        return dynamic_routing_reference(
+            poses, weight, prior, bias, num_iterations=num_iterations, leaky=leaky, detach=detach, eps=eps
+        ).to(dtype)
+    B, I = poses.shape[:2]
+    J = output_capsules(poses, weight, prior, bias)
+    if prior is not None:
+        # Kernels see [I, J] or [B, I, J]; autograd sums an expanded gradient back.
+        per_sample = prior.dim() == 3 and prior.shape[0] != 1
+        prior = prior.expand(B, I, J) if per_sample else prior.reshape(prior.shape[-2:]).expand(I, J)
+    if bias is not None:
+        bias = bias.expand(J, -1)
+    return _DynamicRouting.apply(poses, weight, prior, bias, num_iterations, leaky, detach, eps)[0].to(dtype)
+
+
+class _DynamicRouting(torch.autograd.Function):
+    """Connects the forward and backward ops; knows no layout but contiguous."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        poses: Tensor,
+        weight: Tensor | None,
+        prior: Tensor | None,
+        bias: Tensor | None,
+        num_iterations: int,
+        leaky: bool,
+        detach: bool,
+        eps: float,
+    ) -> tuple[Tensor, Tensor]:
+        return torch.ops.fastcaps.native_dynamic_routing_forward(
+            poses, weight, prior, bias, num_iterations, leaky, eps
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs[:4], output[1])
+        ctx.mark_non_differentiable(output[1])
+        ctx.num_iterations, ctx.leaky, ctx.detach, ctx.eps = inputs[4:]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        *inputs, sums = ctx.saved_tensors
+        needed = list(ctx.needs_input_grad[:4])
+        needed[2] = needed[2] and not ctx.detach  # constant coupling: nothing reaches the prior
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return *_differentiable_backward(ctx, inputs, grad, needed), None, None, None, None
+        grads = torch.ops.fastcaps.native_dynamic_routing_backward(
+            grad, *inputs, sums, ctx.leaky, ctx.detach, ctx.eps, *needed
+        )
+        return *(g if need else None for g, need in zip(grads, needed, strict=True)), None, None, None, None
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], *args: Any
+    ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+        """Fold the mapped axis into the batch, which gives every sample its own poses and prior, but no weight."""
+        poses, weight, prior, bias, *options = args
+        if in_dims[1] is not None or in_dims[3] is not None:
+            raise NotImplementedError(
+                "vmap over the weight or bias of dynamic_routing: the native backend has one of each per call; "
+                "pass backend='reference', or map over poses and prior only"
+            )
+        N = info.batch_size
+        stack = lambda x, dim: x.expand(N, *x.shape) if dim is None else x.movedim(dim, 0)  # noqa: E731
+        poses = stack(poses, in_dims[0])  # [N, B, ...]
+        B = poses.shape[1]
+        if prior is not None and (in_dims[2] is not None or prior.dim() == 3):
+            prior = stack(prior, in_dims[2])  # [N, B, I, J] or [N, I, J]
+            if prior.dim() == 3:
+                prior = prior[:, None].expand(-1, B, -1, -1)
+            prior = prior.flatten(0, 1)
+        out, sums = _DynamicRouting.apply(poses.flatten(0, 1), weight, prior, bias, *options)
+        return (out.unflatten(0, (N, B)), sums.unflatten(1, (N, B))), (0, 1)
+
+
+def _differentiable_backward(
+    ctx: Any, inputs: Sequence[Tensor | None], grad: Tensor, needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """The gradients as differentiable functions of inputs and grad: rebuild the reference and differentiate it."""
+    wanted = [n for n in range(4) if needed[n]]
+    grads: list[Tensor | None] = [None] * 4
+    if not wanted:
+        return grads
+
+    def reference(*primals: Tensor) -> Tensor:
+        full = list(inputs)
+        for n, primal in zip(wanted, primals, strict=True):
+            full[n] = primal
+        return dynamic_routing_reference(
+            *full,  # type: ignore[arg-type]
+            num_iterations=ctx.num_iterations,
+            leaky=ctx.leaky,
+            detach=ctx.detach,
+            eps=ctx.eps,
+        )
+
+    _, vjp = torch.func.vjp(reference, *(inputs[n] for n in wanted))
+    for n, g in zip(wanted, vjp(grad), strict=True):
+        grads[n] = g
+    return grads
+
+
+# ---------------------------------------------------------------------------------------------------- registration
+
+
+def _forward_fake(
+    poses: Tensor,
+    weight: Tensor | None,
+    prior: Tensor | None,
+    bias: Tensor | None,
+    num_iterations: int,
+    leaky: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    D_out = poses.shape[3] if weight is None else weight.shape[2]
+    shape = (poses.shape[0], output_capsules(poses, weight, prior, bias), D_out)
+    return poses.new_empty(shape), poses.new_empty((num_iterations, *shape))
+
+
+def _backward_fake(
+    grad: Tensor,
+    poses: Tensor,
+    weight: Tensor | None,
+    prior: Tensor | None,
+    bias: Tensor | None,
+    sums: Tensor,
+    leaky: bool,
+    detach: bool,
+    eps: float,
+    *needed: bool,
+) -> tuple[Tensor, ...]:
+    """A gradient per input, in its shape; of size 0 where it is not needed or there is no such input."""
+    inputs = (poses, weight, prior, bias)
+    return tuple(
+        grad.new_empty(x.shape) if x is not None and need else grad.new_empty(0)
+        for x, need in zip(inputs, needed, strict=True)
+    )
+
+
+def _backward_cpu(
+    grad: Tensor,
+    poses: Tensor,
+    weight: Tensor | None,
+    prior: Tensor | None,
+    bias: Tensor | None,
+    sums: Tensor,
+    leaky: bool,
+    detach: bool,
+    eps: float,
+    *needed: bool,
+) -> tuple[Tensor, ...]:
+    """The backward in plain PyTorch, some samples at a time so that their votes stay in the cache."""
+    grads = _backward_fake(grad, poses, weight, prior, bias, sums, leaky, detach, eps, *needed)
+    for g in grads:
+        g.zero_()
+    votes = poses.shape[1] * sums.shape[2] * sums.shape[3]
+    step = max(1, 1_500_000 // max(1, votes))
+    for first in range(0, poses.shape[0], step):
+        rows = slice(first, first + step)
+        per_sample = prior is not None and prior.dim() == 3
+        part = dynamic_routing_backward_reference(
+            grad[rows],
+            poses[rows],
+            weight,
+            prior[rows] if prior is not None and per_sample else prior,
+            bias,
+            sums[:, rows],
+            leaky=leaky,
+            detach=detach,
+            eps=eps,
+        )
+        for n, (total, g) in enumerate(zip(grads, part, strict=True)):
+            if needed[n] and g is not None:
+                (total[rows] if n == 0 or (n == 2 and per_sample) else total).add_(g)
+    return grads
+
+
+if _backend.EXTENSION_BUILD is not None:  # the schemas stand in csrc/ops.cpp
+    torch.library.register_fake("fastcaps::native_dynamic_routing_forward", _forward_fake)
+    torch.library.register_fake("fastcaps::native_dynamic_routing_backward", _backward_fake)
+    torch.library.impl("fastcaps::native_dynamic_routing_backward", "CPU")(_backward_cpu)

@@ -1,0 +1,174 @@
+"""Dynamic routing in plain PyTorch: the definition of correct, and the twin of every kernel.
+
+Letters: B batch, I input capsules, J output capsules, D_in and D_out pose sizes, T iterations. Tensors have their
+compute dtype (float32 or float64); checks, masks and half types are the business of ``dynamic.py``.
+"""
+
+import torch
+from torch import Tensor
+
+from fastcaps.functional import squash
+
+
+def transform(poses: Tensor, weight: Tensor | None) -> Tensor:
+    """The votes ``u[b, i, j] = weight[i, j] @ poses[b, i]``.
+
+    Args:
+        poses: ``[B, I, D_in]``, or the votes ``[B, I, J or 1, D_out]`` themselves where ``weight`` is None.
+        weight: ``[I or 1, J or 1, D_out, D_in]``.
+
+    Returns:
+        ``[B, I, J or 1, D_out]``
+    """
+    if weight is None:
+        return poses
+    return torch.einsum("ijdk,bik->bijd", weight.expand(poses.shape[1], -1, -1, -1), poses)
+
+
+def coupling(logits: Tensor, leaky: bool) -> Tensor:
+    """Softmax over the output capsules; with ``leaky`` a further logit of 0 takes a share that is dropped.
+
+    Args:
+        logits: ``[B or 1, I, J]``
+        leaky: whether a vote may go to no output capsule.
+
+    Returns:
+        ``[B or 1, I, J]``
+    """
+    if not leaky:
+        return logits.softmax(-1)
+    return torch.cat([logits, torch.zeros_like(logits[..., :1])], -1).softmax(-1)[..., :-1]
+
+
+def output_capsules(poses: Tensor, weight: Tensor | None, prior: Tensor | None, bias: Tensor | None) -> int:
+    """J: the largest of the votes', the prior's and the bias's J, each of which may be 1."""
+    sizes = [poses.shape[2] if weight is None else weight.shape[1]]
+    if prior is not None and prior.dim():
+        sizes.append(prior.shape[-1])
+    if bias is not None:
+        sizes.append(bias.shape[0])
+    return max(sizes)
+
+
+def dynamic_routing_reference(
+    poses: Tensor,
+    weight: Tensor | None,
+    prior: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    num_iterations: int = 3,
+    leaky: bool = False,
+    detach: bool = False,
+    eps: float = 0.0,
+) -> Tensor:
+    """Procedure 1 of Sabour et al. (2017), differentiable any number of times.
+
+    Args:
+        poses: ``[B, I, D_in]``, or the votes ``[B, I, J or 1, D_out]`` where ``weight`` is None.
+        weight: ``[I or 1, J or 1, D_out, D_in]``, or None.
+        prior: initial routing logits, broadcastable to ``[B, I, J]``.
+        bias: ``[J or 1, D_out]``, added to the weighted sum in every iteration.
+        num_iterations: T.
+        leaky: route over J + 1 capsules and drop the last.
+        detach: coupling coefficients are constants for the gradient.
+        eps: as in ``squash``.
+
+    Returns:
+        ``[B, J, D_out]``
+    """
+    J = output_capsules(poses, weight, prior, bias)
+    u = transform(poses, weight)
+    u = u.expand(-1, -1, J, -1)  # [B, I, J, D_out]
+    routed = u.detach() if detach else u  # what the logits see
+    logits = u.new_zeros(()) if prior is None else prior.detach() if detach else prior
+    logits = logits.expand(u.shape[:-1])  # [B, I, J]
+    for t in range(num_iterations):
+        last = t == num_iterations - 1
+        c = coupling(logits, leaky)
+        s = torch.einsum("bij,bijd->bjd", c, u if last else routed)
+        if bias is not None:
+            s = s + (bias if last or not detach else bias.detach())
+        v = squash(s, eps=eps)
+        if not last:
+            logits = logits + torch.einsum("bijd,bjd->bij", routed, v)
+    return v
+
+
+def squash_backward(s: Tensor, dv: Tensor, eps: float) -> Tensor:
+    """The gradient with respect to ``s`` when that of ``squash(s)`` is ``dv``; both ``[..., D_out]``."""
+    q = (s * s).sum(-1, keepdim=True)
+    if eps > 0:
+        scale = q / ((1 + q) * torch.sqrt(q + eps))
+        slope = 2 / ((1 + q) ** 2 * torch.sqrt(q + eps)) - q / ((1 + q) * (q + eps) ** 1.5)  # 2 d scale / d q
+    else:
+        n = torch.sqrt(q)
+        scale = n / (1 + q)
+        slope = (1 - q) / (torch.where(q == 0, 1.0, n) * (1 + q) ** 2)
+    return scale * dv + slope * (s * dv).sum(-1, keepdim=True) * s
+
+
+def dynamic_routing_backward_reference(
+    grad: Tensor,
+    poses: Tensor,
+    weight: Tensor | None,
+    prior: Tensor | None,
+    bias: Tensor | None,
+    sums: Tensor,
+    *,
+    leaky: bool,
+    detach: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The backward from the weighted sums alone, as the kernels do it: votes and coupling are computed again.
+
+    As logits are sums of agreements, ``logits_t = prior + <u, V_t>`` with ``V_t = v_0 + ... + v_{t-1}``, the only
+    thing that iterations pass back to each other is ``dV_t [B, J, D_out]``.
+
+    Args:
+        grad: ``[B, J, D_out]``, the gradient of the output.
+        poses: ``[B, I, D_in]``, or the votes ``[B, I, J or 1, D_out]`` where ``weight`` is None.
+        weight: ``[I or 1, J or 1, D_out, D_in]``, or None.
+        prior: ``[I, J]`` or ``[B, I, J]``, or None.
+        bias: ``[J, D_out]``, or None.
+        sums: ``[T, B, J, D_out]``, ``s_t`` of every iteration.
+        leaky: as in the forward.
+        detach: as in the forward.
+        eps: as in the forward.
+
+    Returns:
+        The gradients of poses (or votes), weight, prior and bias, in the shapes of these.
+    """
+    T, J = sums.shape[0], sums.shape[2]
+    u = transform(poses, weight).expand(-1, -1, J, -1)  # [B, I, J, D_out]
+    V = squash(sums, eps=eps).cumsum(0)  # V[t - 1] is the V_t of the formulas
+    du, d_bias, dV = torch.zeros_like(u), torch.zeros_like(sums[0]), torch.zeros_like(sums[0])
+    d_prior = torch.zeros_like(u[..., 0])  # [B, I, J]
+    for t in reversed(range(T)):
+        ds = squash_backward(sums[t], grad if t == T - 1 else dV, eps)
+        logits = d_prior.new_zeros(()) if prior is None else prior
+        if t > 0:
+            logits = logits + torch.einsum("bijd,bjd->bij", u, V[t - 1])
+        c = coupling(logits.expand(d_prior.shape), leaky)
+        du += c[..., None] * ds[:, None]
+        d_bias += ds
+        if detach:
+            break
+        dc = torch.einsum("bijd,bjd->bij", u, ds)
+        db = c * (dc - (c * dc).sum(-1, keepdim=True))
+        d_prior += db
+        if t > 0:
+            du += db[..., None] * V[t - 1][:, None]
+            dV += torch.einsum("bij,bijd->bjd", db, u)
+    d_weight = None
+    if weight is None:
+        d_poses = du.sum_to_size(poses.shape)
+    else:
+        full = weight.expand(poses.shape[1], J, -1, -1)
+        d_poses = torch.einsum("ijdk,bijd->bik", full, du)
+        d_weight = torch.einsum("bijd,bik->ijdk", du, poses).sum_to_size(weight.shape)
+    return (
+        d_poses,
+        d_weight,
+        None if prior is None else d_prior.sum_to_size(prior.shape),
+        None if bias is None else d_bias.sum(0),
+    )
