@@ -1,0 +1,286 @@
+"""Capsule layers: from feature maps to capsules, and from capsules to capsules."""
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastcaps.functional import squash
+from fastcaps.routing import dynamic_routing
+
+PRIMARY_LAYOUTS = ("capsule-major", "dimension-major", "flat")
+SHARE_WEIGHT = ("none", "inputs", "both")
+
+
+def require_positive(**sizes: Any) -> None:
+    """Raise where a size is not an int of at least 1."""
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise TypeError(f"{name} must be an int, got {size!r}")
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
+
+
+class PrimaryCapsules(nn.Module):
+    """The lowest capsules: a convolution whose channels are grouped into poses, then squash (Sabour 2017, section 4).
+
+    Args:
+        in_channels: channels of the feature map.
+        types: capsule types, 32 in the paper.
+        dim: pose size, 8 in the paper.
+        kernel_size: of the convolution, in pixels.
+        stride: of the convolution, in pixels.
+        padding: of the convolution, in pixels.
+        layout: which channels form a capsule. ``"capsule-major"``: channel ``type * dim + k`` is entry k of a pose;
+            ``"dimension-major"``: channel ``k * types + type`` is; ``"flat"``: a pose is ``dim`` consecutive values of
+            the flattened feature map, as many public repositories do by mistake: for their checkpoints only.
+
+    Raises:
+        TypeError: a size is not an int.
+        ValueError: a size is below 1, or the layout is unknown.
+
+    Example:
+        >>> PrimaryCapsules(256, types=32, dim=8, kernel_size=9, stride=2)(torch.randn(2, 256, 20, 20)).shape
+        torch.Size([2, 1152, 8])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        types: int,
+        dim: int,
+        kernel_size: int,
+        stride: int = 1,
+        padding: int = 0,
+        layout: str = "capsule-major",
+    ) -> None:
+        super().__init__()
+        require_positive(in_channels=in_channels, types=types, dim=dim, kernel_size=kernel_size, stride=stride)
+        if layout not in PRIMARY_LAYOUTS:
+            raise ValueError(f"layout must be one of {', '.join(map(repr, PRIMARY_LAYOUTS))}, got {layout!r}")
+        self.types, self.dim, self.layout = types, dim, layout
+        self.conv = nn.Conv2d(in_channels, types * dim, kernel_size, stride, padding)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """From feature maps ``[B, in_channels, H, W]`` to squashed poses ``[B, types * H_out * W_out, dim]``."""
+        x = self.conv(features)  # [B, types * dim, H_out, W_out]
+        if self.layout == "capsule-major":
+            x = x.unflatten(1, (self.types, self.dim)).movedim(2, -1)  # [B, types, H_out, W_out, dim]
+        elif self.layout == "dimension-major":
+            x = x.unflatten(1, (self.dim, self.types)).movedim(1, -1)  # [B, types, H_out, W_out, dim]
+        return squash(x.reshape(x.shape[0], -1, self.dim))
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows beside the convolution."""
+        return f"types={self.types}, dim={self.dim}, layout={self.layout!r}"
+
+
+class CapsuleLayer(nn.Module):
+    """Capsules that receive the routed votes of other capsules (Sabour et al. 2017, section 2).
+
+    The positional arguments are those of the widely copied ``Capsule(in_capsules, in_dim, out_capsules, out_dim,
+    num_routing)``, and its state dict (``weights [1, I, J, D_out, D_in]``) loads as it is.
+
+    Args:
+        in_capsules: I. A layer whose weight is shared over the inputs accepts any number of them.
+        in_dim: D_in.
+        out_capsules: J.
+        out_dim: D_out.
+        num_iterations: T, at least 1.
+        share_weight: ``"none"``: a matrix for every pair of capsules, ``weight [I, J, D_out, D_in]``; ``"inputs"``: one
+            per output capsule, ``[1, J, D_out, D_in]``; ``"both"``: one for all, ``[1, 1, D_out, D_in]``, which makes
+            all outputs equal unless a prior or a bias tells them apart.
+        bias: learn a bias ``[J, D_out]``, initially 0.1 as in the authors' code.
+        learn_prior: learn initial routing logits ``[I, J]``, initially 0.
+        routing: a function ``(poses, weight, *, num_iterations, ...) -> poses``. It is also given ``prior``, ``bias``
+            and ``mask`` where there are any.
+        device: of the parameters.
+        dtype: of the parameters.
+        **routing_options: passed to ``routing``: ``leaky``, ``detach``, ``eps``, ``backend``.
+
+    Raises:
+        TypeError: a size is not an int.
+        ValueError: a size is below 1, ``share_weight`` is unknown, or a learned prior meets ``detach=True``, under
+            which it would never get a gradient.
+
+    Example:
+        >>> CapsuleLayer(1152, 8, 10, 16)(torch.randn(2, 1152, 8)).shape
+        torch.Size([2, 10, 16])
+    """
+
+    def __init__(
+        self,
+        in_capsules: int,
+        in_dim: int,
+        out_capsules: int,
+        out_dim: int,
+        num_iterations: int = 3,
+        *,
+        share_weight: str = "none",
+        bias: bool = False,
+        learn_prior: bool = False,
+        routing: Callable[..., Tensor] = dynamic_routing,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **routing_options: Any,
+    ) -> None:
+        super().__init__()
+        require_positive(
+            in_capsules=in_capsules,
+            in_dim=in_dim,
+            out_capsules=out_capsules,
+            out_dim=out_dim,
+            num_iterations=num_iterations,
+        )
+        if share_weight not in SHARE_WEIGHT:
+            raise ValueError(f"share_weight must be one of {', '.join(map(repr, SHARE_WEIGHT))}, got {share_weight!r}")
+        if learn_prior and routing_options.get("detach"):
+            raise ValueError("learn_prior needs detach=False: with constant coupling the prior gets no gradient")
+        self.in_capsules, self.in_dim = in_capsules, in_dim
+        self.out_capsules, self.out_dim = out_capsules, out_dim
+        self.num_iterations, self.share_weight = num_iterations, share_weight
+        self.routing, self.routing_options = routing, routing_options
+        I = in_capsules if share_weight == "none" else 1
+        J = 1 if share_weight == "both" else out_capsules
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        self.weight = parameter(I, J, out_dim, in_dim)
+        self.register_parameter("bias", parameter(out_capsules, out_dim) if bias else None)
+        self.register_parameter("prior", parameter(in_capsules, out_capsules) if learn_prior else None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weight from a normal distribution of deviation ``1 / sqrt(I)``; bias 0.1, prior 0.
+
+        With a deviation of 1 the coupling is decided before training begins, and nothing trains.
+        """
+        nn.init.normal_(self.weight, std=1 / math.sqrt(self.in_capsules))
+        if self.bias is not None:
+            nn.init.constant_(self.bias, 0.1)
+        if self.prior is not None:
+            nn.init.zeros_(self.prior)
+
+    def forward(
+        self,
+        poses: Tensor,
+        *,
+        mask: Tensor | None = None,
+        prior: Tensor | None = None,
+        num_iterations: int | None = None,
+    ) -> Tensor:
+        """Route poses to the output capsules.
+
+        Args:
+            poses: ``[B, I, D_in]``.
+            mask: ``[B, I]`` bool; False: this input capsule does not vote.
+            prior: initial routing logits, broadcastable to ``[B, I, J]``; added to the learned prior if there is one.
+            num_iterations: T for this call; None: the layer's own.
+
+        Returns:
+            ``[B, J, D_out]``
+
+        Raises:
+            TypeError: an argument has the wrong type or dtype.
+            ValueError: sizes or devices do not fit.
+        """
+        if prior is not None and self.prior is not None:
+            prior = prior + self.prior
+        given = {"prior": self.prior if prior is None else prior, "bias": self.bias, "mask": mask}
+        weight = self.weight.expand(-1, self.out_capsules, -1, -1)  # an output per capsule even where one serves all
+        return self.routing(
+            poses,
+            weight,
+            num_iterations=self.num_iterations if num_iterations is None else num_iterations,
+            **{name: value for name, value in given.items() if value is not None},
+            **self.routing_options,
+        )
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows."""
+        text = f"{self.in_capsules}, {self.in_dim}, {self.out_capsules}, {self.out_dim}, {self.num_iterations}"
+        if self.share_weight != "none":
+            text += f", share_weight={self.share_weight!r}"
+        if self.bias is not None:
+            text += ", bias=True"
+        if self.prior is not None:
+            text += ", learn_prior=True"
+        if self.routing is not dynamic_routing:
+            text += f", routing={getattr(self.routing, '__name__', self.routing)}"
+        return text + "".join(f", {name}={value!r}" for name, value in self.routing_options.items())
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if prefix + "weights" in state_dict and prefix + "weight" not in state_dict:  # the widely copied layer's name
+            state_dict[prefix + "weight"] = state_dict.pop(prefix + "weights").squeeze(0)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @classmethod
+    def from_weight(cls, weight: Tensor, layout: str, **options: Any) -> "CapsuleLayer":
+        """A layer with a copy of somebody else's weight.
+
+        Args:
+            weight: the transformation matrices in any order of axes; its dtype and device become the layer's.
+            layout: the order of the axes ``I``, ``J``, ``D_out`` and ``D_in``, as einops writes it: ``"J I D_in D_out"``,
+                or ``"I D_in (J D_out)"`` where one axis holds two; ``1`` for an axis of size 1. Without ``I``, or
+                without ``I`` and ``J``, the weight is shared over these.
+            **options: of :class:`CapsuleLayer`. ``in_capsules``, ``in_dim``, ``out_capsules`` and ``out_dim`` are
+                needed only where the weight does not tell them: to split an axis, or for axes it is shared over.
+
+        Returns:
+            A new layer.
+
+        Raises:
+            ValueError: the layout does not fit the weight, or a size is missing or contradicts it.
+
+        Example:
+            >>> CapsuleLayer.from_weight(torch.randn(1152, 8, 10 * 16), "I D_in (J D_out)", out_capsules=10)
+            CapsuleLayer(1152, 8, 10, 16, 3)
+        """
+        names = {"I": "in_capsules", "J": "out_capsules", "D_in": "in_dim", "D_out": "out_dim"}
+        sizes = {axis: options.pop(name) for axis, name in names.items() if name in options}
+        canonical = _canonical_weight(weight, layout, sizes)  # fills in what sizes lacks
+        missing = [names[axis] for axis in names if axis not in sizes]
+        if missing:
+            raise ValueError(f"layout {layout!r} does not tell {' and '.join(missing)}: pass it as a keyword")
+        share = {(False, False): "none", (True, False): "inputs", (True, True): "both"}
+        shared = ("I" not in layout.replace("D_in", ""), "J" not in layout)
+        if shared not in share:
+            raise ValueError(f"layout {layout!r}: a weight shared over J only is not a CapsuleLayer's")
+        options = {"share_weight": share[shared], "device": weight.device, "dtype": weight.dtype, **options}
+        layer = cls(**{names[axis]: size for axis, size in sizes.items()}, **options)
+        with torch.no_grad():
+            layer.weight.copy_(canonical)
+        return layer
+
+
+def _canonical_weight(weight: Tensor, layout: str, sizes: dict[str, int]) -> Tensor:
+    """``weight`` as a view of shape ``[I or 1, J or 1, D_out, D_in]``; adds the sizes it finds to ``sizes``."""
+    order = ("I", "J", "D_out", "D_in")
+    groups = [group.strip("()").split() for group in re.findall(r"\([^()]*\)|[^\s()]+", layout)]
+    axes = [axis for group in groups for axis in group if axis != "1"]
+    if len(set(axes)) != len(axes) or not {"D_in", "D_out"} <= set(axes) <= set(order):
+        raise ValueError(f"layout must name D_in and D_out, and may name I and J, each once; got {layout!r}")
+    if len(groups) != weight.dim():
+        raise ValueError(f"layout {layout!r} has {len(groups)} axes, the weight {weight.dim()}: {tuple(weight.shape)}")
+    shape: list[int] = []
+    for group, total in zip(groups, weight.shape, strict=True):
+        unknown = [axis for axis in group if axis != "1" and axis not in sizes]
+        known = math.prod(sizes[axis] for axis in group if axis in sizes)
+        if len(unknown) > 1:
+            raise ValueError(f"layout {layout!r}: the size of {' or '.join(unknown)} must be given")
+        if unknown and known:
+            sizes[unknown[0]] = total // known
+        group_shape = [1 if axis == "1" else sizes[axis] for axis in group]
+        if math.prod(group_shape) != total:
+            raise ValueError(f"layout {layout!r}: axis ({' '.join(group)}) of size {total} is not {group_shape}")
+        shape += [size for axis, size in zip(group, group_shape, strict=True) if axis != "1"]
+    present = [axis for axis in order if axis in axes]
+    canonical = weight.reshape(shape).permute([axes.index(axis) for axis in present])
+    for position, axis in enumerate(order):
+        if axis not in axes:
+            canonical = canonical.unsqueeze(position)
+    return canonical

@@ -1,0 +1,233 @@
+"""Losses of capsule networks. J capsules (classes), B samples.
+
+``reduction`` speaks PyTorch's language: ``"batchmean"`` sums over classes and averages over samples (the paper and most
+code), ``"mean"`` averages over both, ``"sum"`` sums over both, ``"none"`` returns ``[B, J]``.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+REDUCTIONS = ("batchmean", "mean", "sum", "none")
+
+
+def _reduce(loss: Tensor, reduction: str) -> Tensor:
+    """Reduce ``[B, ...]`` as named; an empty batch has a loss of 0, not NaN."""
+    if reduction == "none":
+        return loss
+    if reduction == "sum":
+        return loss.sum()
+    if reduction == "mean":
+        return loss.sum() / max(loss.numel(), 1)
+    if reduction == "batchmean":
+        return loss.sum() / max(loss.shape[0], 1)
+    raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
+
+
+def _check_lengths(lengths: Tensor) -> None:
+    if not isinstance(lengths, Tensor) or not lengths.is_floating_point():
+        got = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
+        raise TypeError(f"lengths must be a floating-point tensor [B, J], got {got}")
+    if lengths.dim() != 2 or lengths.shape[1] == 0:
+        raise ValueError(f"lengths must be [B, J] with J at least 1, got {tuple(lengths.shape)}")
+
+
+def check_labels(labels: Tensor, B: int, J: int) -> None:
+    """Raise unless ``labels`` are B class indices below J. Values are not read inside torch.compile or a CUDA graph."""
+    if not isinstance(labels, Tensor) or labels.dtype not in (torch.int64, torch.int32, torch.uint8):
+        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(f"labels must be an int64, int32 or uint8 tensor [B], got {got}")
+    if labels.shape != (B,):
+        raise ValueError(f"labels must be [B] = [{B}], got {tuple(labels.shape)}")
+    if torch.compiler.is_compiling() or (labels.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return
+    if B and not bool(((labels >= 0) & (labels < J)).all()):
+        raise ValueError(f"labels must lie in 0 .. {J - 1}, got {labels.min().item()} .. {labels.max().item()}")
+
+
+def _targets(lengths: Tensor, labels: Tensor) -> Tensor:
+    """1 for the classes that are present, else 0, ``[B, J]``, from class indices or from a bool ``[B, J]``."""
+    _check_lengths(lengths)
+    if isinstance(labels, Tensor) and labels.dtype == torch.bool:
+        if labels.shape != lengths.shape:
+            raise ValueError(f"bool labels must be [B, J] = {list(lengths.shape)}, got {tuple(labels.shape)}")
+        return labels.to(lengths.dtype)
+    check_labels(labels, *lengths.shape)
+    return one_hot(labels, lengths.shape[1]).to(lengths.dtype)
+
+
+def one_hot(labels: Tensor, J: int) -> Tensor:
+    """``[B, J]`` bool from class indices ``[B]``; unlike torch's it reads no value on the host."""
+    return labels[:, None] == torch.arange(J, device=labels.device)
+
+
+def margin_loss(
+    lengths: Tensor,
+    labels: Tensor,
+    *,
+    m_plus: float = 0.9,
+    m_minus: float = 0.1,
+    down_weight: float = 0.5,
+    reduction: str = "batchmean",
+) -> Tensor:
+    r"""The margin loss of Sabour et al. (2017), equation 4.
+
+    .. math:: L_j = T_j \max(0, m^+ - |v_j|)^2 + \lambda (1 - T_j) \max(0, |v_j| - m^-)^2
+
+    Args:
+        lengths: ``[B, J]``, lengths of the output capsules.
+        labels: class indices ``[B]`` (int64, int32 or uint8), or which classes are present ``[B, J]`` (bool), as for
+            overlapping digits.
+        m_plus: length wanted of a present class.
+        m_minus: length allowed of an absent one.
+        down_weight: lambda, the weight of absent classes.
+        reduction: ``"batchmean"``, ``"mean"``, ``"sum"`` or ``"none"``.
+
+    Returns:
+        A scalar, or ``[B, J]`` for ``"none"``; dtype of ``lengths``.
+
+    Raises:
+        TypeError: lengths are not floating point, or labels are neither indices nor bool.
+        ValueError: shapes do not fit, a label is out of range, or the reduction is unknown.
+
+    Example:
+        >>> margin_loss(torch.tensor([[0.9, 0.1, 0.3]]), torch.tensor([0]))  # 0.5 * (0.3 - 0.1)^2
+        tensor(0.0200)
+    """
+    present = _targets(lengths, labels)
+    short = F.relu(m_plus - lengths).square()
+    long = F.relu(lengths - m_minus).square()
+    return _reduce(present * short + down_weight * (1 - present) * long, reduction)
+
+
+def focal_margin_loss(
+    lengths: Tensor,
+    labels: Tensor,
+    *,
+    gamma: float = 2.0,
+    m_plus: float = 0.9,
+    m_minus: float = 0.1,
+    down_weight: float = 0.5,
+    reduction: str = "batchmean",
+) -> Tensor:
+    r"""The margin loss with the modulating factor of the focal loss (Lin et al. 2017, equation 4).
+
+    A class that is already right counts less: its term is multiplied by :math:`(1 - |v_j|)^\gamma` where it is present
+    and by :math:`|v_j|^\gamma` where it is absent. ``gamma = 0`` is :func:`margin_loss`.
+
+    Args:
+        lengths: ``[B, J]``, between 0 and 1.
+        labels: as in :func:`margin_loss`.
+        gamma: the exponent, not negative.
+        m_plus: as in :func:`margin_loss`.
+        m_minus: as in :func:`margin_loss`.
+        down_weight: as in :func:`margin_loss`.
+        reduction: as in :func:`margin_loss`.
+
+    Returns:
+        A scalar, or ``[B, J]`` for ``"none"``; dtype of ``lengths``.
+
+    Raises:
+        TypeError: as :func:`margin_loss`.
+        ValueError: as :func:`margin_loss`, or ``gamma`` is negative.
+
+    Example:
+        >>> focal_margin_loss(torch.tensor([[0.5, 0.1]]), torch.tensor([0]), gamma=1.0)  # 0.5 * 0.4^2
+        tensor(0.0800)
+    """
+    if not gamma >= 0:
+        raise ValueError(f"gamma must not be negative, got {gamma}")
+    terms = margin_loss(
+        lengths, labels, m_plus=m_plus, m_minus=m_minus, down_weight=down_weight, reduction="none"
+    )
+    present = _targets(lengths, labels)
+    error = present * (1 - lengths) + (1 - present) * lengths
+    return _reduce(error.clamp(min=0) ** gamma * terms, reduction)
+
+
+def spread_loss(lengths: Tensor, labels: Tensor, *, margin: float = 0.9, reduction: str = "batchmean") -> Tensor:
+    r"""The spread loss of Hinton et al. (2018), equation 3.
+
+    .. math:: L_j = \max(0, m - (a_t - a_j))^2 \quad (j \ne t)
+
+    Args:
+        lengths: ``[B, J]``, activations.
+        labels: class indices ``[B]``.
+        margin: m; the paper raises it from 0.2 to 0.9 during training.
+        reduction: as in :func:`margin_loss`.
+
+    Returns:
+        A scalar, or ``[B, J]`` for ``"none"`` (0 at the target); dtype of ``lengths``.
+
+    Raises:
+        TypeError: lengths are not floating point, or labels are not indices.
+        ValueError: shapes do not fit, a label is out of range, or the reduction is unknown.
+
+    Example:
+        >>> spread_loss(torch.tensor([[0.5, 0.2]]), torch.tensor([0]), margin=0.4)  # (0.4 - 0.3)^2
+        tensor(0.0100)
+    """
+    _check_lengths(lengths)
+    check_labels(labels, *lengths.shape)
+    target = lengths.gather(1, labels[:, None].long())  # [B, 1]
+    terms = F.relu(margin - (target - lengths)).square()
+    return _reduce(terms.masked_fill(one_hot(labels, lengths.shape[1]), 0), reduction)
+
+
+def cross_entropy_loss(
+    lengths: Tensor, labels: Tensor, *, scale: float = 1.0, reduction: str = "batchmean"
+) -> Tensor:
+    r"""Cross-entropy with the capsule lengths as logits.
+
+    Lengths lie in [0, 1), so at ``scale = 1`` the loss of a perfect network is still
+    :math:`\log(1 + (J - 1) e^{-1})`; a larger scale sharpens it.
+
+    Args:
+        lengths: ``[B, J]``.
+        labels: class indices ``[B]``.
+        scale: factor on the lengths.
+        reduction: ``"batchmean"`` (here the same as ``"mean"``), ``"sum"``, or ``"none"`` for ``[B]``.
+
+    Returns:
+        A scalar, or ``[B]`` for ``"none"``; dtype of ``lengths``.
+
+    Raises:
+        TypeError: lengths are not floating point, or labels are not indices.
+        ValueError: shapes do not fit, a label is out of range, or the reduction is unknown.
+
+    Example:
+        >>> cross_entropy_loss(torch.zeros(3, 4), torch.tensor([0, 1, 2]))  # log 4
+        tensor(1.3863)
+    """
+    _check_lengths(lengths)
+    check_labels(labels, *lengths.shape)
+    return _reduce(F.cross_entropy(scale * lengths, labels.long(), reduction="none"), reduction)
+
+
+def reconstruction_loss(
+    reconstruction: Tensor, images: Tensor, *, weight: float = 0.0005, reduction: str = "batchmean"
+) -> Tensor:
+    """The weighted sum of squared pixel errors (Sabour et al. 2017, section 4.1).
+
+    Args:
+        reconstruction: ``[B, ...]``, of the shape of ``images``.
+        images: ``[B, C, H, W]``, values in [0, 1].
+        weight: 0.0005 in the paper, so that it does not dominate the margin loss.
+        reduction: ``"batchmean"`` sums over pixels and averages over samples; ``"mean"`` averages over both, ``"sum"``
+            sums over both, ``"none"`` returns one value per pixel.
+
+    Returns:
+        A scalar, or the shape of ``images`` for ``"none"``.
+
+    Raises:
+        ValueError: shapes differ, or the reduction is unknown.
+
+    Example:
+        >>> reconstruction_loss(torch.zeros(2, 1, 28, 28), torch.ones(2, 1, 28, 28))  # 0.0005 * 784
+        tensor(0.3920)
+    """
+    if reconstruction.shape != images.shape:
+        raise ValueError(
+            f"reconstruction must have the shape of images, {tuple(images.shape)}, got {tuple(reconstruction.shape)}"
+        )
+    return weight * _reduce((reconstruction - images).square(), reduction)

@@ -1,0 +1,193 @@
+"""The capsule network of Sabour et al. (2017), for any image size, channel count and number of classes."""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastcaps.functional import length
+from fastcaps.layers import CapsuleLayer, PrimaryCapsules, require_positive
+from fastcaps.losses import check_labels, margin_loss, one_hot, reconstruction_loss
+
+
+class CapsNetOutput(NamedTuple):
+    """What :class:`CapsNet` returns.
+
+    Attributes:
+        lengths: ``[B, J]``, the probability that each class is present.
+        poses: ``[B, J, D_out]``, the class capsules.
+        reconstruction: ``[B, C, H, W]`` in [0, 1], or None for a network without decoder.
+    """
+
+    lengths: Tensor
+    poses: Tensor
+    reconstruction: Tensor | None
+
+
+class Decoder(nn.Module):
+    """Draws the image that one class capsule stands for (Sabour et al. 2017, figure 2).
+
+    Args:
+        num_classes: J.
+        capsule_dim: D_out.
+        image_shape: ``(C, H, W)``.
+        hidden: widths of the hidden layers.
+
+    Raises:
+        TypeError: a size is not an int.
+        ValueError: a size is below 1.
+
+    Example:
+        >>> Decoder(10, 16, (1, 28, 28))(torch.randn(2, 10, 16), torch.tensor([3, 7])).shape
+        torch.Size([2, 1, 28, 28])
+    """
+
+    def __init__(
+        self, num_classes: int, capsule_dim: int, image_shape: tuple[int, int, int], hidden: tuple[int, ...] = (512, 1024)
+    ) -> None:
+        super().__init__()
+        C, H, W = _check_image_shape(image_shape)
+        require_positive(num_classes=num_classes, capsule_dim=capsule_dim)
+        self.num_classes, self.image_shape = num_classes, (C, H, W)
+        widths = [num_classes * capsule_dim, *hidden]
+        layers: list[nn.Module] = []
+        for before, after in zip(widths, widths[1:], strict=False):
+            layers += [nn.Linear(before, after), nn.ReLU()]
+        self.layers = nn.Sequential(*layers, nn.Linear(widths[-1], math.prod(self.image_shape)), nn.Sigmoid())
+
+    def forward(self, poses: Tensor, labels: Tensor) -> Tensor:
+        """From poses ``[B, J, D_out]`` and class indices ``[B]`` to images ``[B, C, H, W]`` in [0, 1].
+
+        All capsules but the labelled one are set to 0 first.
+        """
+        check_labels(labels, poses.shape[0], self.num_classes)
+        chosen = poses * one_hot(labels, self.num_classes)[..., None]
+        return self.layers(chosen.flatten(1)).unflatten(1, self.image_shape)
+
+
+class CapsNet(nn.Module):
+    """Convolution, primary capsules, class capsules by routing, and a decoder (Sabour et al. 2017, section 4).
+
+    The defaults are the paper's network.
+
+    Args:
+        image_shape: ``(C, H, W)`` of the images.
+        num_classes: J.
+        stem_channels: channels of the first convolution.
+        kernel_size: of both convolutions, in pixels.
+        types: primary capsule types.
+        primary_dim: pose size of the primary capsules.
+        primary_stride: stride of the second convolution, in pixels.
+        capsule_dim: D_out, pose size of the class capsules.
+        num_iterations: T.
+        decoder: whether to reconstruct the image.
+        **layer_options: passed to :class:`CapsuleLayer`: ``share_weight``, ``bias``, ``detach``, ``backend``, ...
+
+    Raises:
+        TypeError: a size is not an int.
+        ValueError: a size is below 1, or the image is too small for the kernels.
+
+    Example:
+        >>> network = CapsNet((1, 28, 28), num_classes=10)
+        >>> sum(p.numel() for p in network.parameters())
+        8215568
+        >>> output = network(torch.rand(2, 1, 28, 28))
+        >>> output.lengths.shape, output.reconstruction.shape
+        (torch.Size([2, 10]), torch.Size([2, 1, 28, 28]))
+    """
+
+    def __init__(
+        self,
+        image_shape: tuple[int, int, int],
+        num_classes: int,
+        *,
+        stem_channels: int = 256,
+        kernel_size: int = 9,
+        types: int = 32,
+        primary_dim: int = 8,
+        primary_stride: int = 2,
+        capsule_dim: int = 16,
+        num_iterations: int = 3,
+        decoder: bool = True,
+        **layer_options: Any,
+    ) -> None:
+        super().__init__()
+        self.image_shape = C, H, W = _check_image_shape(image_shape)
+        require_positive(num_classes=num_classes, stem_channels=stem_channels, kernel_size=kernel_size)
+        smallest = 2 * kernel_size - 1
+        if min(H, W) < smallest:
+            raise ValueError(
+                f"image_shape {(C, H, W)} is too small for two convolutions of kernel_size {kernel_size}: "
+                f"height and width must be at least {smallest}"
+            )
+        self.num_classes = num_classes
+        self.stem = nn.Conv2d(C, stem_channels, kernel_size)
+        self.primary = PrimaryCapsules(stem_channels, types, primary_dim, kernel_size, primary_stride)
+        rows, columns = ((size - smallest) // primary_stride + 1 for size in (H, W))
+        self.capsules = CapsuleLayer(
+            types * rows * columns, primary_dim, num_classes, capsule_dim, num_iterations, **layer_options
+        )
+        self.decoder = Decoder(num_classes, capsule_dim, self.image_shape) if decoder else None
+
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> CapsNetOutput:
+        """Classify images and reconstruct them.
+
+        Args:
+            images: ``[B, C, H, W]`` in [0, 1], dtype of the parameters.
+            labels: class indices ``[B]``: which capsule the decoder draws, the true one in training. None: the longest.
+
+        Returns:
+            A :class:`CapsNetOutput`.
+
+        Raises:
+            TypeError: images are not floating point, or labels are not indices.
+            ValueError: shapes do not fit, or a label is out of range.
+        """
+        poses = self.capsules(self.primary_poses(images))  # [B, J, D_out]
+        lengths = length(poses)
+        reconstruction = None
+        if self.decoder is not None:
+            reconstruction = self.decoder(poses, lengths.argmax(1) if labels is None else labels)
+        return CapsNetOutput(lengths, poses, reconstruction)
+
+    def primary_poses(self, images: Tensor) -> Tensor:
+        """The poses ``[B, I, D_in]`` that are routed, from images ``[B, C, H, W]``."""
+        if not isinstance(images, Tensor) or not images.is_floating_point():
+            got = images.dtype if isinstance(images, Tensor) else type(images).__name__
+            raise TypeError(f"images must be a floating-point tensor [B, C, H, W], got {got}")
+        if images.dim() != 4 or images.shape[1:] != self.image_shape:
+            wanted = ", ".join(map(str, self.image_shape))
+            raise ValueError(f"images must be [B, C, H, W] = [B, {wanted}], got {tuple(images.shape)}")
+        return self.primary(F.relu(self.stem(images)))
+
+    def loss(self, output: CapsNetOutput, images: Tensor, labels: Tensor) -> Tensor:
+        """The paper's loss: margin loss plus 0.0005 times the summed squared reconstruction error; a scalar."""
+        loss = margin_loss(output.lengths, labels)
+        if output.reconstruction is not None:
+            loss = loss + reconstruction_loss(output.reconstruction, images)
+        return loss
+
+    @torch.no_grad()
+    def predict(self, images: Tensor) -> Tensor:
+        """The class index of the longest capsule, ``[B]`` int64, for images ``[B, C, H, W]``."""
+        return length(self.capsules(self.primary_poses(images))).argmax(1)
+
+    def reconstruct(self, poses: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Images ``[B, C, H, W]`` for class capsules ``[B, J, D_out]``: of the labelled ones, or of the longest.
+
+        Raises:
+            ValueError: the network has no decoder, or a label is out of range.
+        """
+        if self.decoder is None:
+            raise ValueError("this network was made with decoder=False: it cannot reconstruct")
+        return self.decoder(poses, length(poses).argmax(1) if labels is None else labels)
+
+
+def _check_image_shape(image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    if not isinstance(image_shape, (tuple, list, torch.Size)) or len(image_shape) != 3:
+        raise ValueError(f"image_shape must be (C, H, W), got {image_shape!r}")
+    C, H, W = image_shape
+    require_positive(**{"image_shape's C": C, "image_shape's H": H, "image_shape's W": W})
+    return C, H, W

@@ -1,0 +1,34 @@
+import pytest
+import torch
+
+from fastcaps.routing.backend import BACKENDS, why_unavailable
+
+
+def why_not_tested(backend: str, device: str) -> str | None:
+    """Why a backend is not tested on a device here, or None where it is."""
+    if device == "cuda" and not torch.cuda.is_available():
+        return "no CUDA device"
+    return why_unavailable(backend, device)
+
+
+IMPLEMENTATIONS = [(backend, device) for device in ("cpu", "cuda") for backend in BACKENDS]
+
+
+@pytest.fixture(
+    params=[pair for pair in IMPLEMENTATIONS if why_not_tested(*pair) is None], ids=lambda pair: f"{pair[0]}-{pair[1]}"
+)
+def implementation(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """(backend, device), every pair that can run here; test_backend.py reports the others."""
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def reproducible():
+    """A seed per test, uninitialised memory full of NaN, true float32, no compiled code from another test."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch._dynamo.reset()
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,260 @@
+"""How numbers are judged: cases, inputs, an independent oracle in numpy, and the comparison with float64.
+
+The error budgets themselves are those of ``fastcaps.selftest`` (``fastcaps.ready.error_budget``); no test has its own.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from allpairspy import AllPairs
+from torch import Tensor
+
+from fastcaps.ready import error_budget, relative_error
+from fastcaps.routing import dynamic_routing, route_votes
+
+# B, I, J, D_in, D_out: the paper's pose sizes, single capsules, odd and prime sizes, more samples than one tile holds.
+SIZES = [(9, 40, 10, 8, 16), (3, 17, 5, 7, 11), (2, 1, 3, 4, 6), (8, 13, 2, 1, 1), (1, 33, 4, 5, 3), (19, 7, 6, 3, 2)]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of the op: sizes, options and the layout of its tensors."""
+
+    sizes: tuple[int, int, int, int, int] = SIZES[0]
+    share: str = "none"  # which axes of weight are 1: none, inputs, outputs, both
+    prior: str = "none"  # none, J, IJ, BIJ, B1J, closed (IJ with -inf)
+    bias: str = "none"  # none, J, 1
+    mask: bool = False
+    num_iterations: int = 3
+    leaky: bool = False
+    detach: bool = False
+    eps: float = 0.0
+    layout: str = "contiguous"  # of the inputs: contiguous, strided, expanded
+    grad_layout: str = "contiguous"  # of the incoming gradient: contiguous, strided, expanded
+    votes: bool = False  # route_votes instead of dynamic_routing
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("num_iterations", "leaky", "detach", "eps")}
+
+
+LEVELS: dict[str, list[Any]] = {
+    "sizes": SIZES,
+    "share": ["none", "inputs", "outputs", "both"],
+    "prior": ["none", "J", "IJ", "BIJ", "B1J", "closed"],
+    "bias": ["none", "J", "1"],
+    "mask": [False, True],
+    "num_iterations": [1, 2, 3, 4, 5],
+    "leaky": [False, True],
+    "detach": [False, True],
+    "eps": [0.0, 1e-2],
+    "layout": ["contiguous", "strided", "expanded"],
+    "grad_layout": ["contiguous", "strided", "expanded"],
+    "votes": [False, True],
+}
+
+
+def pairwise_cases() -> list[Case]:
+    """Every pair of levels of any two options occurs in at least one case."""
+    return [Case(**dict(zip(LEVELS, levels, strict=True))) for levels in AllPairs(list(LEVELS.values()))]
+
+
+def case_id(case: Case) -> str:
+    default = Case()
+    changed = {name: getattr(case, name) for name in LEVELS if getattr(case, name) != getattr(default, name)}
+    return ",".join(f"{name}={value}" for name, value in changed.items()).replace(" ", "") or "default"
+
+
+@dataclass
+class Inputs:
+    """The tensors of a case (``tensors``: poses or votes, weight, prior, bias), the mask and the incoming gradient."""
+
+    tensors: dict[str, Tensor]
+    mask: Tensor | None
+    grad: Tensor
+    call: Callable[..., Tensor] = field(default=dynamic_routing)
+
+
+def _layout(tensor: Tensor, layout: str) -> Tensor:
+    """The same sizes, otherwise laid out: every other entry of a larger tensor, or expanded over the first axis."""
+    if layout == "strided":
+        wide = tensor.new_full((*tensor.shape[:-1], 2 * tensor.shape[-1]), math.nan)
+        wide[..., ::2] = tensor
+        return wide[..., ::2]
+    if layout == "expanded" and tensor.shape[0] > 1:
+        return tensor[:1].expand(tensor.shape)
+    return tensor.contiguous()
+
+
+def make_inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> Inputs:
+    """Random inputs, already rounded to ``dtype``, and so large that routing takes a decision.
+
+    With small votes one iteration and three, or full and detached gradients, differ by less than rounding, and a wrong
+    kernel passes: the scale is raised until the entropy of the last coupling is below 0.7 log J.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    B, I, J, D_in, D_out = case.sizes
+    J_weight = 1 if case.share in ("outputs", "both") else J
+    tensors: dict[str, Tensor] = {}
+    if case.votes:
+        tensors["votes"] = randn(B, I, J_weight, D_out)
+    else:
+        tensors["poses"] = randn(B, I, D_in)
+        tensors["weight"] = randn(1 if case.share in ("inputs", "both") else I, J_weight, D_out, D_in) / D_in**0.5
+    priors = {"J": (J,), "IJ": (I, J), "BIJ": (B, I, J), "B1J": (B, 1, J), "closed": (I, J)}
+    if case.prior != "none":
+        tensors["prior"] = randn(*priors[case.prior])
+        if case.prior == "closed" and J > 1:
+            tensors["prior"][:, 0] = -math.inf
+    if case.bias != "none":
+        tensors["bias"] = randn(J if case.bias == "J" else 1, D_out)
+    mask = torch.rand(B, I, generator=generator) < 0.7 if case.mask else None
+    outputs = max(J_weight, J if case.prior != "none" else 1, J if case.bias == "J" else 1)
+    grad = randn(B, outputs, D_out)
+
+    tensors = {name: _layout(x, case.layout if x.dim() > 2 else "contiguous") for name, x in tensors.items()}
+    first = "votes" if case.votes else "poses"
+    decided = outputs == 1 or case.num_iterations == 1 or case.share == "both" or J_weight == 1
+    if not decided:
+        while True:
+            entropy = last_entropy(case, tensors, mask)
+            if entropy < 0.7 * math.log(outputs):
+                break
+            # In place, as the layout must stay; an expanded tensor has one row to scale.
+            rows = tensors[first][:1] if tensors[first].stride(0) == 0 else tensors[first]
+            rows *= 1.25
+    rounded = {name: _layout(x.to(dtype), case.layout if x.dim() > 2 else "contiguous") for name, x in tensors.items()}
+    call = route_votes if case.votes else dynamic_routing
+    return Inputs(rounded, mask, _layout(grad.to(dtype), case.grad_layout), call)
+
+
+def last_entropy(case: Case, tensors: dict[str, Tensor], mask: Tensor | None) -> float:
+    """The mean entropy over the samples' input capsules (unmasked ones) of the last coupling, by the oracle."""
+    arrays = {name: x.numpy() for name, x in tensors.items()}
+    _, c = oracle(**arrays, mask=None if mask is None else mask.numpy(), **case.options)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        entropy = -np.where(c > 0, c * np.log(c), 0).sum(-1)
+    return float(entropy.mean() if mask is None else entropy[mask.numpy()].mean())
+
+
+def oracle(
+    *,
+    poses: np.ndarray | None = None,
+    weight: np.ndarray | None = None,
+    votes: np.ndarray | None = None,
+    prior: np.ndarray | None = None,
+    bias: np.ndarray | None = None,
+    mask: np.ndarray | None = None,
+    num_iterations: int = 3,
+    leaky: bool = False,
+    detach: bool = False,
+    eps: float = 0.0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sabour's procedure 1 capsule by capsule in numpy, written from the paper: output and last coupling."""
+    if votes is None:
+        assert poses is not None
+        assert weight is not None
+        J, D_out = weight.shape[1:3]
+        votes = np.zeros((*poses.shape[:2], J, D_out))
+        for i in range(poses.shape[1]):
+            for j in range(J):
+                votes[:, i, j] = poses[:, i] @ weight[min(i, weight.shape[0] - 1), j].T
+    if mask is not None:
+        votes = np.where(mask[:, :, None, None], votes, 0.0)
+    B, I, J, D_out = votes.shape
+    J = max(J, *(x.shape[axis] for x, axis in ((prior, -1), (bias, 0)) if x is not None), 1)
+    votes = np.broadcast_to(votes, (B, I, J, D_out))
+    out, coupling = np.zeros((B, J, D_out)), np.zeros((B, I, J))
+    for b in range(B):
+        logits = np.zeros((I, J))
+        if prior is not None:
+            logits = logits + (prior[b] if prior.ndim == 3 else prior)
+        for t in range(num_iterations):
+            shares = np.exp(np.c_[logits, np.zeros(I)]) if leaky else np.exp(logits)
+            coupling[b] = (shares / shares.sum(1, keepdims=True))[:, :J]
+            for j in range(J):
+                s = (coupling[b, :, j, None] * votes[b, :, j]).sum(0)
+                if bias is not None:
+                    s = s + bias[min(j, len(bias) - 1)]
+                n = math.sqrt((s**2).sum())
+                out[b, j] = n**2 / (1 + n**2) * s / (math.sqrt(n**2 + eps) or 1.0)
+            if t < num_iterations - 1:
+                logits = logits + np.einsum("ijd,jd->ij", votes[b], out[b])
+    return out, coupling
+
+
+def run(op: Callable[..., Tensor], case: Case, inputs: Inputs, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    """The output and the gradients of all inputs; a gradient that is None counts as 0."""
+    names = list(inputs.tensors)
+    leaves = [inputs.tensors[name].detach().to(device=device, dtype=dtype).requires_grad_() for name in names]
+    # The op sees a non-leaf of the wanted layout, as in a network.
+    views = [_layout_like(leaf, inputs.tensors[name]) for leaf, name in zip(leaves, names, strict=True)]
+    mask = None if inputs.mask is None else inputs.mask.to(device)
+    out = op(**dict(zip(names, views, strict=True)), mask=mask, **case.options)
+    grad = inputs.grad.to(device=device, dtype=dtype)
+    grads = torch.autograd.grad(out, leaves, grad, allow_unused=True)
+    result = {"output": out.detach()}
+    for name, leaf, gradient in zip(names, leaves, grads, strict=True):
+        result[name] = torch.zeros_like(leaf) if gradient is None else gradient
+    return result
+
+
+def _layout_like(leaf: Tensor, like: Tensor) -> Tensor:
+    if like.dim() > 1 and like.stride(0) == 0 and like.shape[0] > 1:
+        return leaf[:1].expand(leaf.shape)
+    if like.stride(-1) == 2:
+        return torch.stack([leaf, torch.full_like(leaf, math.nan)], -1)[..., 0]
+    return leaf
+
+
+def reference_op(**arguments: Any) -> Tensor:
+    """The reference through the same checks, mask and casts as every backend."""
+    call = route_votes if "votes" in arguments else dynamic_routing
+    return call(**arguments, backend="reference")
+
+
+def errors_of_reference(case: Case, dtype: torch.dtype, device: str, seed: int) -> dict[str, float]:
+    """How far plain PyTorch in ``dtype`` is from float64. For float64 itself, where nothing more exact is at hand, it
+    is float32's error times the ratio of the two roundings."""
+    narrow = torch.float32 if dtype == torch.float64 else dtype
+    inputs = make_inputs(case, narrow, seed)
+    exact = run(reference_op, case, inputs, torch.float64, "cpu")
+    result = run(reference_op, case, inputs, narrow, device)
+    scale = torch.finfo(dtype).eps / torch.finfo(narrow).eps
+    return {name: scale * relative_error(result[name].cpu(), value) for name, value in exact.items()}
+
+
+def check(op: Callable[..., Tensor], case: Case, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> None:
+    """Assert that ``op`` is as exact as the dtype allows: output and every gradient against float64."""
+    inputs = make_inputs(case, dtype, seed)
+    exact = run(reference_op, case, inputs, torch.float64, "cpu")
+    result = run(op, case, inputs, dtype, device)
+    reference_error = errors_of_reference(case, dtype, device, seed)
+    for name, value in exact.items():
+        gradient = name != "output"
+        assert result[name].dtype == dtype, f"{name} has dtype {result[name].dtype}"
+        assert result[name].shape == value.shape, f"{name} has shape {tuple(result[name].shape)}"
+        budget = error_budget(dtype, reference_error[name], gradient)
+        error = relative_error(result[name].cpu(), value)
+        assert error <= budget, f"{name}: relative error {error:.2e}, allowed {budget:.2e}"
+        largest = value.abs().max().item() if value.numel() else 0.0
+        worst = (result[name].cpu().double() - value).abs().max().item() if value.numel() else 0.0
+        assert worst <= 8 * budget * largest, f"{name}: an entry is off by {worst:.2e}, largest is {largest:.2e}"
+
+
+def backend_op(backend: str) -> Callable[..., Tensor]:
+    """The public functions with a backend chosen, as an op for ``check``."""
+
+    def op(**arguments: Any) -> Tensor:
+        call = route_votes if "votes" in arguments else dynamic_routing
+        return call(**arguments, backend=backend)
+
+    return op

@@ -1,0 +1,596 @@
+"""Numbers, shapes and contracts of dynamic_routing and route_votes, the same for every backend and device."""
+
+import math
+import threading
+
+import numpy as np
+import pytest
+import torch
+from numerics import SIZES, Case, backend_op, case_id, check, make_inputs, oracle, pairwise_cases, run
+from torch import Tensor
+
+from fastcaps.functional import squash
+from fastcaps.ready import relative_error
+from fastcaps.routing import dynamic_routing, route_votes
+from fastcaps.routing.dynamic_reference import (
+    dynamic_routing_backward_reference,
+    dynamic_routing_reference,
+    output_capsules,
+    transform,
+)
+
+CASES = pairwise_cases()
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def small_inputs(device: str = "cpu", dtype: torch.dtype = torch.float64, grad: bool = True) -> dict[str, Tensor]:
+    """poses, weight, prior and bias of B=3, I=5, J=4, D_in=3, D_out=2."""
+    shapes = {"poses": (3, 5, 3), "weight": (5, 4, 2, 3), "prior": (3, 5, 4), "bias": (4, 2)}
+    return {n: (2 * torch.randn(s, dtype=dtype)).to(device).requires_grad_(grad) for n, s in shapes.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------- numbers
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_numbers(implementation, case, dtype):
+    backend, device = implementation
+    check(backend_op(backend), case, dtype, device)
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("num_iterations", [1, 2, 3, 4, 5])
+def test_sizes_and_iterations(implementation, sizes, num_iterations):
+    backend, device = implementation
+    check(backend_op(backend), Case(sizes=sizes, num_iterations=num_iterations), torch.float32, device)
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_reference_is_the_papers_procedure(case):
+    inputs = make_inputs(case, torch.float64)
+    arrays = {name: x.numpy() for name, x in inputs.tensors.items()}
+    mask = None if inputs.mask is None else inputs.mask.numpy()
+    expected, _ = oracle(**arrays, mask=mask, **case.options)
+    result = inputs.call(**inputs.tensors, mask=inputs.mask, **case.options, backend="reference")
+    np.testing.assert_allclose(result.numpy(), expected, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_backward_from_the_sums_alone_is_the_gradient(case):
+    inputs = make_inputs(case, torch.float64)
+    tensors = dict(inputs.tensors)
+    poses, weight = tensors.get("votes", tensors.get("poses")), tensors.get("weight")
+    prior, bias = tensors.get("prior"), tensors.get("bias")
+    J = output_capsules(poses, weight, prior, bias)
+    if prior is not None and prior.dim() < 3:
+        prior = prior.expand(poses.shape[1], J)
+    if prior is not None and prior.dim() == 3:
+        prior = prior.expand(poses.shape[0], poses.shape[1], J)
+    bias = None if bias is None else bias.expand(J, -1)
+    leaves = [None if x is None else x.detach().clone().requires_grad_() for x in (poses, weight, prior, bias)]
+    out = dynamic_routing_reference(*leaves, **case.options)
+    wanted = [x for x in leaves if x is not None]
+    expected = torch.autograd.grad(out, wanted, inputs.grad, allow_unused=True)
+    sums = torch.stack([_sums(leaves, case, T) for T in range(1, case.num_iterations + 1)]).detach()
+    options = {name: case.options[name] for name in ("leaky", "detach", "eps")}
+    result = dynamic_routing_backward_reference(
+        inputs.grad, *(None if x is None else x.detach() for x in leaves), sums, **options
+    )
+    for x, e, r in zip(wanted, expected, [r for r in result if r is not None], strict=True):
+        # A condition of 1e5 times the unit rounding; a wrong formula is off by 1e-2 and more.
+        assert relative_error(r, torch.zeros_like(x) if e is None else e) < 1e-11
+
+
+def _sums(leaves, case: Case, T: int) -> Tensor:
+    """s_{T-1} of the first T iterations, from v = squash(s): the inverse of squash is exact enough for no one, so the
+    sum is taken again with the coupling that T - 1 iterations lead to."""
+    poses, weight, prior, bias = leaves
+    J = output_capsules(poses, weight, prior, bias)
+    u = transform(poses, weight).expand(-1, -1, J, -1)
+    logits = u.new_zeros(u.shape[:3]) if prior is None else prior.expand(u.shape[:3])
+    for t in range(1, T):
+        v = dynamic_routing_reference(*leaves, **{**case.options, "num_iterations": t})
+        logits = logits + (u * v[:, None]).sum(-1)
+    if case.leaky:
+        logits = torch.cat([logits, logits.new_zeros(*logits.shape[:2], 1)], -1)
+    c = logits.softmax(-1)[..., :J]
+    s = (c[..., None] * u).sum(1)
+    return s if bias is None else s + bias
+
+
+# No detach here: numerical differences see the coupling move. test_detached_gradient has a check of its own.
+@pytest.mark.parametrize(
+    "options", [{}, {"leaky": True, "num_iterations": 4}, {"eps": 0.1}, {"num_iterations": 1}], ids=str
+)
+def test_gradcheck(implementation, options):
+    backend, device = implementation
+    inputs = small_inputs(device)
+    assert torch.autograd.gradcheck(
+        lambda *x: dynamic_routing(x[0], x[1], prior=x[2], bias=x[3], backend=backend, **options),
+        list(inputs.values()),
+    )
+
+
+def test_detached_gradient_is_that_of_the_last_sum_with_constant_coupling(implementation):
+    backend, device = implementation
+    inputs = small_inputs(device)
+    arrays = {name: x.detach().cpu().numpy() for name, x in inputs.items()}
+    c = torch.from_numpy(oracle(**arrays)[1]).to(device)
+    u = torch.einsum("ijdk,bik->bijd", inputs["weight"], inputs["poses"])
+    expected = squash((c[..., None] * u).sum(1) + inputs["bias"])
+    result = dynamic_routing(**inputs, detach=True, backend=backend)
+    grad = torch.randn_like(result)
+    leaves = [inputs["poses"], inputs["weight"], inputs["bias"]]
+    torch.testing.assert_close(result, expected)
+    pairs = zip(torch.autograd.grad(result, leaves, grad), torch.autograd.grad(expected, leaves, grad), strict=True)
+    for ours, exact in pairs:
+        torch.testing.assert_close(ours, exact)
+
+
+def test_gradcheck_votes(implementation):
+    backend, device = implementation
+    votes = (2 * torch.randn(2, 4, 3, 2, dtype=torch.float64)).to(device).requires_grad_()
+    assert torch.autograd.gradcheck(lambda u: route_votes(u, backend=backend), votes)
+
+
+@pytest.mark.parametrize("options", [{}, {"leaky": True}, {"eps": 0.1}], ids=str)
+def test_gradgradcheck(implementation, options):
+    backend, device = implementation
+    shapes = [(2, 3, 2), (3, 2, 2, 2), (2, 3, 2), (2, 2)]
+    x = [(2 * torch.randn(shape, dtype=torch.float64)).to(device).requires_grad_() for shape in shapes]
+    assert torch.autograd.gradgradcheck(
+        lambda *x: dynamic_routing(x[0], x[1], prior=x[2], bias=x[3], num_iterations=2, backend=backend, **options), x
+    )
+
+
+def test_gradient_penalty_is_the_reference_s(implementation):
+    backend, device = implementation
+    penalties = []
+    for name in (backend, "reference"):
+        torch.manual_seed(1)
+        inputs = small_inputs(device)
+        out = dynamic_routing(**inputs, backend=name)
+        (gradient,) = torch.autograd.grad(out.square().sum(), inputs["poses"], create_graph=True)
+        penalties.append(torch.autograd.grad(gradient.square().sum(), list(inputs.values())))
+    for ours, exact in zip(*penalties, strict=True):
+        torch.testing.assert_close(ours, exact)
+        assert exact.abs().max() > 0
+
+
+# --------------------------------------------------------------------------------------------------------- extremes
+
+
+@pytest.mark.parametrize("sizes", [(0, 5, 4, 3, 2), (3, 0, 4, 3, 2), (0, 0, 4, 3, 2)], ids=str)
+def test_empty(implementation, sizes):
+    backend, device = implementation
+    B, I, J, D_in, D_out = sizes
+    poses = torch.randn(B, I, D_in, device=device, requires_grad=True)
+    weight = torch.randn(I, J, D_out, D_in, device=device, requires_grad=True)
+    bias = torch.randn(J, D_out, device=device, requires_grad=True)
+    out = dynamic_routing(poses, weight, bias=bias, backend=backend)
+    out.sum().backward()
+    n = bias.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(out, (bias * n / (1 + n * n)).expand(B, J, D_out))
+    assert poses.grad.shape == poses.shape
+    assert weight.grad.shape == weight.shape
+    assert (weight.grad == 0).all()
+    votes = torch.randn(B, I, J, D_out, device=device, requires_grad=True)
+    route_votes(votes, backend=backend).sum().backward()
+    assert votes.grad.shape == votes.shape
+
+
+@pytest.mark.parametrize("detach", [False, True])
+def test_zero_capsules_and_zero_weights_have_finite_gradients(implementation, detach):
+    backend, device = implementation
+    for zero in ("poses", "weight", "both"):
+        inputs = small_inputs(device, torch.float32, grad=False)
+        del inputs["bias"], inputs["prior"]
+        for name in inputs:
+            if zero in (name, "both"):
+                inputs[name] = torch.zeros_like(inputs[name])
+        leaves = {name: x.requires_grad_() for name, x in inputs.items()}
+        out = dynamic_routing(**leaves, detach=detach, backend=backend)
+        grads = torch.autograd.grad(out.sum(), list(leaves.values()), create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in grads), list(leaves.values()), allow_unused=True)
+        assert (out == 0).all()
+        assert all((g == 0).all() for g in grads)
+        assert all((g == 0).all() for g in second if g is not None)
+
+
+def test_one_dead_output_capsule_among_living_ones(implementation):
+    backend, device = implementation
+    inputs = small_inputs(device, torch.float32, grad=False)
+    inputs["weight"][:, 1] = 0
+    inputs["bias"][1] = 0
+    leaves = {name: x.requires_grad_() for name, x in inputs.items()}
+    out = dynamic_routing(**leaves, backend=backend)
+    out.sum().backward()
+    assert (out[:, 1] == 0).all()
+    assert (out[:, 0] != 0).all()
+    assert all(x.grad.isfinite().all() for x in leaves.values())
+
+
+def test_huge_inputs_stay_finite(implementation):
+    backend, device = implementation
+    for dtype in (torch.float32, torch.float64):
+        inputs = {n: (100 * x).detach().requires_grad_() for n, x in small_inputs(device, dtype, grad=False).items()}
+        out = dynamic_routing(**inputs, num_iterations=10, backend=backend)
+        out.sum().backward()
+        assert out.isfinite().all()
+        assert all(x.grad.isfinite().all() for x in inputs.values())
+        assert (out.norm(dim=-1) <= 1 + 1e-6).all()
+
+
+def test_all_rows_masked(implementation):
+    backend, device = implementation
+    inputs = small_inputs(device, torch.float32)
+    del inputs["bias"]
+    out = dynamic_routing(**inputs, mask=torch.zeros(3, 5, dtype=torch.bool, device=device), backend=backend)
+    out.sum().backward()
+    assert (out == 0).all()
+    assert all((x.grad == 0).all() for x in inputs.values())
+
+
+def test_what_a_masked_slot_holds_reaches_nothing(implementation):
+    backend, device = implementation
+    mask = torch.tensor([[True, False, True, True, False]] * 3, device=device)
+    results = []
+    for filler in (0.0, math.nan, math.inf):
+        torch.manual_seed(0)
+        inputs = small_inputs(device, grad=False)
+        inputs["poses"][~mask] = filler
+        leaves = {name: x.requires_grad_() for name, x in inputs.items()}
+        out = dynamic_routing(**leaves, mask=mask, backend=backend)
+        out.square().sum().backward()
+        results.append([out, *(x.grad for x in leaves.values())])
+        assert (leaves["poses"].grad[~mask] == 0).all()
+    for clean, nan, inf in zip(*results, strict=True):
+        assert clean.isfinite().all()
+        assert torch.equal(clean, nan)
+        assert torch.equal(clean, inf)
+
+
+@pytest.mark.parametrize("filler", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["poses", "weight", "prior", "bias"])
+@pytest.mark.parametrize("num_iterations", [1, 3])
+@pytest.mark.parametrize("leaky", [False, True])
+def test_non_finite_where_the_reference_is(implementation, filler, where, num_iterations, leaky):
+    backend, device = implementation
+    inputs = small_inputs(device, grad=False)
+    inputs[where].view(-1)[4] = filler
+    kwargs = {"num_iterations": num_iterations, "leaky": leaky}
+    expected = dynamic_routing(**inputs, **kwargs, backend="reference")
+    result = dynamic_routing(**inputs, **kwargs, backend=backend)
+    assert torch.equal(result.isnan(), expected.isnan())
+    assert torch.equal(result.isfinite(), expected.isfinite())
+    torch.testing.assert_close(result, expected, equal_nan=True)
+
+
+def test_a_row_with_every_route_closed_is_nan(implementation):
+    backend, device = implementation
+    inputs = small_inputs(device, torch.float32, grad=False)
+    inputs["prior"][1, 2] = -math.inf
+    out = dynamic_routing(**inputs, backend=backend)
+    assert out[1].isnan().all()
+    assert out[[0, 2]].isfinite().all()
+    assert dynamic_routing(**inputs, leaky=True, backend=backend).isfinite().all()  # the extra capsule is still open
+
+
+def test_closed_route_carries_nothing(implementation):
+    backend, device = implementation
+    inputs = small_inputs(device)
+    prior = torch.zeros(5, 4, dtype=torch.float64, device=device)
+    prior[:, 2] = -math.inf
+    out = dynamic_routing(inputs["poses"], inputs["weight"], prior=prior, backend=backend)
+    (d_weight,) = torch.autograd.grad(out.sum(), inputs["weight"])
+    assert (out[:, 2] == 0).all()
+    assert (d_weight[:, 2] == 0).all()
+    assert d_weight.isfinite().all()
+
+
+def test_weight_shared_over_outputs_alone_makes_them_equal(implementation):
+    backend, device = implementation
+    inputs = small_inputs(device)
+    weight = inputs["weight"][:, :1]
+    out = dynamic_routing(inputs["poses"], weight, prior=torch.zeros(4, dtype=torch.float64, device=device), backend=backend)
+    assert out.shape == (3, 4, 2)
+    torch.testing.assert_close(out, out[:, :1].expand_as(out))
+    assert dynamic_routing(inputs["poses"], weight, backend=backend).shape == (3, 1, 2)
+
+
+def test_prior_gets_no_gradient_when_detached(implementation):
+    backend, device = implementation
+    inputs = small_inputs(device)
+    out = dynamic_routing(**inputs, detach=True, backend=backend)
+    grads = torch.autograd.grad(out.sum(), [inputs["prior"], inputs["bias"]], allow_unused=True)
+    assert grads[0] is None
+    assert grads[1].abs().max() > 0
+
+
+# -------------------------------------------------------------------------------------------------------- contracts
+
+
+@pytest.mark.parametrize("threads", [1, 2, 7, 8])
+def test_bitwise_equal_repeats(implementation, threads):
+    backend, device = implementation
+    case = Case(sizes=(19, 40, 7, 8, 12), prior="BIJ", bias="J")
+    inputs = make_inputs(case, torch.float32)
+    before = torch.get_num_threads()
+    first = run(backend_op(backend), case, inputs, torch.float32, device)
+    try:
+        torch.set_num_threads(threads if backend != "reference" else before)  # a BLAS may change its order with threads
+        again = run(backend_op(backend), case, inputs, torch.float32, device)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(first["output"], again["output"])
+    if threads == before or backend == "reference":
+        assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_a_sample_does_not_depend_on_its_batch(implementation):
+    backend, device = implementation
+    inputs = small_inputs(device)
+    out = dynamic_routing(**inputs, backend=backend)
+    for b in range(3):
+        alone = dynamic_routing(
+            inputs["poses"][b : b + 1],
+            inputs["weight"],
+            prior=inputs["prior"][b : b + 1],
+            bias=inputs["bias"],
+            backend=backend,
+        )
+        torch.testing.assert_close(out[b : b + 1], alone)
+
+
+@pytest.mark.parametrize("frozen", [["weight", "prior", "bias"], ["poses"], ["poses", "weight"], ["poses", "bias"]], ids=str)
+def test_frozen_inputs(implementation, frozen):
+    backend, device = implementation
+    full, part = small_inputs(device, grad=False), {}
+    full = {name: x.requires_grad_() for name, x in full.items()}
+    part = {name: x.detach().clone().requires_grad_(name not in frozen) for name, x in full.items()}
+    dynamic_routing(**full, backend=backend).sum().backward()
+    dynamic_routing(**part, backend=backend).sum().backward()
+    for name in full:
+        if name in frozen:
+            assert part[name].grad is None
+        else:
+            assert torch.equal(part[name].grad, full[name].grad)
+
+
+def test_retain_graph(implementation):
+    backend, device = implementation
+    inputs = small_inputs(device)
+    out = dynamic_routing(**inputs, backend=backend).sum()
+    first = torch.autograd.grad(out, list(inputs.values()), retain_graph=True)
+    second = torch.autograd.grad(out, list(inputs.values()))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_activation_checkpointing(implementation):
+    backend, device = implementation
+    inputs = small_inputs(device)
+
+    def op(poses: Tensor) -> Tensor:
+        return dynamic_routing(poses, inputs["weight"], backend=backend)
+
+    expected = torch.autograd.grad(op(inputs["poses"]).sum(), inputs["poses"])
+    out = torch.utils.checkpoint.checkpoint(op, inputs["poses"], use_reentrant=False)
+    assert torch.equal(torch.autograd.grad(out.sum(), inputs["poses"])[0], expected[0])
+
+
+def test_inference_mode_saves_nothing(implementation):
+    backend, device = implementation
+    inputs = small_inputs(device)
+    with torch.inference_mode():
+        out = dynamic_routing(**inputs, backend=backend)
+    assert out.is_inference()
+    with torch.no_grad():
+        assert dynamic_routing(**inputs, backend=backend).grad_fn is None
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x), torch.no_grad():
+        dynamic_routing(**inputs, backend=backend)
+    assert not saved
+
+
+def test_editing_a_saved_input_raises(implementation):
+    backend, device = implementation
+    for name in ("poses", "weight"):
+        inputs = small_inputs(device)
+        inner = {n: x * 1.0 for n, x in inputs.items()}
+        out = dynamic_routing(**inner, backend=backend)
+        with torch.no_grad():
+            inner[name].add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.sum().backward()
+
+
+def test_threads(implementation):
+    backend, device = implementation
+    inputs = small_inputs(device, grad=False)
+    expected = dynamic_routing(**inputs, backend=backend)
+    results: list[Tensor] = []
+
+    def work() -> None:
+        for _ in range(20):
+            x = {name: value.clone().requires_grad_() for name, value in inputs.items()}
+            out = dynamic_routing(**x, backend=backend)
+            out.sum().backward()
+            results.append(out.detach())
+
+    workers = [threading.Thread(target=work) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert len(results) == 80
+    assert all(torch.equal(result, expected) for result in results)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(implementation, dtype):
+    backend, device = implementation
+    inputs = small_inputs(device, torch.float32)
+    with torch.autocast(device, dtype):
+        out = dynamic_routing(**inputs, backend=backend)
+        votes = route_votes(torch.randn(2, 5, 3, 4, device=device), backend=backend)
+    out.float().sum().backward()
+    assert out.dtype == votes.dtype == dtype
+    assert inputs["poses"].grad.dtype == torch.float32
+    # Poses and weight are rounded, the prior and the bias are not, and nothing inside is.
+    rounded = {n: x.detach().to(dtype).float() if n in ("poses", "weight") else x.detach() for n, x in inputs.items()}
+    expected = dynamic_routing(**rounded, backend=backend).to(dtype)
+    assert torch.equal(out, expected)
+    double = small_inputs(device, torch.float64, grad=False)
+    with torch.autocast(device, dtype):
+        assert dynamic_routing(**double, backend=backend).dtype == torch.float64
+
+
+def test_vmap_folds_into_the_batch(implementation):
+    backend, device = implementation
+    inputs = small_inputs(device, grad=False)
+    stacked = torch.randn(4, 3, 5, 3, dtype=torch.float64, device=device)
+    priors = torch.randn(5, 4, 4, dtype=torch.float64, device=device)  # mapped axis 1: [I, N, J]
+
+    def op(poses: Tensor, prior: Tensor) -> Tensor:
+        return dynamic_routing(poses, inputs["weight"], prior=prior, bias=inputs["bias"], backend=backend)
+
+    result = torch.func.vmap(op, in_dims=(0, 1))(stacked, priors)
+    expected = torch.stack([op(stacked[n], priors[:, n]) for n in range(4)])
+    torch.testing.assert_close(result, expected)
+    result = torch.func.vmap(op, in_dims=(0, None))(stacked, inputs["prior"])
+    torch.testing.assert_close(result, torch.stack([op(poses, inputs["prior"]) for poses in stacked]))
+    result = torch.func.vmap(op, in_dims=(None, 1))(inputs["poses"], priors)
+    torch.testing.assert_close(result, torch.stack([op(inputs["poses"], priors[:, n]) for n in range(4)]))
+    masks = torch.rand(4, 3, 5, device=device) < 0.5
+    masked = lambda poses, mask: dynamic_routing(poses, inputs["weight"], mask=mask, backend=backend)  # noqa: E731
+    result = torch.func.vmap(masked)(stacked, masks)
+    torch.testing.assert_close(result, torch.stack([masked(stacked[n], masks[n]) for n in range(4)]))
+
+
+def test_functional_gradients(implementation):
+    backend, device = implementation
+    inputs = small_inputs(device, grad=False)
+    stacked = torch.randn(4, 3, 5, 3, dtype=torch.float64, device=device)
+
+    def loss(weight: Tensor, poses: Tensor, backend: str = backend) -> Tensor:
+        return dynamic_routing(poses, weight, backend=backend).sin().sum()
+
+    per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(inputs["weight"], stacked)
+    for n in range(4):
+        expected = torch.func.grad(lambda w, n=n: loss(w, stacked[n], "reference"))(inputs["weight"])
+        torch.testing.assert_close(per_sample[n], expected)
+    total = torch.func.grad(lambda w: torch.func.vmap(lambda x: loss(w, x))(stacked).sum())(inputs["weight"])
+    torch.testing.assert_close(total, per_sample.sum(0))
+
+
+def test_vmap_over_the_weight_is_refused_with_the_cure(implementation):
+    backend, device = implementation
+    inputs = small_inputs(device, grad=False)
+    weights = torch.stack([inputs["weight"]] * 2)
+    op = torch.func.vmap(lambda w: dynamic_routing(inputs["poses"], w, backend=backend))
+    if backend == "reference":
+        assert op(weights).shape == (2, 3, 4, 2)
+        return
+    with pytest.raises(NotImplementedError, match="backend='reference'"):
+        op(weights)
+
+
+# ---------------------------------------------------------------------------------------------------------- compile
+
+
+def _compare_compiled(compiled, backend: str, device: str, B: int) -> None:
+    torch.manual_seed(B)
+    like = {"dtype": torch.float64, "device": device}
+    leaves = small_inputs(device, grad=False)
+    leaves |= {"poses": torch.randn(B, 5, 3, **like), "prior": torch.randn(B, 5, 4, **like)}
+    leaves = {name: x.requires_grad_() for name, x in leaves.items()}
+    mask = torch.rand(B, 5, device=device) < 0.8
+    results = []
+    for op in (compiled, backend_op(backend)):
+        out = op(**leaves, mask=mask, leaky=True)
+        grads = torch.autograd.grad(out.sin().sum(), list(leaves.values()))
+        results.append([out.detach(), *grads])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compile(implementation, compiler):
+    backend, device = implementation
+    compiled = torch.compile(backend_op(backend), fullgraph=True, backend=compiler, dynamic=False)
+    _compare_compiled(compiled, backend, device, 3)
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compile_with_a_dynamic_batch_compiles_once(implementation, compiler):
+    backend, device = implementation
+    compiled = torch.compile(backend_op(backend), fullgraph=True, backend=compiler, dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for B in (11, 13, 17):  # no size of another axis, or Dynamo takes the two for one
+            _compare_compiled(compiled, backend, device, B)
+
+
+def test_compile_route_votes(implementation):
+    backend, device = implementation
+    compiled = torch.compile(route_votes, fullgraph=True, backend="aot_eager")
+    votes = torch.randn(3, 5, 4, 2, device=device, requires_grad=True)
+    out = compiled(votes, backend=backend, detach=True)
+    expected = route_votes(votes, backend=backend, detach=True)
+    torch.testing.assert_close(out, expected)
+    for a, b in zip(torch.autograd.grad(out.sum(), votes), torch.autograd.grad(expected.sum(), votes), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_compile_under_autocast(implementation):
+    backend, device = implementation
+    inputs = small_inputs(device, torch.float32, grad=False)
+
+    def op(**x: Tensor) -> Tensor:
+        with torch.autocast(device, torch.bfloat16):
+            return dynamic_routing(**x, backend=backend)
+
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(**inputs), op(**inputs))
+
+
+# --------------------------------------------------------------------------------------------------------------- op
+
+
+@pytest.mark.parametrize("given", ["weight", "votes", "prior and bias"])
+def test_opcheck(given):
+    from fastcaps.routing.backend import EXTENSION_BUILD
+
+    assert EXTENSION_BUILD is not None
+    x = small_inputs(grad=False)
+    poses, weight, prior, bias = x["poses"], x["weight"], None, None
+    if given == "votes":
+        poses, weight = torch.randn(3, 5, 4, 2, dtype=torch.float64), None
+    if given == "prior and bias":
+        prior, bias = x["prior"], x["bias"]
+    forward = (poses, weight, prior, bias, 3, False, 0.0)
+    torch.library.opcheck(torch.ops.fastcaps.native_dynamic_routing_forward, forward)
+    out, sums = torch.ops.fastcaps.native_dynamic_routing_forward(*forward)
+    for needed in ([True] * 4, [True, False, False, True], [False, True, True, False]):
+        backward = (out, poses, weight, prior, bias, sums, False, False, 0.0, *needed)
+        torch.library.opcheck(torch.ops.fastcaps.native_dynamic_routing_backward, backward)
+
+
+def test_op_refuses_wrong_sizes_instead_of_reading_past_a_tensor():
+    x = small_inputs(grad=False)
+    op = torch.ops.fastcaps.native_dynamic_routing_forward
+    bad = [
+        (x["poses"], x["weight"][:3], None, None),
+        (x["poses"], x["weight"][..., :2], None, None),
+        (x["poses"], x["weight"].float(), None, None),
+        (x["poses"], x["weight"][:, :2], x["prior"], None),
+        (x["poses"], x["weight"], x["prior"][:2], None),
+        (x["poses"], x["weight"], None, x["bias"][:, :1]),
+        (x["poses"], None, None, None),
+        (x["poses"].half(), x["weight"].half(), None, None),
+    ]
+    for arguments in bad:
+        with pytest.raises(RuntimeError, match="native_dynamic_routing_forward"):
+            op(*arguments, 3, False, 0.0)
+    with pytest.raises(RuntimeError, match="num_iterations"):
+        op(x["poses"], x["weight"], None, None, 0, False, 0.0)
