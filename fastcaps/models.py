@@ -162,11 +162,24 @@ class CapsNet(nn.Module):
             raise ValueError(f"images must be [B, C, H, W] = [B, {wanted}], got {tuple(images.shape)}")
         return self.primary(F.relu(self.stem(images)))
 
-    def loss(self, output: CapsNetOutput, images: Tensor, labels: Tensor) -> Tensor:
-        """The paper's loss: margin loss plus 0.0005 times the summed squared reconstruction error; a scalar."""
+    def loss(
+        self, output: CapsNetOutput, images: Tensor, labels: Tensor, *, reconstruction_weight: float = 0.0005
+    ) -> Tensor:
+        """The paper's loss: margin loss plus 0.0005 times the summed squared reconstruction error; a scalar.
+
+        Args:
+            output: what the network returned for ``images`` and ``labels``.
+            images: ``[B, C, H, W]``.
+            labels: class indices ``[B]``.
+            reconstruction_weight: the paper's weight suits 784 pixels; a smaller image wants a larger one.
+
+        Raises:
+            TypeError: labels are not indices.
+            ValueError: shapes do not fit, or a label is out of range.
+        """
         loss = margin_loss(output.lengths, labels)
         if output.reconstruction is not None:
-            loss = loss + reconstruction_loss(output.reconstruction, images)
+            loss = loss + reconstruction_loss(output.reconstruction, images, weight=reconstruction_weight)
         return loss
 
     @torch.no_grad()

@@ -1,0 +1,96 @@
+"""The ``fastcaps`` command."""
+
+import argparse
+import importlib.metadata
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from fastcaps._version import __version__
+
+
+def info() -> int:
+    """Print versions, what was compiled, and which backends can run here, or why not and what would help."""
+    from fastcaps.routing.backend import BACKENDS, ENVIRONMENT, EXTENSION_BUILD, why_unavailable
+
+    print(f"fastcaps   {__version__}")
+    print(f"python     {platform.python_version()} on {platform.platform()}")
+    for package in ("torch", "triton", "numpy"):
+        try:
+            version = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            version = "not installed"
+        print(f"{package:<10} {version}")
+    print(f"extension  {EXTENSION_BUILD or 'not compiled'}")
+    print(f"CPU        {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")
+    devices = ["cpu"]
+    if torch.cuda.is_available():
+        devices.append("cuda")
+        print(f"CUDA       {torch.version.cuda}, {torch.cuda.get_device_name()}")
+    else:
+        print("CUDA       no device that torch can use")
+    print(f"FASTCAPS_BACKEND {ENVIRONMENT or 'not set'}")
+    print()
+    for device in devices:
+        for backend in BACKENDS:
+            print(f"{backend:<10} on {device:<5} {why_unavailable(backend, device) or 'can run'}")
+    return 0
+
+
+def selftest() -> int:
+    """Compare every backend that can run here with float64 and print the worst errors."""
+    import fastcaps
+
+    for row in fastcaps.selftest():
+        print(
+            f"{row.backend:<10} {row.device:<5} {row.dtype:<9} {row.case:<27} "
+            f"error {row.error:.1e} of {row.budget:.1e} allowed ({row.tensor})"
+        )
+    return 0
+
+
+def demo(out: Path, epochs: int, rounds: int) -> int:
+    """Train on real digits, draw pictures, and time the paper's layer beside plain PyTorch."""
+    try:
+        from fastcaps.demo import run
+    except ModuleNotFoundError as error:
+        print(f"fastcaps demo needs {error.name}: pip install 'fastcaps[train]'", file=sys.stderr)
+        return 1
+    run(out, epochs=epochs, rounds=rounds)
+    return 0
+
+
+def _at_least(least: int):  # type: ignore[no-untyped-def]
+    def parse(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {text}")
+        return int(text)
+
+    parse.__name__ = "int"  # what argparse calls a value that is none
+    return parse
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="fastcaps", description="Fused, exact routing for capsule networks.")
+    parser.add_argument("--version", action="version", version=f"fastcaps {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="versions, what was compiled, which backends can run here and why others cannot")
+    commands.add_parser("selftest", help="every backend that can run here against float64, in seconds")
+    demo_parser = commands.add_parser("demo", help="train on 1,797 real digits, draw pictures, time the paper's layer")
+    demo_parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for the pictures (default: demo)")
+    demo_parser.add_argument("--epochs", type=_at_least(1), default=30, help="passes over the digits (default: 30)")
+    demo_parser.add_argument("--rounds", type=_at_least(0), default=7, help="timing rounds (default: 7; 0: no timing)")
+    parsed = parser.parse_args(arguments)
+    if parsed.command == "info":
+        return info()
+    if parsed.command == "selftest":
+        return selftest()
+    return demo(parsed.out, parsed.epochs, parsed.rounds)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
