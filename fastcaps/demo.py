@@ -19,6 +19,7 @@ from fastcaps.timing import Timing, compare, median_and_p20
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 BATCH_SIZE = 64
 PAPER = (128, 1152, 10, 8, 16)  # B, I, J, D_in, D_out of Sabour et al. (2017) on MNIST
@@ -159,7 +160,9 @@ def draw_coupling(network: CapsNet, data: Dataset, path: Path) -> None:
     axes[0].set_title(f"a {data.test_labels[0]}")
     highest, J = coupling.max().item(), coupling.shape[2]
     for t, panel in enumerate(axes[1:]):
-        shown = panel.imshow(coupling[t, order].T, aspect="auto", vmin=0, vmax=highest, cmap="viridis", origin="lower")
+        shown = panel.imshow(
+            coupling[t, order].T.numpy(), aspect="auto", vmin=0, vmax=highest, cmap="viridis", origin="lower"
+        )
         panel.set(title=f"iteration {t + 1}\nmean entropy {trace.entropy[t].mean():.3f} nats", xlabel="input capsule")
         panel.set_yticks(range(J))
     axes[1].set_ylabel("class")
@@ -179,8 +182,8 @@ def draw_perturbations(network: CapsNet, data: Dataset, path: Path) -> None:
         entry = torch.arange(D_out).repeat_interleave(len(shifts))
         moved[torch.arange(len(moved)), label, entry] += shifts.repeat(D_out)
         images = network.reconstruct(moved, label.expand(len(moved)))
-    figure, grid = plt.subplots(D_out, len(shifts), figsize=(len(shifts) * 0.6, D_out * 0.6 + 0.6), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0, hspace=0)
+    tight = ConstrainedLayoutEngine(w_pad=0.01, h_pad=0.01, wspace=0, hspace=0)
+    figure, grid = plt.subplots(D_out, len(shifts), figsize=(len(shifts) * 0.6, D_out * 0.6 + 0.6), layout=tight)
     for axes, picture in zip(grid.flat, images, strict=True):
         _show(axes, picture)
     for column, shift in enumerate(shifts):
@@ -193,7 +196,7 @@ def draw_perturbations(network: CapsNet, data: Dataset, path: Path) -> None:
 
 def _show(axes: plt.Axes, image: Tensor) -> None:
     """A picture ``[1, H, W]`` in [0, 1] without ticks."""
-    axes.imshow(image[0], cmap="gray_r", vmin=0, vmax=1)
+    axes.imshow(image[0].numpy(), cmap="gray_r", vmin=0, vmax=1)
     axes.set_xticks([])
     axes.set_yticks([])
 

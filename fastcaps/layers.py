@@ -68,10 +68,12 @@ class PrimaryCapsules(nn.Module):
         """From feature maps ``[B, in_channels, H, W]`` to squashed poses ``[B, types * H_out * W_out, dim]``."""
         x = self.conv(features)  # [B, types * dim, H_out, W_out]
         if self.layout == "capsule-major":
-            x = x.unflatten(1, (self.types, self.dim)).movedim(2, -1)  # [B, types, H_out, W_out, dim]
+            x = x.unflatten(1, (self.types, self.dim)).movedim(2, -1).flatten(1, 3)
         elif self.layout == "dimension-major":
-            x = x.unflatten(1, (self.dim, self.types)).movedim(1, -1)  # [B, types, H_out, W_out, dim]
-        return squash(x.reshape(x.shape[0], -1, self.dim))
+            x = x.unflatten(1, (self.dim, self.types)).movedim(1, -1).flatten(1, 3)
+        else:
+            x = x.flatten(1).unflatten(1, (-1, self.dim))
+        return squash(x)  # [B, types * H_out * W_out, dim]
 
     def extra_repr(self) -> str:
         """What ``repr`` shows beside the convolution."""
@@ -150,14 +152,14 @@ class CapsuleLayer(nn.Module):
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
 
         self.weight = parameter(I, J, out_dim, in_dim)
-        self.register_parameter("bias", parameter(out_capsules, out_dim) if bias else None)
-        self.register_parameter("prior", parameter(in_capsules, out_capsules) if learn_prior else None)
+        self.bias = parameter(out_capsules, out_dim) if bias else None
+        self.prior = parameter(in_capsules, out_capsules) if learn_prior else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw the weight from a normal distribution of deviation ``1 / sqrt(I)``; bias 0.1, prior 0.
 
-        With a deviation of 1 the coupling is decided before training begins, and nothing trains.
+        ``benchmarks/NOTES.md`` compares it with other deviations.
         """
         nn.init.normal_(self.weight, std=1 / math.sqrt(self.in_capsules))
         if self.bias is not None:
@@ -224,9 +226,9 @@ class CapsuleLayer(nn.Module):
 
         Args:
             weight: the transformation matrices in any order of axes; its dtype and device become the layer's.
-            layout: the order of the axes ``I``, ``J``, ``D_out`` and ``D_in``, as einops writes it: ``"J I D_in D_out"``,
-                or ``"I D_in (J D_out)"`` where one axis holds two; ``1`` for an axis of size 1. Without ``I``, or
-                without ``I`` and ``J``, the weight is shared over these.
+            layout: the order of the axes ``I``, ``J``, ``D_out`` and ``D_in``, as einops writes it:
+                ``"J I D_in D_out"``, or ``"I D_in (J D_out)"`` where one axis holds two; ``1`` for an axis of size 1.
+                Without ``I``, or without ``I`` and ``J``, the weight is shared over these.
             **options: of :class:`CapsuleLayer`. ``in_capsules``, ``in_dim``, ``out_capsules`` and ``out_dim`` are
                 needed only where the weight does not tell them: to split an axis, or for axes it is shared over.
 

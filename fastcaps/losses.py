@@ -137,9 +137,7 @@ def focal_margin_loss(
     """
     if not gamma >= 0:
         raise ValueError(f"gamma must not be negative, got {gamma}")
-    terms = margin_loss(
-        lengths, labels, m_plus=m_plus, m_minus=m_minus, down_weight=down_weight, reduction="none"
-    )
+    terms = margin_loss(lengths, labels, m_plus=m_plus, m_minus=m_minus, down_weight=down_weight, reduction="none")
     present = _targets(lengths, labels)
     error = present * (1 - lengths) + (1 - present) * lengths
     return _reduce(error.clamp(min=0) ** gamma * terms, reduction)
@@ -174,9 +172,7 @@ def spread_loss(lengths: Tensor, labels: Tensor, *, margin: float = 0.9, reducti
     return _reduce(terms.masked_fill(one_hot(labels, lengths.shape[1]), 0), reduction)
 
 
-def cross_entropy_loss(
-    lengths: Tensor, labels: Tensor, *, scale: float = 1.0, reduction: str = "batchmean"
-) -> Tensor:
+def cross_entropy_loss(lengths: Tensor, labels: Tensor, *, scale: float = 1.0, reduction: str = "batchmean") -> Tensor:
     r"""Cross-entropy with the capsule lengths as logits.
 
     Lengths lie in [0, 1), so at ``scale = 1`` the loss of a perfect network is still

@@ -1,6 +1,8 @@
 """The capsule network of Sabour et al. (2017), for any image size, channel count and number of classes."""
 
+import itertools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -45,7 +47,11 @@ class Decoder(nn.Module):
     """
 
     def __init__(
-        self, num_classes: int, capsule_dim: int, image_shape: tuple[int, int, int], hidden: tuple[int, ...] = (512, 1024)
+        self,
+        num_classes: int,
+        capsule_dim: int,
+        image_shape: Sequence[int],
+        hidden: tuple[int, ...] = (512, 1024),
     ) -> None:
         super().__init__()
         C, H, W = _check_image_shape(image_shape)
@@ -53,7 +59,7 @@ class Decoder(nn.Module):
         self.num_classes, self.image_shape = num_classes, (C, H, W)
         widths = [num_classes * capsule_dim, *hidden]
         layers: list[nn.Module] = []
-        for before, after in zip(widths, widths[1:], strict=False):
+        for before, after in itertools.pairwise(widths):
             layers += [nn.Linear(before, after), nn.ReLU()]
         self.layers = nn.Sequential(*layers, nn.Linear(widths[-1], math.prod(self.image_shape)), nn.Sigmoid())
 
@@ -100,7 +106,7 @@ class CapsNet(nn.Module):
 
     def __init__(
         self,
-        image_shape: tuple[int, int, int],
+        image_shape: Sequence[int],
         num_classes: int,
         *,
         stem_channels: int = 256,
@@ -116,6 +122,7 @@ class CapsNet(nn.Module):
         super().__init__()
         self.image_shape = C, H, W = _check_image_shape(image_shape)
         require_positive(num_classes=num_classes, stem_channels=stem_channels, kernel_size=kernel_size)
+        require_positive(primary_stride=primary_stride)
         smallest = 2 * kernel_size - 1
         if min(H, W) < smallest:
             raise ValueError(
@@ -198,7 +205,7 @@ class CapsNet(nn.Module):
         return self.decoder(poses, length(poses).argmax(1) if labels is None else labels)
 
 
-def _check_image_shape(image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+def _check_image_shape(image_shape: Sequence[int]) -> tuple[int, int, int]:
     if not isinstance(image_shape, (tuple, list, torch.Size)) or len(image_shape) != 3:
         raise ValueError(f"image_shape must be (C, H, W), got {image_shape!r}")
     C, H, W = image_shape

@@ -161,7 +161,9 @@ def test_extension_knows_no_particular_torch():
     """One abi3 file for every torch from 2.10: it may use C symbols of the stable ABI only, none of torch's C++."""
     (library,) = (ROOT / "fastcaps").glob("_C*.so")
     assert library.name == "_C.abi3.so"
-    symbols = subprocess.run(["nm", "-D", "--undefined-only", "-C", library], capture_output=True, text=True, check=True)
+    symbols = subprocess.run(
+        ["nm", "-D", "--undefined-only", "-C", library], capture_output=True, text=True, check=True
+    )
     foreign = [line.split()[-1] for line in symbols.stdout.splitlines() if "at::" in line or "c10::" in line]
     assert not foreign
     assert "aoti_torch" in symbols.stdout

@@ -293,7 +293,9 @@ def test_weight_shared_over_outputs_alone_makes_them_equal(implementation):
     backend, device = implementation
     inputs = small_inputs(device)
     weight = inputs["weight"][:, :1]
-    out = dynamic_routing(inputs["poses"], weight, prior=torch.zeros(4, dtype=torch.float64, device=device), backend=backend)
+    out = dynamic_routing(
+        inputs["poses"], weight, prior=torch.zeros(4, dtype=torch.float64, device=device), backend=backend
+    )
     assert out.shape == (3, 4, 2)
     torch.testing.assert_close(out, out[:, :1].expand_as(out))
     assert dynamic_routing(inputs["poses"], weight, backend=backend).shape == (3, 1, 2)
@@ -343,7 +345,9 @@ def test_a_sample_does_not_depend_on_its_batch(implementation):
         torch.testing.assert_close(out[b : b + 1], alone)
 
 
-@pytest.mark.parametrize("frozen", [["weight", "prior", "bias"], ["poses"], ["poses", "weight"], ["poses", "bias"]], ids=str)
+@pytest.mark.parametrize(
+    "frozen", [["weight", "prior", "bias"], ["poses"], ["poses", "weight"], ["poses", "bias"]], ids=str
+)
 def test_frozen_inputs(implementation, frozen):
     backend, device = implementation
     full, part = small_inputs(device, grad=False), {}

@@ -156,7 +156,9 @@ def _check_dynamic_routing(
     if D_in == 0 or 0 in shape[1:]:
         raise ValueError(f"J, D_out and D_in must be at least 1, got weight {shape} and poses {tuple(poses.shape)}")
     if shape[0] not in (1, I):
-        raise ValueError(f"weight must have I = {I} or 1 matrices on axis 0 for poses {tuple(poses.shape)}, got {shape}")
+        raise ValueError(
+            f"weight must have I = {I} or 1 matrices on axis 0 for poses {tuple(poses.shape)}, got {shape}"
+        )
     if shape[3] != D_in:
         raise ValueError(f"weight must have D_in = {D_in} on its last axis, as poses have, got {shape}")
     _check_extras(poses, weight, prior, bias, mask, D_out=shape[2])
@@ -183,7 +185,7 @@ def _check_like(name: str, value: Tensor, poses: Tensor) -> None:
     if value.device != poses.device:
         raise ValueError(f"{name} must be on the device of the poses or votes, {poses.device}, got {value.device}")
     # Under autocast the poses change their dtype; a prior or bias may stay float32.
-    amp = name in ("prior", "bias") and value.dtype == torch.float32 and torch.is_autocast_enabled(poses.device.type)
+    amp = name in ("prior", "bias") and value.dtype == torch.float32 and _autocast_is_on(poses.device.type)
     if value.dtype != poses.dtype and not amp:
         raise TypeError(f"{name} must have the dtype of the poses or votes, {poses.dtype}, got {value.dtype}")
 
@@ -222,10 +224,14 @@ def _check_extras(
             raise ValueError(f"mask must be on the device of the poses or votes, {poses.device}, got {mask.device}")
 
 
+def _autocast_is_on(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
 def _autocast(tensor: Tensor) -> Tensor:
     """What autocast does to the inputs of a matrix product; like it, leaves float64 alone."""
     kind = tensor.device.type
-    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+    if tensor.dtype == torch.float64 or not _autocast_is_on(kind):
         return tensor
     return tensor.to(torch.get_autocast_dtype(kind))
 
@@ -245,7 +251,7 @@ def _route(
     backend: str | None,
 ) -> Tensor:
     kind = poses.device.type
-    if torch.is_autocast_enabled(kind):  # everything inside is float32 at least
+    if _autocast_is_on(kind):  # everything inside is float32 at least
         with torch.autocast(kind, enabled=False):
             return _route(poses, weight, prior, bias, num_iterations, leaky, detach, eps, backend)
     chosen = _backend.choose_backend(backend, poses.device)
@@ -271,7 +277,7 @@ class _DynamicRouting(torch.autograd.Function):
     """Connects the forward and backward ops; knows no layout but contiguous."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         poses: Tensor,
         weight: Tensor | None,
         prior: Tensor | None,
@@ -281,9 +287,7 @@ class _DynamicRouting(torch.autograd.Function):
         detach: bool,
         eps: float,
     ) -> tuple[Tensor, Tensor]:
-        return torch.ops.fastcaps.native_dynamic_routing_forward(
-            poses, weight, prior, bias, num_iterations, leaky, eps
-        )
+        return torch.ops.fastcaps.native_dynamic_routing_forward(poses, weight, prior, bias, num_iterations, leaky, eps)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -292,7 +296,7 @@ class _DynamicRouting(torch.autograd.Function):
         ctx.num_iterations, ctx.leaky, ctx.detach, ctx.eps = inputs[4:]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, sums = ctx.saved_tensors
         needed = list(ctx.needs_input_grad[:4])
         needed[2] = needed[2] and not ctx.detach  # constant coupling: nothing reaches the prior
@@ -304,9 +308,7 @@ class _DynamicRouting(torch.autograd.Function):
         return *(g if need else None for g, need in zip(grads, needed, strict=True)), None, None, None, None
 
     @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[int | None, ...], *args: Any
-    ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
         """Fold the mapped axis into the batch, which gives every sample its own poses and prior, but no weight."""
         poses, weight, prior, bias, *options = args
         if in_dims[1] is not None or in_dims[3] is not None:
@@ -348,9 +350,9 @@ def _differentiable_backward(
             eps=ctx.eps,
         )
 
-    _, vjp = torch.func.vjp(reference, *(inputs[n] for n in wanted))
-    for n, g in zip(wanted, vjp(grad), strict=True):
-        grads[n] = g
+    vjp = torch.func.vjp(reference, *(inputs[n] for n in wanted))[1]
+    for n, gradient in zip(wanted, vjp(grad), strict=True):
+        grads[n] = gradient
     return grads
 
 
@@ -423,9 +425,9 @@ def _backward_cpu(
             detach=detach,
             eps=eps,
         )
-        for n, (total, g) in enumerate(zip(grads, part, strict=True)):
-            if needed[n] and g is not None:
-                (total[rows] if n == 0 or (n == 2 and per_sample) else total).add_(g)
+        for n, (total, gradient) in enumerate(zip(grads, part, strict=True)):
+            if needed[n] and gradient is not None:
+                (total[rows] if n == 0 or (n == 2 and per_sample) else total).add_(gradient)
     return grads
 
 

@@ -1,5 +1,6 @@
 """routing_trace(): what routing did, iteration by iteration. Plain PyTorch, no gradient, a few samples at a time."""
 
+import contextlib
 from dataclasses import dataclass
 
 import torch
@@ -73,7 +74,8 @@ def routing_trace(
     compute = compute_dtype(poses.dtype)
     poses, weight = poses.to(compute), weight.to(compute)
     prior, bias = (x if x is None else x.to(compute) for x in (prior, bias))
-    with torch.autocast(poses.device.type, enabled=False):
+    kind = poses.device.type
+    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext():
         return _trace(poses, weight, num_iterations, prior, bias, leaky, eps)
 
 

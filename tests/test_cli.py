@@ -1,0 +1,83 @@
+"""The command line, the demo, the digits and the timing."""
+
+import pytest
+import torch
+
+from fastcaps import cli, timing
+from fastcaps.data import digits
+
+
+def test_info_names_versions_and_reasons(capsys):
+    assert cli.main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert f"torch      {torch.__version__.split('+')[0]}" in out
+    assert "native     on cpu   can run" in out
+    assert "triton     on cpu   fastcaps 0.1 has no Triton kernels yet" in out
+    assert "reference  on cpu   can run" in out
+
+
+def test_selftest_prints_every_backend(capsys):
+    assert cli.main(["selftest"]) == 0
+    out = capsys.readouterr().out
+    assert "native     cpu   float32" in out
+    assert "reference  cpu   bfloat16" in out
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["nothing"], ["demo", "--epochs", "0"], ["demo", "--epochs", "many"]], ids=str
+)
+def test_bad_arguments_end_with_usage(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+    assert "usage: fastcaps" in capsys.readouterr().err
+
+
+def test_demo_in_small(tmp_path, capsys):
+    """One epoch: the error is far below chance (90 %), and the pictures are there."""
+    assert cli.main(["demo", "--out", str(tmp_path / "pictures"), "--epochs", "1", "--rounds", "0"]) == 0
+    out = capsys.readouterr().out
+    error = float(out.split("test error ")[-1].split(" %")[0])
+    assert error < 60
+    for name in ("training", "reconstructions", "coupling", "perturbations"):
+        header = (tmp_path / "pictures" / f"{name}.png").read_bytes()[:8]
+        assert header == b"\x89PNG\r\n\x1a\n"
+
+
+def test_digits():
+    data = digits()
+    assert data.train_images.shape == (1438, 1, 8, 8)
+    assert data.test_images.shape == (359, 1, 8, 8)
+    assert data.train_images.min() == 0
+    assert data.train_images.max() == 1
+    assert set(data.test_labels.tolist()) == set(range(data.num_classes))
+    again = digits()
+    assert torch.equal(data.test_images, again.test_images)
+    everything = torch.cat([data.train_images, data.test_images]).flatten(1)
+    assert len(everything.unique(dim=0)) == 1797  # no test digit is among the training digits
+
+
+def test_contestants_agree():
+    timings = timing.compare((11, 9, 3, 4, 5), rounds=1, names=["einsum", "einsum, chunks of 8", "fastcaps"])
+    assert [t.name for t in timings] == ["einsum", "einsum, chunks of 8", "fastcaps"]
+    for t in timings:
+        assert len(t.forward) == len(t.training) == 1
+        assert t.error < 1e-5
+        assert t.gradient_error < 1e-4
+
+
+def test_a_wrong_contestant_is_not_timed(monkeypatch):
+    def wrong(num_iterations, backend=None):
+        steps = right(num_iterations, backend)
+        return {**steps, "fastcaps": lambda x, w, g: 1.01 * steps["fastcaps"](x, w, g)}
+
+    right = timing.contestants
+    monkeypatch.setattr(timing, "contestants", wrong)
+    refused, admitted = timing.compare((4, 6, 3, 4, 8), rounds=1, names=["einsum", "fastcaps"])[::-1]
+    assert refused.forward is None
+    assert refused.error == pytest.approx(0.01, rel=0.01)
+    assert len(admitted.forward) == 1
+
+
+def test_median_and_percentile():
+    assert timing.median_and_p20([5.0, 1.0, 2.0, 4.0, 3.0]) == (3.0, 2.0)
