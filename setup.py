@@ -4,9 +4,16 @@ import platform
 import shutil
 import sys
 
+import setuptools
 from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+
+if int(setuptools.__version__.split(".")[0]) < 77:  # without build isolation nobody else checks it
+    sys.exit(
+        f"fastcaps needs setuptools 77 or later to build, found {setuptools.__version__}: pip install -U setuptools"
+    )
+
+from setuptools.command.bdist_wheel import bdist_wheel
 
 
 def note(message):

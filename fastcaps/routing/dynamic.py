@@ -225,7 +225,7 @@ def _check_extras(
 
 
 def _autocast_is_on(kind: str) -> bool:
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return kind != "meta" and torch.is_autocast_enabled(kind)  # there is no autocast for meta tensors to ask about
 
 
 def _autocast(tensor: Tensor) -> Tensor:

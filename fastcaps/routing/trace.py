@@ -75,7 +75,7 @@ def routing_trace(
     poses, weight = poses.to(compute), weight.to(compute)
     prior, bias = (x if x is None else x.to(compute) for x in (prior, bias))
     kind = poses.device.type
-    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext():
+    with torch.autocast(kind, enabled=False) if kind != "meta" else contextlib.nullcontext():
         return _trace(poses, weight, num_iterations, prior, bias, leaky, eps)
 
 
