@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fastcaps.data import Dataset, digits
 from fastcaps.models import CapsNet
-from fastcaps.routing import routing_trace
-from fastcaps.timing import Timing, compare, median_and_p20
+from fastcaps.routing import dynamic_routing, routing_trace
+from fastcaps.timing import Timing, compare, einsum_routing, median_and_p20, saved_bytes
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -62,6 +62,9 @@ def run(out: Path, *, epochs: int, rounds: int) -> None:
         B, I, J, D_in, D_out = PAPER
         console.print(f"timing the paper's layer: B={B}, {I} -> {J} capsules, {D_in} -> {D_out}, 3 iterations, float32")
         print_timings(compare(PAPER, rounds=rounds), console)
+        poses, weight = torch.randn(B, I, D_in, requires_grad=True), torch.randn(I, J, D_out, D_in, requires_grad=True)
+        kept = [saved_bytes(f, poses, weight) / 1e6 for f in (lambda x, w: einsum_routing(x, w, 3), dynamic_routing)]
+        console.print(f"kept for the backward beside the inputs: einsum {kept[0]:.1f} MB, fastcaps {kept[1]:.2f} MB")
 
 
 def train(network: CapsNet, data: Dataset, epochs: int, console: Console) -> tuple[list[float], list[float]]:

@@ -150,6 +150,28 @@ def compare(
     return list(timings.values())
 
 
+def saved_bytes(routing: Callable[[Tensor, Tensor], Tensor], poses: Tensor, weight: Tensor) -> int:
+    """What autograd keeps between the forward and the backward of ``routing``, beside poses and weight, in bytes.
+
+    Args:
+        routing: from poses and weight to output poses, once through.
+        poses: ``[B, I, D_in]``, requiring a gradient.
+        weight: ``[I, J, D_out, D_in]``, requiring a gradient.
+    """
+    storages: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        out = routing(poses, weight)
+    for x in (poses, weight):
+        storages.pop(x.untyped_storage().data_ptr(), None)
+    del out  # until here, so that no address was used twice
+    return sum(storages.values())
+
+
 def _reset_peak(device: str) -> int:
     if device != "cuda":
         return 0

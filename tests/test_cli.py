@@ -1,10 +1,19 @@
 """The command line, the demo, the digits and the timing."""
 
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from fastcaps import cli, timing
 from fastcaps.data import digits
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_info_names_versions_and_reasons(capsys):
@@ -81,3 +90,34 @@ def test_a_wrong_contestant_is_not_timed(monkeypatch):
 
 def test_median_and_percentile():
     assert timing.median_and_p20([5.0, 1.0, 2.0, 4.0, 3.0]) == (3.0, 2.0)
+
+
+def run_probe(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "benchmarks/gpu_probe.py", *arguments],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+
+
+def test_gpu_probe_writes_its_file_and_refuses_to_speak_without_a_gpu(tmp_path):
+    out = tmp_path / "probe.json"
+    result = run_probe("--device", "cpu", "--only", "machine", "--out", str(out))
+    assert result.returncode == 0, result.stderr
+    assert json.loads(out.read_text())["cases"]["machine"]["torch"] == torch.__version__
+    assert run_probe("--device", "cpu", "--only", "nothing").returncode == 2
+    if not torch.cuda.is_available():
+        result = run_probe()
+        assert result.returncode == 1
+        assert "no CUDA device here; nothing was measured" in result.stderr
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc: the probe's kernels are not compiled")
+def test_gpu_probe_kernels_compile(tmp_path):
+    for arch in ("sm_80", "sm_90", "sm_100"):
+        command = ["nvcc", f"-arch={arch}", "-cubin", "-Werror", "all-warnings", "-Xptxas", "-v", "-o"]
+        built = subprocess.run(
+            [*command, str(tmp_path / "probe.cubin"), str(ROOT / "benchmarks" / "gpu_probe.cu")],
+            capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+        assert built.returncode == 0, built.stderr
+        assert "0 bytes spill stores" in built.stderr

@@ -18,6 +18,7 @@ from fastcaps.routing.dynamic_reference import (
     output_capsules,
     transform,
 )
+from fastcaps.timing import saved_bytes
 
 CASES = pairwise_cases()
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -598,3 +599,19 @@ def test_op_refuses_wrong_sizes_instead_of_reading_past_a_tensor():
             op(*arguments, 3, False, 0.0)
     with pytest.raises(RuntimeError, match="num_iterations"):
         op(x["poses"], x["weight"], None, None, 0, False, 0.0)
+
+
+# ------------------------------------------------------------------------------------------------------------- memory
+
+
+def test_only_the_inputs_and_the_sums_are_saved():
+    """The memory contract between forward and backward: T x B x J x D_out numbers beside the inputs, and no votes."""
+    B, I, J, D_in, D_out, T = 16, 200, 10, 8, 16, 3
+    poses = torch.randn(B, I, D_in, requires_grad=True)
+    weight = torch.randn(I, J, D_out, D_in, requires_grad=True)
+    saved = {
+        backend: saved_bytes(lambda x, w, b=backend: dynamic_routing(x, w, num_iterations=T, backend=b), poses, weight)
+        for backend in ("native", "reference")
+    }
+    assert saved["native"] == 4 * T * B * J * D_out
+    assert saved["reference"] > 4 * B * I * J * D_out  # the votes: the measure sees what it should
