@@ -281,3 +281,9 @@ def backend_op(backend: str) -> Callable[..., Tensor]:
         return call(**arguments, backend=backend)
 
     return op
+
+
+def small_inputs(device: str = "cpu", dtype: torch.dtype = torch.float64, grad: bool = True) -> dict[str, Tensor]:
+    """poses, weight, prior and bias of B=3, I=5, J=4, D_in=3, D_out=2."""
+    shapes = {"poses": (3, 5, 3), "weight": (5, 4, 2, 3), "prior": (3, 5, 4), "bias": (4, 2)}
+    return {n: (2 * torch.randn(s, dtype=dtype)).to(device).requires_grad_(grad) for n, s in shapes.items()}

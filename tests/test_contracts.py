@@ -1,0 +1,314 @@
+"""What dynamic_routing and route_votes keep to beside their numbers, on every backend and device."""
+
+import threading
+
+import pytest
+import torch
+from numerics import Case, backend_op, make_inputs, run, small_inputs
+from torch import Tensor
+
+from fastcaps.routing import dynamic_routing, route_votes
+from fastcaps.timing import saved_bytes
+
+
+@pytest.mark.parametrize("threads", [1, 2, 7, 8])
+def test_bitwise_equal_repeats(implementation, threads):
+    backend, device = implementation
+    case = Case(sizes=(19, 40, 7, 8, 12), prior="BIJ", bias="J")
+    inputs = make_inputs(case, torch.float32)
+    before = torch.get_num_threads()
+    first = run(backend_op(backend), case, inputs, torch.float32, device)
+    try:
+        torch.set_num_threads(threads if backend != "reference" else before)  # a BLAS may change its order with threads
+        again = run(backend_op(backend), case, inputs, torch.float32, device)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(first["output"], again["output"])
+    if threads == before or backend == "reference":
+        assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_a_sample_does_not_depend_on_its_batch(implementation):
+    backend, device = implementation
+    inputs = small_inputs(device)
+    out = dynamic_routing(**inputs, backend=backend)
+    for b in range(3):
+        alone = dynamic_routing(
+            inputs["poses"][b : b + 1],
+            inputs["weight"],
+            prior=inputs["prior"][b : b + 1],
+            bias=inputs["bias"],
+            backend=backend,
+        )
+        torch.testing.assert_close(out[b : b + 1], alone)
+
+
+@pytest.mark.parametrize(
+    "frozen", [["weight", "prior", "bias"], ["poses"], ["poses", "weight"], ["poses", "bias"]], ids=str
+)
+def test_frozen_inputs(implementation, frozen):
+    backend, device = implementation
+    full, part = small_inputs(device, grad=False), {}
+    full = {name: x.requires_grad_() for name, x in full.items()}
+    part = {name: x.detach().clone().requires_grad_(name not in frozen) for name, x in full.items()}
+    dynamic_routing(**full, backend=backend).sum().backward()
+    dynamic_routing(**part, backend=backend).sum().backward()
+    for name in full:
+        if name in frozen:
+            assert part[name].grad is None
+        else:
+            assert torch.equal(part[name].grad, full[name].grad)
+
+
+def test_retain_graph(implementation):
+    backend, device = implementation
+    inputs = small_inputs(device)
+    out = dynamic_routing(**inputs, backend=backend).sum()
+    first = torch.autograd.grad(out, list(inputs.values()), retain_graph=True)
+    second = torch.autograd.grad(out, list(inputs.values()))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_activation_checkpointing(implementation):
+    backend, device = implementation
+    inputs = small_inputs(device)
+
+    def op(poses: Tensor) -> Tensor:
+        return dynamic_routing(poses, inputs["weight"], backend=backend)
+
+    expected = torch.autograd.grad(op(inputs["poses"]).sum(), inputs["poses"])
+    out = torch.utils.checkpoint.checkpoint(op, inputs["poses"], use_reentrant=False)
+    assert torch.equal(torch.autograd.grad(out.sum(), inputs["poses"])[0], expected[0])
+
+
+def test_inference_mode_saves_nothing(implementation):
+    backend, device = implementation
+    inputs = small_inputs(device)
+    with torch.inference_mode():
+        out = dynamic_routing(**inputs, backend=backend)
+    assert out.is_inference()
+    with torch.no_grad():
+        assert dynamic_routing(**inputs, backend=backend).grad_fn is None
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x), torch.no_grad():
+        dynamic_routing(**inputs, backend=backend)
+    assert not saved
+
+
+def test_editing_a_saved_input_raises(implementation):
+    backend, device = implementation
+    for name in ("poses", "weight"):
+        inputs = small_inputs(device)
+        inner = {n: x * 1.0 for n, x in inputs.items()}
+        out = dynamic_routing(**inner, backend=backend)
+        with torch.no_grad():
+            inner[name].add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.sum().backward()
+
+
+def test_threads(implementation):
+    backend, device = implementation
+    inputs = small_inputs(device, grad=False)
+    expected = dynamic_routing(**inputs, backend=backend)
+    results: list[Tensor] = []
+
+    def work() -> None:
+        for _ in range(20):
+            x = {name: value.clone().requires_grad_() for name, value in inputs.items()}
+            out = dynamic_routing(**x, backend=backend)
+            out.sum().backward()
+            results.append(out.detach())
+
+    workers = [threading.Thread(target=work) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert len(results) == 80
+    assert all(torch.equal(result, expected) for result in results)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(implementation, dtype):
+    backend, device = implementation
+    inputs = small_inputs(device, torch.float32)
+    with torch.autocast(device, dtype):
+        out = dynamic_routing(**inputs, backend=backend)
+        votes = route_votes(torch.randn(2, 5, 3, 4, device=device), backend=backend)
+    out.float().sum().backward()
+    assert out.dtype == votes.dtype == dtype
+    assert inputs["poses"].grad.dtype == torch.float32
+    # Poses and weight are rounded, the prior and the bias are not, and nothing inside is.
+    rounded = {n: x.detach().to(dtype).float() if n in ("poses", "weight") else x.detach() for n, x in inputs.items()}
+    expected = dynamic_routing(**rounded, backend=backend).to(dtype)
+    assert torch.equal(out, expected)
+    double = small_inputs(device, torch.float64, grad=False)
+    with torch.autocast(device, dtype):
+        assert dynamic_routing(**double, backend=backend).dtype == torch.float64
+
+
+def test_vmap_folds_into_the_batch(implementation):
+    backend, device = implementation
+    inputs = small_inputs(device, grad=False)
+    stacked = torch.randn(4, 3, 5, 3, dtype=torch.float64, device=device)
+    priors = torch.randn(5, 4, 4, dtype=torch.float64, device=device)  # mapped axis 1: [I, N, J]
+
+    def op(poses: Tensor, prior: Tensor) -> Tensor:
+        return dynamic_routing(poses, inputs["weight"], prior=prior, bias=inputs["bias"], backend=backend)
+
+    result = torch.func.vmap(op, in_dims=(0, 1))(stacked, priors)
+    expected = torch.stack([op(stacked[n], priors[:, n]) for n in range(4)])
+    torch.testing.assert_close(result, expected)
+    result = torch.func.vmap(op, in_dims=(0, None))(stacked, inputs["prior"])
+    torch.testing.assert_close(result, torch.stack([op(poses, inputs["prior"]) for poses in stacked]))
+    result = torch.func.vmap(op, in_dims=(None, 1))(inputs["poses"], priors)
+    torch.testing.assert_close(result, torch.stack([op(inputs["poses"], priors[:, n]) for n in range(4)]))
+    masks = torch.rand(4, 3, 5, device=device) < 0.5
+    masked = lambda poses, mask: dynamic_routing(poses, inputs["weight"], mask=mask, backend=backend)  # noqa: E731
+    result = torch.func.vmap(masked)(stacked, masks)
+    torch.testing.assert_close(result, torch.stack([masked(stacked[n], masks[n]) for n in range(4)]))
+
+
+def test_functional_gradients(implementation):
+    backend, device = implementation
+    inputs = small_inputs(device, grad=False)
+    stacked = torch.randn(4, 3, 5, 3, dtype=torch.float64, device=device)
+
+    def loss(weight: Tensor, poses: Tensor, backend: str = backend) -> Tensor:
+        return dynamic_routing(poses, weight, backend=backend).sin().sum()
+
+    per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(inputs["weight"], stacked)
+    for n in range(4):
+        expected = torch.func.grad(lambda w, n=n: loss(w, stacked[n], "reference"))(inputs["weight"])
+        torch.testing.assert_close(per_sample[n], expected)
+    total = torch.func.grad(lambda w: torch.func.vmap(lambda x: loss(w, x))(stacked).sum())(inputs["weight"])
+    torch.testing.assert_close(total, per_sample.sum(0))
+
+
+def test_vmap_over_the_weight_is_refused_with_the_cure(implementation):
+    backend, device = implementation
+    inputs = small_inputs(device, grad=False)
+    weights = torch.stack([inputs["weight"]] * 2)
+    op = torch.func.vmap(lambda w: dynamic_routing(inputs["poses"], w, backend=backend))
+    if backend == "reference":
+        assert op(weights).shape == (2, 3, 4, 2)
+        return
+    with pytest.raises(NotImplementedError, match="backend='reference'"):
+        op(weights)
+
+
+# ---------------------------------------------------------------------------------------------------------- compile
+
+
+def _compare_compiled(compiled, backend: str, device: str, B: int) -> None:
+    torch.manual_seed(B)
+    like = {"dtype": torch.float64, "device": device}
+    leaves = small_inputs(device, grad=False)
+    leaves |= {"poses": torch.randn(B, 5, 3, **like), "prior": torch.randn(B, 5, 4, **like)}
+    leaves = {name: x.requires_grad_() for name, x in leaves.items()}
+    mask = torch.rand(B, 5, device=device) < 0.8
+    results = []
+    for op in (compiled, backend_op(backend)):
+        out = op(**leaves, mask=mask, leaky=True)
+        grads = torch.autograd.grad(out.sin().sum(), list(leaves.values()))
+        results.append([out.detach(), *grads])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compile(implementation, compiler):
+    backend, device = implementation
+    compiled = torch.compile(backend_op(backend), fullgraph=True, backend=compiler, dynamic=False)
+    _compare_compiled(compiled, backend, device, 3)
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compile_with_a_dynamic_batch_compiles_once(implementation, compiler):
+    backend, device = implementation
+    compiled = torch.compile(backend_op(backend), fullgraph=True, backend=compiler, dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for B in (11, 13, 17):  # no size of another axis, or Dynamo takes the two for one
+            _compare_compiled(compiled, backend, device, B)
+
+
+def test_compile_route_votes(implementation):
+    backend, device = implementation
+    compiled = torch.compile(route_votes, fullgraph=True, backend="aot_eager")
+    votes = torch.randn(3, 5, 4, 2, device=device, requires_grad=True)
+    out = compiled(votes, backend=backend, detach=True)
+    expected = route_votes(votes, backend=backend, detach=True)
+    torch.testing.assert_close(out, expected)
+    for a, b in zip(torch.autograd.grad(out.sum(), votes), torch.autograd.grad(expected.sum(), votes), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_compile_under_autocast(implementation):
+    backend, device = implementation
+    inputs = small_inputs(device, torch.float32, grad=False)
+
+    def op(**x: Tensor) -> Tensor:
+        with torch.autocast(device, torch.bfloat16):
+            return dynamic_routing(**x, backend=backend)
+
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(**inputs), op(**inputs))
+
+
+# --------------------------------------------------------------------------------------------------------------- op
+
+
+@pytest.mark.parametrize("given", ["weight", "votes", "prior and bias"])
+def test_opcheck(given):
+    from fastcaps.routing.backend import EXTENSION_BUILD
+
+    assert EXTENSION_BUILD is not None
+    x = small_inputs(grad=False)
+    poses, weight, prior, bias = x["poses"], x["weight"], None, None
+    if given == "votes":
+        poses, weight = torch.randn(3, 5, 4, 2, dtype=torch.float64), None
+    if given == "prior and bias":
+        prior, bias = x["prior"], x["bias"]
+    forward = (poses, weight, prior, bias, 3, False, 0.0)
+    torch.library.opcheck(torch.ops.fastcaps.native_dynamic_routing_forward, forward)
+    out, sums = torch.ops.fastcaps.native_dynamic_routing_forward(*forward)
+    for needed in ([True] * 4, [True, False, False, True], [False, True, True, False]):
+        backward = (out, poses, weight, prior, bias, sums, False, False, 0.0, *needed)
+        torch.library.opcheck(torch.ops.fastcaps.native_dynamic_routing_backward, backward)
+
+
+def test_op_refuses_wrong_sizes_instead_of_reading_past_a_tensor():
+    x = small_inputs(grad=False)
+    op = torch.ops.fastcaps.native_dynamic_routing_forward
+    bad = [
+        (x["poses"], x["weight"][:3], None, None),
+        (x["poses"], x["weight"][..., :2], None, None),
+        (x["poses"], x["weight"].float(), None, None),
+        (x["poses"], x["weight"][:, :2], x["prior"], None),
+        (x["poses"], x["weight"], x["prior"][:2], None),
+        (x["poses"], x["weight"], None, x["bias"][:, :1]),
+        (x["poses"], None, None, None),
+        (x["poses"].half(), x["weight"].half(), None, None),
+    ]
+    for arguments in bad:
+        with pytest.raises(RuntimeError, match="native_dynamic_routing_forward"):
+            op(*arguments, 3, False, 0.0)
+    with pytest.raises(RuntimeError, match="num_iterations"):
+        op(x["poses"], x["weight"], None, None, 0, False, 0.0)
+
+
+# ------------------------------------------------------------------------------------------------------------- memory
+
+
+def test_only_the_inputs_and_the_sums_are_saved():
+    """The memory contract between forward and backward: T x B x J x D_out numbers beside the inputs, and no votes."""
+    B, I, J, D_in, D_out, T = 16, 200, 10, 8, 16, 3
+    poses = torch.randn(B, I, D_in, requires_grad=True)
+    weight = torch.randn(I, J, D_out, D_in, requires_grad=True)
+    saved = {
+        backend: saved_bytes(lambda x, w, b=backend: dynamic_routing(x, w, num_iterations=T, backend=b), poses, weight)
+        for backend in ("native", "reference")
+    }
+    assert saved["native"] == 4 * T * B * J * D_out
+    assert saved["reference"] > 4 * B * I * J * D_out  # the votes: the measure sees what it should
