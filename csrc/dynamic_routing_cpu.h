@@ -33,7 +33,7 @@ template <class Real>
 void squash(const Real* s, Real* v, int64_t D_out, int64_t step, Real eps) {
   Real n2 = 0;
   for (int64_t d = 0; d < D_out; ++d) n2 += s[d * step] * s[d * step];
-  const Real scale = eps > 0 ? n2 / ((1 + n2) * std::sqrt(n2 + eps)) : std::sqrt(n2) / (1 + n2);
+  const Real scale = eps > 0 ? n2 / (1 + n2) / std::sqrt(n2 + eps) : std::sqrt(n2) / (1 + n2);
   for (int64_t d = 0; d < D_out; ++d) v[d * step] = s[d * step] * scale;
 }
 

@@ -45,7 +45,7 @@ void launch(const Tensor& poses, const std::optional<Tensor>& weight, const std:
 // Sizes and types are checked here too: a wrong call of the op must raise, not read past a tensor's end.
 std::tuple<Tensor, Tensor> dynamic_routing_forward(Tensor poses, std::optional<Tensor> weight, std::optional<Tensor> prior,
                                                    std::optional<Tensor> bias, int64_t num_iterations, bool leaky,
-                                                   double eps) {
+                                                   bool /*detach: for the derivative only*/, double eps) {
   const ScalarType dtype = poses.scalar_type();
   require(dtype == ScalarType::Float || dtype == ScalarType::Double, "poses must be float32 or float64");
   require(num_iterations >= 1, "num_iterations must be at least 1");
@@ -94,7 +94,7 @@ std::tuple<Tensor, Tensor> dynamic_routing_forward(Tensor poses, std::optional<T
 STABLE_TORCH_LIBRARY(fastcaps, m) {
   m.def(
       "native_dynamic_routing_forward(Tensor poses, Tensor? weight, Tensor? prior, Tensor? bias, int num_iterations, "
-      "bool leaky, float eps) -> (Tensor out, Tensor sums)");
+      "bool leaky, bool detach, float eps) -> (Tensor out, Tensor sums)");
   m.def(
       "native_dynamic_routing_backward(Tensor grad, Tensor poses, Tensor? weight, Tensor? prior, Tensor? bias, "
       "Tensor sums, bool leaky, bool detach, float eps, bool need_poses, bool need_weight, bool need_prior, "

@@ -57,7 +57,10 @@ def demo(out: Path, epochs: int, rounds: int) -> int:
     try:
         from fastcaps.demo import run
     except ModuleNotFoundError as error:
-        print(f"fastcaps demo needs {error.name}: pip install 'fastcaps[train]'", file=sys.stderr)
+        print(
+            f"fastcaps demo needs {error.name}: pip install --no-build-isolation '.[train]' in a checkout of fastcaps",
+            file=sys.stderr,
+        )
         return 1
     run(out, epochs=epochs, rounds=rounds)
     return 0

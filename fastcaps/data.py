@@ -25,7 +25,7 @@ def digits() -> Dataset:
         A :class:`Dataset` with images ``[1438, 1, 8, 8]`` and ``[359, 1, 8, 8]``.
 
     Raises:
-        ModuleNotFoundError: scikit-learn is missing (``pip install fastcaps[train]``).
+        ModuleNotFoundError: scikit-learn is missing (the extra ``train``).
 
     Example:
         >>> digits().train_images.shape
@@ -34,7 +34,7 @@ def digits() -> Dataset:
     try:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("the digits come with scikit-learn: pip install 'fastcaps[train]'") from error
+        raise ModuleNotFoundError("the digits come with scikit-learn: pip install scikit-learn") from error
     bunch = load_digits()
     images = torch.from_numpy(bunch.images).float()[:, None] / 16  # 17 grey levels
     labels = torch.from_numpy(bunch.target).long()

@@ -113,6 +113,9 @@ def print_timings(timings: list[Timing], console: Console) -> None:
             cells += [f"{median:.1f} ({p20:.1f})", f"{fastest / median:.2f}x"]
         table.add_row(*cells, style="bold" if timing.name == "fastcaps" else None)
     console.print(table)
+    for timing in timings:
+        if timing.refused:
+            console.print(f"not timed: {timing.name}: {timing.refused}")
     console.print(
         f"{torch.get_num_threads()} threads. Error: relative, against float64, the worst of output and gradients. "
         "Median and 20th percentile of rounds that take turns. Ratio: speed against the fastest alternative."

@@ -1,5 +1,8 @@
 """The two elementary functions of capsule networks: squash and length."""
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -19,6 +22,14 @@ def _norm(s: Tensor, dim: int) -> Tensor:
     return torch.where(zero, 0.0, torch.sqrt(torch.where(zero, 1.0, n2)))
 
 
+def check_number(name: str, value: Any) -> None:
+    """Raise unless ``value`` is a finite number that is not negative."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a float, got {value!r}")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be finite and not negative, got {value}")
+
+
 def _require_floating(s: Tensor, name: str) -> None:
     if not isinstance(s, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(s).__name__}")
@@ -32,7 +43,8 @@ def squash(s: Tensor, dim: int = -1, eps: float = 0.0) -> Tensor:
     .. math:: v = \frac{n^2}{1 + n^2} \, \frac{s}{n}, \qquad n = |s|
 
     It is computed as ``s * n / (1 + n^2)``, which needs no division by ``n``: value and gradient of a zero vector
-    are exactly 0, never NaN.
+    are exactly 0, never NaN. Lengths may reach 1e10 in float32 (and half types) and 1e70 in float64; far beyond, squares
+    overflow.
 
     Args:
         s: vectors along ``dim``, any shape; floating point. Half types are computed in float32 and rounded once.
@@ -43,7 +55,7 @@ def squash(s: Tensor, dim: int = -1, eps: float = 0.0) -> Tensor:
         A tensor of the shape and dtype of ``s``.
 
     Raises:
-        TypeError: ``s`` is not a floating-point tensor.
+        TypeError: ``s`` is not a floating-point tensor, or ``eps`` is not a number.
         ValueError: ``eps`` is negative or not finite.
 
     Example:
@@ -51,12 +63,11 @@ def squash(s: Tensor, dim: int = -1, eps: float = 0.0) -> Tensor:
         tensor([0.5769, 0.7692])
     """
     _require_floating(s, "s")
-    if not 0.0 <= eps < float("inf"):
-        raise ValueError(f"eps must be finite and not negative, got {eps}")
+    check_number("eps", eps)
     x = s.to(compute_dtype(s.dtype))
     if eps > 0:
         n2 = (x * x).sum(dim, keepdim=True)
-        v = x * (n2 / ((1 + n2) * torch.sqrt(n2 + eps)))
+        v = x * (n2 / (1 + n2) / torch.sqrt(n2 + eps))
     else:
         n = _norm(x, dim)
         v = x * (n / (1 + n * n))

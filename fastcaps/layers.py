@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastcaps.functional import squash
 from fastcaps.routing import dynamic_routing
+from fastcaps.routing.dynamic import check_prior
 
 PRIMARY_LAYOUTS = ("capsule-major", "dimension-major", "flat")
 SHARE_WEIGHT = ("none", "inputs", "both")
@@ -22,6 +23,16 @@ def require_positive(**sizes: Any) -> None:
             raise TypeError(f"{name} must be an int, got {size!r}")
         if size < 1:
             raise ValueError(f"{name} must be at least 1, got {size}")
+
+
+def require_like(name: str, value: Any, wanted: str, parameter: Tensor) -> None:
+    """Raise unless ``value`` is a tensor of the dtype of ``parameter``, or any floating-point one under autocast."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be a floating-point tensor {wanted}, got {got}")
+    amp = not value.is_meta and torch.is_autocast_enabled(value.device.type)
+    if value.dtype != parameter.dtype and not amp:
+        raise TypeError(f"{name} must have the dtype of the parameters, {parameter.dtype}, got {value.dtype}")
 
 
 class PrimaryCapsules(nn.Module):
@@ -59,13 +70,32 @@ class PrimaryCapsules(nn.Module):
     ) -> None:
         super().__init__()
         require_positive(in_channels=in_channels, types=types, dim=dim, kernel_size=kernel_size, stride=stride)
+        if isinstance(padding, bool) or not isinstance(padding, int):
+            raise TypeError(f"padding must be an int, got {padding!r}")
+        if padding < 0:
+            raise ValueError(f"padding must not be negative, got {padding}")
         if layout not in PRIMARY_LAYOUTS:
             raise ValueError(f"layout must be one of {', '.join(map(repr, PRIMARY_LAYOUTS))}, got {layout!r}")
         self.types, self.dim, self.layout = types, dim, layout
         self.conv = nn.Conv2d(in_channels, types * dim, kernel_size, stride, padding)
 
     def forward(self, features: Tensor) -> Tensor:
-        """From feature maps ``[B, in_channels, H, W]`` to squashed poses ``[B, types * H_out * W_out, dim]``."""
+        """From feature maps ``[B, in_channels, H, W]`` to squashed poses ``[B, types * H_out * W_out, dim]``.
+
+        Raises:
+            TypeError: features have another dtype than the parameters (outside autocast).
+            ValueError: the number of channels is wrong, or the map is smaller than the kernel.
+
+        Example:
+            >>> PrimaryCapsules(4, types=2, dim=8, kernel_size=3)(torch.randn(1, 4, 5, 5)).shape
+            torch.Size([1, 18, 8])
+        """
+        require_like("features", features, "[B, C, H, W]", self.conv.weight)
+        C, size, padding = self.conv.in_channels, self.conv.kernel_size[0], self.conv.padding[0]
+        if features.dim() != 4 or features.shape[1] != C:
+            raise ValueError(f"features must be [B, C, H, W] with C = {C}, got {tuple(features.shape)}")
+        if min(features.shape[2:]) + 2 * padding < size:  # type: ignore[operator]
+            raise ValueError(f"features {tuple(features.shape)} are smaller than the kernel, {size}x{size}")
         x = self.conv(features)  # [B, types * dim, H_out, W_out]
         if self.layout == "capsule-major":
             x = x.unflatten(1, (self.types, self.dim)).movedim(2, -1).flatten(1, 3)
@@ -104,7 +134,7 @@ class CapsuleLayer(nn.Module):
         **routing_options: passed to ``routing``: ``leaky``, ``detach``, ``eps``, ``backend``.
 
     Raises:
-        TypeError: a size is not an int.
+        TypeError: a size is not an int, or an option is unknown.
         ValueError: a size is below 1, ``share_weight`` is unknown, or a learned prior meets ``detach=True``, under
             which it would never get a gradient.
 
@@ -139,6 +169,12 @@ class CapsuleLayer(nn.Module):
         )
         if share_weight not in SHARE_WEIGHT:
             raise ValueError(f"share_weight must be one of {', '.join(map(repr, SHARE_WEIGHT))}, got {share_weight!r}")
+        if not callable(routing):
+            raise TypeError(f"routing must be a function, got {routing!r}")
+        if routing is dynamic_routing:
+            unknown = routing_options.keys() - {"leaky", "detach", "eps", "backend"}
+            if unknown:
+                raise TypeError(f"CapsuleLayer has no option {', '.join(sorted(unknown))}")
         if learn_prior and routing_options.get("detach"):
             raise ValueError("learn_prior needs detach=False: with constant coupling the prior gets no gradient")
         self.in_capsules, self.in_dim = in_capsules, in_dim
@@ -189,8 +225,15 @@ class CapsuleLayer(nn.Module):
         Raises:
             TypeError: an argument has the wrong type or dtype.
             ValueError: sizes or devices do not fit.
+
+        Example:
+            >>> layer, mask = CapsuleLayer(6, 4, 3, 8), torch.tensor([[True] * 5 + [False]])
+            >>> layer(torch.randn(1, 6, 4), mask=mask, num_iterations=5).shape
+            torch.Size([1, 3, 8])
         """
         if prior is not None and self.prior is not None:
+            B, I, J = (*poses.shape[:2], self.out_capsules)
+            check_prior(prior, B, I, J)
             prior = prior + self.prior
         given = {"prior": self.prior if prior is None else prior, "bias": self.bias, "mask": mask}
         weight = self.weight.expand(-1, self.out_capsules, -1, -1)  # an output per capsule even where one serves all
@@ -216,8 +259,9 @@ class CapsuleLayer(nn.Module):
         return text + "".join(f", {name}={value!r}" for name, value in self.routing_options.items())
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if prefix + "weights" in state_dict and prefix + "weight" not in state_dict:  # the widely copied layer's name
-            state_dict[prefix + "weight"] = state_dict.pop(prefix + "weights").squeeze(0)
+        copied = state_dict.get(prefix + "weights")  # the widely copied layer's name and shape
+        if isinstance(copied, Tensor) and copied.dim() == 5 and copied.shape[0] == 1:
+            state_dict[prefix + "weight"] = state_dict.pop(prefix + "weights")[0]
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @classmethod
@@ -236,6 +280,7 @@ class CapsuleLayer(nn.Module):
             A new layer.
 
         Raises:
+            TypeError: the weight is no floating-point tensor, or the layout no string.
             ValueError: the layout does not fit the weight, or a size is missing or contradicts it.
 
         Example:
@@ -243,13 +288,18 @@ class CapsuleLayer(nn.Module):
             CapsuleLayer(1152, 8, 10, 16, 3)
         """
         names = {"I": "in_capsules", "J": "out_capsules", "D_in": "in_dim", "D_out": "out_dim"}
+        if not isinstance(weight, Tensor) or not weight.is_floating_point():
+            got = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+            raise TypeError(f"weight must be a floating-point tensor, got {got}")
+        require_positive(**{name: options[name] for name in names.values() if name in options})
         sizes = {axis: options.pop(name) for axis, name in names.items() if name in options}
         canonical = _canonical_weight(weight, layout, sizes)  # fills in what sizes lacks
         missing = [names[axis] for axis in names if axis not in sizes]
         if missing:
             raise ValueError(f"layout {layout!r} does not tell {' and '.join(missing)}: pass it as a keyword")
         share = {(False, False): "none", (True, False): "inputs", (True, True): "both"}
-        shared = ("I" not in layout.replace("D_in", ""), "J" not in layout)
+        axes = layout.replace("(", " ").replace(")", " ").split()
+        shared = ("I" not in axes, "J" not in axes)
         if shared not in share:
             raise ValueError(f"layout {layout!r}: a weight shared over J only is not a CapsuleLayer's")
         options = {"share_weight": share[shared], "device": weight.device, "dtype": weight.dtype, **options}
@@ -262,6 +312,10 @@ class CapsuleLayer(nn.Module):
 def _canonical_weight(weight: Tensor, layout: str, sizes: dict[str, int]) -> Tensor:
     """``weight`` as a view of shape ``[I or 1, J or 1, D_out, D_in]``; adds the sizes it finds to ``sizes``."""
     order = ("I", "J", "D_out", "D_in")
+    if not isinstance(layout, str):
+        raise TypeError(f"layout must be a string, got {layout!r}")
+    if re.sub(r"\([^()]*\)", "", layout).strip("IJD_outin1 "):
+        raise ValueError(f"layout must be made of I, J, D_out, D_in, 1 and pairs of parentheses, got {layout!r}")
     groups = [group.strip("()").split() for group in re.findall(r"\([^()]*\)|[^\s()]+", layout)]
     axes = [axis for group in groups for axis in group if axis != "1"]
     if len(set(axes)) != len(axes) or not {"D_in", "D_out"} <= set(axes) <= set(order):

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastcaps.functional import check_number
+
 REDUCTIONS = ("batchmean", "mean", "sum", "none")
 
 
@@ -33,13 +35,17 @@ def _check_lengths(lengths: Tensor) -> None:
 
 
 def check_labels(labels: Tensor, B: int, J: int) -> None:
-    """Raise unless ``labels`` are B class indices below J. Values are not read inside torch.compile or a CUDA graph."""
+    """Raise unless ``labels`` are B class indices below J.
+
+    Values cannot be read, and are not checked, inside torch.compile, torch.func, a CUDA graph, or on the meta device.
+    """
     if not isinstance(labels, Tensor) or labels.dtype not in (torch.int64, torch.int32, torch.uint8):
         got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
         raise TypeError(f"labels must be an int64, int32 or uint8 tensor [B], got {got}")
     if labels.shape != (B,):
         raise ValueError(f"labels must be [B] = [{B}], got {tuple(labels.shape)}")
-    if torch.compiler.is_compiling() or (labels.is_cuda and torch.cuda.is_current_stream_capturing()):
+    unread = labels.is_meta or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if unread or (labels.is_cuda and torch.cuda.is_current_stream_capturing()):
         return
     if B and not bool(((labels >= 0) & (labels < J)).all()):
         raise ValueError(f"labels must lie in 0 .. {J - 1}, got {labels.min().item()} .. {labels.max().item()}")
@@ -128,19 +134,20 @@ def focal_margin_loss(
         A scalar, or ``[B, J]`` for ``"none"``; dtype of ``lengths``.
 
     Raises:
-        TypeError: as :func:`margin_loss`.
-        ValueError: as :func:`margin_loss`, or ``gamma`` is negative.
+        TypeError: as :func:`margin_loss`, or ``gamma`` is not a number.
+        ValueError: as :func:`margin_loss`, or ``gamma`` is negative or not finite.
 
     Example:
         >>> focal_margin_loss(torch.tensor([[0.5, 0.1]]), torch.tensor([0]), gamma=1.0)  # 0.5 * 0.4^2
         tensor(0.0800)
     """
-    if not gamma >= 0:
-        raise ValueError(f"gamma must not be negative, got {gamma}")
+    check_number("gamma", gamma)
     terms = margin_loss(lengths, labels, m_plus=m_plus, m_minus=m_minus, down_weight=down_weight, reduction="none")
     present = _targets(lengths, labels)
     error = present * (1 - lengths) + (1 - present) * lengths
-    return _reduce(error.clamp(min=0) ** gamma * terms, reduction)
+    # Where the error is 0 the term is 0 too; a power below 1 would have an infinite slope there.
+    factor = torch.where(error > 0, error, 1.0) ** gamma
+    return _reduce(factor * terms, reduction)
 
 
 def spread_loss(lengths: Tensor, labels: Tensor, *, margin: float = 0.9, reduction: str = "batchmean") -> Tensor:
@@ -216,12 +223,19 @@ def reconstruction_loss(
         A scalar, or the shape of ``images`` for ``"none"``.
 
     Raises:
+        TypeError: an argument is not a floating-point tensor.
         ValueError: shapes differ, or the reduction is unknown.
 
     Example:
         >>> reconstruction_loss(torch.zeros(2, 1, 28, 28), torch.ones(2, 1, 28, 28))  # 0.0005 * 784
         tensor(0.3920)
     """
+    for name, value in (("reconstruction", reconstruction), ("images", images)):
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"{name} must be a floating-point tensor [B, C, H, W], got {got}")
+        if value.dim() < 1:
+            raise ValueError(f"{name} must be [B, ...], got a scalar")
     if reconstruction.shape != images.shape:
         raise ValueError(
             f"reconstruction must have the shape of images, {tuple(images.shape)}, got {tuple(reconstruction.shape)}"

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastcaps.functional import length
-from fastcaps.layers import CapsuleLayer, PrimaryCapsules, require_positive
+from fastcaps.layers import CapsuleLayer, PrimaryCapsules, require_like, require_positive
 from fastcaps.losses import check_labels, margin_loss, one_hot, reconstruction_loss
 
 
@@ -26,6 +26,10 @@ class CapsNetOutput(NamedTuple):
     lengths: Tensor
     poses: Tensor
     reconstruction: Tensor | None
+
+
+# Without a name of its own an exported network cannot be saved.
+torch.utils._pytree._register_namedtuple(CapsNetOutput, serialized_type_name="fastcaps.models.CapsNetOutput")
 
 
 class Decoder(nn.Module):
@@ -56,20 +60,41 @@ class Decoder(nn.Module):
         super().__init__()
         C, H, W = _check_image_shape(image_shape)
         require_positive(num_classes=num_classes, capsule_dim=capsule_dim)
-        self.num_classes, self.image_shape = num_classes, (C, H, W)
+        require_positive(**{f"hidden[{n}]": width for n, width in enumerate(hidden)})
+        self.poses_shape, self.image_shape = (num_classes, capsule_dim), (C, H, W)
         widths = [num_classes * capsule_dim, *hidden]
         layers: list[nn.Module] = []
         for before, after in itertools.pairwise(widths):
             layers += [nn.Linear(before, after), nn.ReLU()]
         self.layers = nn.Sequential(*layers, nn.Linear(widths[-1], math.prod(self.image_shape)), nn.Sigmoid())
 
-    def forward(self, poses: Tensor, labels: Tensor) -> Tensor:
-        """From poses ``[B, J, D_out]`` and class indices ``[B]`` to images ``[B, C, H, W]`` in [0, 1].
+    def forward(self, poses: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Draw one capsule of each sample; all others are set to 0 first.
 
-        All capsules but the labelled one are set to 0 first.
+        Args:
+            poses: ``[B, J, D_out]``, dtype of the parameters.
+            labels: class indices ``[B]``: which capsule is drawn; None: the longest.
+
+        Returns:
+            Images ``[B, C, H, W]`` in [0, 1].
+
+        Raises:
+            TypeError: labels are not indices.
+            ValueError: shapes do not fit, or a label is out of range.
+
+        Example:
+            >>> Decoder(10, 16, (1, 8, 8))(torch.randn(2, 10, 16)).shape
+            torch.Size([2, 1, 8, 8])
         """
-        check_labels(labels, poses.shape[0], self.num_classes)
-        chosen = poses * one_hot(labels, self.num_classes)[..., None]
+        if not isinstance(poses, Tensor) or poses.dim() != 3 or poses.shape[1:] != self.poses_shape:
+            got = tuple(poses.shape) if isinstance(poses, Tensor) else type(poses).__name__
+            J, D_out = self.poses_shape
+            raise ValueError(f"poses must be [B, J, D_out] = [B, {J}, {D_out}], got {got}")
+        if labels is None:
+            labels = length(poses).argmax(1)
+        else:
+            check_labels(labels, *poses.shape[:2])
+        chosen = poses * one_hot(labels, poses.shape[1])[..., None]
         return self.layers(chosen.flatten(1)).unflatten(1, self.image_shape)
 
 
@@ -122,7 +147,7 @@ class CapsNet(nn.Module):
         super().__init__()
         self.image_shape = C, H, W = _check_image_shape(image_shape)
         require_positive(num_classes=num_classes, stem_channels=stem_channels, kernel_size=kernel_size)
-        require_positive(primary_stride=primary_stride)
+        require_positive(types=types, primary_dim=primary_dim, primary_stride=primary_stride, capsule_dim=capsule_dim)
         smallest = 2 * kernel_size - 1
         if min(H, W) < smallest:
             raise ValueError(
@@ -149,21 +174,32 @@ class CapsNet(nn.Module):
             A :class:`CapsNetOutput`.
 
         Raises:
-            TypeError: images are not floating point, or labels are not indices.
+            TypeError: images have another dtype than the parameters, or labels are not indices.
             ValueError: shapes do not fit, or a label is out of range.
+
+        Example:
+            >>> CapsNet((1, 8, 8), 10, kernel_size=3)(torch.rand(2, 1, 8, 8)).lengths.shape
+            torch.Size([2, 10])
         """
         poses = self.capsules(self.primary_poses(images))  # [B, J, D_out]
         lengths = length(poses)
         reconstruction = None
         if self.decoder is not None:
-            reconstruction = self.decoder(poses, lengths.argmax(1) if labels is None else labels)
+            reconstruction = self.decoder(poses, labels)
         return CapsNetOutput(lengths, poses, reconstruction)
 
     def primary_poses(self, images: Tensor) -> Tensor:
-        """The poses ``[B, I, D_in]`` that are routed, from images ``[B, C, H, W]``."""
-        if not isinstance(images, Tensor) or not images.is_floating_point():
-            got = images.dtype if isinstance(images, Tensor) else type(images).__name__
-            raise TypeError(f"images must be a floating-point tensor [B, C, H, W], got {got}")
+        """The poses ``[B, I, D_in]`` that are routed, from images ``[B, C, H, W]``.
+
+        Raises:
+            TypeError: images have another dtype than the parameters (outside autocast).
+            ValueError: shapes do not fit.
+
+        Example:
+            >>> CapsNet((1, 8, 8), 10, kernel_size=3).primary_poses(torch.rand(2, 1, 8, 8)).shape
+            torch.Size([2, 128, 8])
+        """
+        require_like("images", images, "[B, C, H, W]", self.stem.weight)
         if images.dim() != 4 or images.shape[1:] != self.image_shape:
             wanted = ", ".join(map(str, self.image_shape))
             raise ValueError(f"images must be [B, C, H, W] = [B, {wanted}], got {tuple(images.shape)}")
@@ -181,8 +217,14 @@ class CapsNet(nn.Module):
             reconstruction_weight: the paper's weight suits 784 pixels; a smaller image wants a larger one.
 
         Raises:
-            TypeError: labels are not indices.
+            TypeError: labels are not indices, or images are no floating-point tensor.
             ValueError: shapes do not fit, or a label is out of range.
+
+        Example:
+            >>> network = CapsNet((1, 8, 8), 10, kernel_size=3)
+            >>> images, labels = torch.rand(2, 1, 8, 8), torch.tensor([3, 7])
+            >>> network.loss(network(images, labels), images, labels).shape
+            torch.Size([])
         """
         loss = margin_loss(output.lengths, labels)
         if output.reconstruction is not None:
@@ -191,18 +233,32 @@ class CapsNet(nn.Module):
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> Tensor:
-        """The class index of the longest capsule, ``[B]`` int64, for images ``[B, C, H, W]``."""
+        """The class index of the longest capsule, ``[B]`` int64, for images ``[B, C, H, W]``; no gradient.
+
+        Raises:
+            TypeError: images have another dtype than the parameters.
+            ValueError: shapes do not fit.
+
+        Example:
+            >>> CapsNet((1, 8, 8), 10, kernel_size=3).predict(torch.rand(2, 1, 8, 8)).shape
+            torch.Size([2])
+        """
         return length(self.capsules(self.primary_poses(images))).argmax(1)
 
     def reconstruct(self, poses: Tensor, labels: Tensor | None = None) -> Tensor:
         """Images ``[B, C, H, W]`` for class capsules ``[B, J, D_out]``: of the labelled ones, or of the longest.
 
         Raises:
-            ValueError: the network has no decoder, or a label is out of range.
+            TypeError: labels are not indices.
+            ValueError: the network has no decoder, shapes do not fit, or a label is out of range.
+
+        Example:
+            >>> CapsNet((1, 8, 8), 10, kernel_size=3).reconstruct(torch.randn(2, 10, 16)).shape
+            torch.Size([2, 1, 8, 8])
         """
         if self.decoder is None:
             raise ValueError("this network was made with decoder=False: it cannot reconstruct")
-        return self.decoder(poses, length(poses).argmax(1) if labels is None else labels)
+        return self.decoder(poses, labels)
 
 
 def _check_image_shape(image_shape: Sequence[int]) -> tuple[int, int, int]:

@@ -1,14 +1,16 @@
 """Is everything ready to run? selftest() proves the numbers on this machine, warmup() loads what a shape needs."""
 
+import copy
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastcaps.functional import compute_dtype
-from fastcaps.layers import CapsuleLayer
+from fastcaps.layers import CapsuleLayer, require_positive
 from fastcaps.routing import dynamic_routing
 from fastcaps.routing.backend import BACKENDS, why_unavailable
 
@@ -67,6 +69,15 @@ def selftest() -> list[SelftestRow]:
         >>> all(row.error <= row.budget for row in selftest())
         True
     """
+    with torch.inference_mode(False), torch.enable_grad():
+        rows = _selftest_rows()
+    bad = [row for row in rows if not row.error <= row.budget]
+    if bad:
+        raise RuntimeError("fastcaps computes wrong numbers on this machine:\n" + "\n".join(map(str, bad)))
+    return rows
+
+
+def _selftest_rows() -> list[SelftestRow]:
     rows = []
     for device in ["cpu"] + (["cuda"] if torch.cuda.is_available() else []):
         for backend in BACKENDS:
@@ -74,9 +85,6 @@ def selftest() -> list[SelftestRow]:
                 continue
             for dtype in (torch.float32, torch.bfloat16):
                 rows += [_selftest_case(backend, device, dtype, name) for name in _CASES]
-    bad = [row for row in rows if not row.error <= row.budget]
-    if bad:
-        raise RuntimeError("fastcaps computes wrong numbers on this machine:\n" + "\n".join(map(str, bad)))
     return rows
 
 
@@ -123,28 +131,38 @@ def warmup(
         **options: of :func:`dynamic_routing`, for sizes: ``num_iterations``, ``backend``, ...
 
     Raises:
-        TypeError: ``target`` is neither a module nor five sizes.
-        ValueError: a module without a :class:`CapsuleLayer`.
+        TypeError: ``target`` is neither a module nor five sizes, or there are options for a module.
+        ValueError: a module without a :class:`CapsuleLayer`, or a size below 1.
 
     Example:
         >>> warmup((128, 1152, 10, 8, 16), device="cpu", num_iterations=1)
     """
+    require_positive(batch_size=batch_size)
     if isinstance(target, nn.Module):
+        if options:
+            raise TypeError(f"warmup: a module has its own options; not wanted: {', '.join(sorted(options))}")
         layers = [module for module in target.modules() if isinstance(module, CapsuleLayer)]
         if not layers:
             raise ValueError("warmup: the module holds no CapsuleLayer")
         for layer in layers:
             like: dict[str, Any] = {"dtype": dtype or layer.weight.dtype, "device": device or layer.weight.device}
-            poses = torch.zeros(batch_size, layer.in_capsules, layer.in_dim, requires_grad=True, **like)
-            parameters = [p for p in layer.parameters() if p.requires_grad]
-            with torch.enable_grad():
-                torch.autograd.grad(layer(poses).sum(), [poses, *parameters])
+            if like["dtype"] != layer.weight.dtype:  # as autocast will
+                layer = copy.deepcopy(layer).to(like["dtype"])
+            sizes = batch_size, layer.in_capsules, layer.in_dim
+            _run_both_ways(layer, [sizes], [p for p in layer.parameters() if p.requires_grad], like)
         return
-    if not isinstance(target, Sequence) or len(target) != 5:
+    if not isinstance(target, Sequence) or isinstance(target, str) or len(target) != 5:
         raise TypeError(f"warmup wants a module or sizes (B, I, J, D_in, D_out), got {target!r}")
     B, I, J, D_in, D_out = target
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    poses = torch.zeros(B, I, D_in, dtype=dtype, device=device, requires_grad=True)
-    weight = torch.zeros(I, J, D_out, D_in, dtype=dtype, device=device, requires_grad=True)
-    with torch.enable_grad():
-        torch.autograd.grad(dynamic_routing(poses, weight, **options).sum(), [poses, weight])
+    require_positive(B=B, I=I, J=J, D_in=D_in, D_out=D_out)
+    like = {"dtype": dtype, "device": device or ("cuda" if torch.cuda.is_available() else "cpu")}
+    _run_both_ways(functools.partial(dynamic_routing, **options), [(B, I, D_in), (I, J, D_out, D_in)], [], like)
+
+
+def _run_both_ways(
+    routing: Callable[..., Tensor], shapes: list[tuple[int, ...]], parameters: list[nn.Parameter], like: dict[str, Any]
+) -> None:
+    """Forward and backward on zeros of these shapes; no ``grad`` is written."""
+    with torch.inference_mode(False), torch.enable_grad():
+        inputs = [torch.zeros(shape, requires_grad=True, **like) for shape in shapes]
+        torch.autograd.grad(routing(*inputs).sum(), [*inputs, *parameters], allow_unused=True)

@@ -118,6 +118,9 @@ def test_under_autocast_only_a_float32_prior_and_bias_may_stay():
             dynamic_routing(**GOOD, prior=prior.double())
 
 
+PRIOR = CapsuleLayer(5, 3, 4, 6, learn_prior=True)
+PRIMARY = PrimaryCapsules(2, 4, 8, 3)
+
 LAYERS = [
     (lambda: CapsuleLayer(0, 3, 4, 6), ValueError, "in_capsules must be at least 1, got 0"),
     (lambda: CapsuleLayer(5, 3, 4.0, 6), TypeError, r"out_capsules must be an int, got 4\.0"),
@@ -125,13 +128,34 @@ LAYERS = [
     (lambda: CapsuleLayer(5, 3, 4, 6, True), TypeError, "num_iterations must be an int, got True"),
     (lambda: CapsuleLayer(5, 3, 4, 6, share_weight="all"), ValueError, "share_weight must be one of 'none', 'inputs'"),
     (lambda: CapsuleLayer(5, 3, 4, 6, learn_prior=True, detach=True), ValueError, "learn_prior needs detach=False"),
-    (lambda: CapsuleLayer(5, 3, 4, 6, leeky=True)(GOOD["poses"]), TypeError, "leeky"),
+    (lambda: CapsuleLayer(5, 3, 4, 6, leeky=True), TypeError, "CapsuleLayer has no option leeky"),
+    (lambda: CapsuleLayer(5, 3, 4, 6, routing=None), TypeError, "routing must be a function, got None"),
+    (lambda: PRIOR(GOOD["poses"], prior=0.5), TypeError, "prior must be a tensor"),
+    (lambda: PRIOR(GOOD["poses"], prior=torch.zeros(4, dtype=torch.int64)), TypeError, "prior must be float64"),
+    (lambda: PRIOR(GOOD["poses"], prior=torch.zeros(7)), ValueError, "prior must broadcast"),
+    (lambda: PRIMARY(None), TypeError, "features must be .* got NoneType"),
+    (lambda: PRIMARY(torch.zeros(1, 2, 5, 5, dtype=torch.int32)), TypeError, "features must be .* got torch.int32"),
+    (lambda: PRIMARY(torch.zeros(1, 2, 5, 5).double()), TypeError, "features must have the dtype of the parameters"),
+    (lambda: PRIMARY(torch.zeros(1, 3, 5, 5)), ValueError, r"features must be \[B, C, H, W\] with C = 2, got"),
+    (lambda: PRIMARY(torch.zeros(2, 5, 5)), ValueError, r"features must be .* got \(2, 5, 5\)"),
+    (lambda: PRIMARY(torch.zeros(1, 2, 2, 5)), ValueError, "smaller than the kernel, 3x3"),
+    (lambda: PrimaryCapsules(2, 4, 8, 3, padding=-1), ValueError, "padding must not be negative, got -1"),
+    (lambda: PrimaryCapsules(2, 4, 8, 3, padding=1.5), TypeError, r"padding must be an int, got 1\.5"),
+    (lambda: CapsuleLayer.from_weight(None, "I J D_out D_in"), TypeError, "weight must be .* got NoneType"),
+    (lambda: CapsuleLayer.from_weight(torch.ones(2, 2, dtype=torch.int64), "D_out D_in"), TypeError, "got torch.int64"),
+    (lambda: CapsuleLayer.from_weight(torch.randn(5, 4, 6, 3), None), TypeError, "layout must be a string, got None"),
+    (lambda: CapsuleLayer.from_weight(torch.randn(5, 4, 6, 3), "(I (J D_out D_in"), ValueError, "pairs of parentheses"),
+    (
+        lambda: CapsuleLayer.from_weight(torch.randn(5, 3, 24), "I D_in (J D_out)", out_capsules=0),
+        ValueError,
+        "out_capsules must be at least 1, got 0",
+    ),
     (lambda: CapsuleLayer(5, 3, 4, 6)(torch.randn(2, 7, 3)), ValueError, "weight must have I = 7 or 1"),
     (lambda: CapsuleLayer(5, 3, 4, 6)(GOOD["poses"], num_iterations=0), ValueError, "num_iterations must be at least"),
     (lambda: PrimaryCapsules(2, 4, 8, 3, layout="rows"), ValueError, "layout must be one of 'capsule-major'"),
     (lambda: PrimaryCapsules(2, 0, 8, 3), ValueError, "types must be at least 1, got 0"),
     (lambda: CapsuleLayer.from_weight(torch.randn(5, 4, 6, 3), "I J D_out"), ValueError, "must name D_in and D_out"),
-    (lambda: CapsuleLayer.from_weight(torch.randn(5, 4, 6, 3), "I J K D_in D_out"), ValueError, "layout must name"),
+    (lambda: CapsuleLayer.from_weight(torch.randn(5, 4, 6, 3), "I J K D_in D_out"), ValueError, "made of I, J"),
     (lambda: CapsuleLayer.from_weight(torch.randn(5, 4), "I J D_out D_in"), ValueError, "has 4 axes, the weight 2"),
     (
         lambda: CapsuleLayer.from_weight(torch.randn(5, 3, 24), "I D_in (J D_out)"),
@@ -156,6 +180,11 @@ LAYERS = [
     ),
     (lambda: Decoder(10, 0, (1, 8, 8)), ValueError, "capsule_dim must be at least 1, got 0"),
     (lambda: Decoder(4, 6, (1, 8, 8))(torch.randn(2, 4, 6), torch.tensor([0, 4])), ValueError, r"labels must lie in 0"),
+    (lambda: Decoder(4, 6, (1, 8, 8), hidden=(0,)), ValueError, r"hidden\[0\] must be at least 1, got 0"),
+    (lambda: Decoder(4, 6, (1, 8, 8))(torch.randn(2, 1, 6), torch.tensor([0, 1])), ValueError, r"= \[B, 4, 6\], got"),
+    (lambda: Decoder(4, 6, (1, 8, 8))(None), ValueError, r"poses must be \[B, J, D_out\] = .* got NoneType"),
+    (lambda: CapsNet((1, 28, 28), 10, capsule_dim=0), ValueError, "capsule_dim must be at least 1, got 0"),
+    (lambda: CapsNet((1, 28, 28), 10, foo=3), TypeError, "no option foo"),
     (lambda: CapsNet((1, 16, 28), 10), ValueError, r"\(1, 16, 28\) is too small .* must be at least 17"),
     (lambda: CapsNet((28, 28), 10), ValueError, r"image_shape must be \(C, H, W\), got \(28, 28\)"),
     (lambda: CapsNet(28, 10), ValueError, r"image_shape must be \(C, H, W\), got 28"),
@@ -191,6 +220,12 @@ def network():
         (torch.rand(3, 9, 9), None, ValueError, r"images must be .* got \(3, 9, 9\)"),
         (torch.ones(2, 3, 9, 9, dtype=torch.uint8), None, TypeError, "images must be a floating-point .* torch.uint8"),
         (None, None, TypeError, "images must be .* got NoneType"),
+        (
+            torch.rand(2, 3, 9, 9).double(),
+            None,
+            TypeError,
+            "images must have the dtype of the parameters, torch.float32",
+        ),
         (torch.rand(2, 3, 9, 9), torch.tensor([0, 4]), ValueError, r"labels must lie in 0 \.\. 3, got 0 \.\. 4"),
         (torch.rand(2, 3, 9, 9), torch.tensor([0]), ValueError, r"labels must be \[B\] = \[2\], got \(1,\)"),
         (torch.rand(2, 3, 9, 9), torch.tensor([0.0, 1.0]), TypeError, "labels must be an int64"),

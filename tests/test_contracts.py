@@ -256,6 +256,43 @@ def test_compile_under_autocast(implementation):
     torch.testing.assert_close(compiled(**inputs), op(**inputs))
 
 
+def test_second_derivatives_are_not_lost_in_compilation(implementation):
+    """A gradient penalty in a compiled function: by torch.func, and by autograd where Dynamo can trace it."""
+    backend, device = implementation
+    inputs = small_inputs(device)
+    poses, weight = inputs["poses"], inputs["weight"]
+
+    def penalty(poses: Tensor, weight: Tensor) -> Tensor:
+        def energy(poses: Tensor) -> Tensor:
+            return dynamic_routing(poses, weight, backend=backend).square().sum()
+
+        return torch.func.grad(energy)(poses).square().sum()
+
+    gradient = torch.func.grad(penalty, argnums=(0, 1))
+    compiled = torch.compile(gradient, fullgraph=True, backend="aot_eager")
+    for ours, expected in zip(compiled(poses.detach(), weight.detach()), gradient(poses, weight), strict=True):
+        torch.testing.assert_close(ours, expected)
+        assert expected.abs().max() > 0
+
+    if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
+        return
+
+    def loss(poses: Tensor, weight: Tensor) -> Tensor:
+        out = dynamic_routing(poses, weight, backend=backend)
+        (g,) = torch.autograd.grad(out.square().sum(), poses, create_graph=True)
+        return out.sum() + g.square().sum()
+
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(trace_autograd_ops=True):
+        value = torch.compile(loss, fullgraph=True, backend="aot_eager")(poses, weight)
+    for ours, expected in zip(
+        torch.autograd.grad(value, [poses, weight]),
+        torch.autograd.grad(loss(poses, weight), [poses, weight]),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, expected)
+
+
 # --------------------------------------------------------------------------------------------------------------- op
 
 
@@ -270,7 +307,7 @@ def test_opcheck(given):
         poses, weight = torch.randn(3, 5, 4, 2, dtype=torch.float64), None
     if given == "prior and bias":
         prior, bias = x["prior"], x["bias"]
-    forward = (poses, weight, prior, bias, 3, False, 0.0)
+    forward = (poses, weight, prior, bias, 3, False, False, 0.0)
     torch.library.opcheck(torch.ops.fastcaps.native_dynamic_routing_forward, forward)
     out, sums = torch.ops.fastcaps.native_dynamic_routing_forward(*forward)
     for needed in ([True] * 4, [True, False, False, True], [False, True, True, False]):
@@ -293,22 +330,24 @@ def test_op_refuses_wrong_sizes_instead_of_reading_past_a_tensor():
     ]
     for arguments in bad:
         with pytest.raises(RuntimeError, match="native_dynamic_routing_forward"):
-            op(*arguments, 3, False, 0.0)
+            op(*arguments, 3, False, False, 0.0)
     with pytest.raises(RuntimeError, match="num_iterations"):
-        op(x["poses"], x["weight"], None, None, 0, False, 0.0)
+        op(x["poses"], x["weight"], None, None, 0, False, False, 0.0)
 
 
 # ------------------------------------------------------------------------------------------------------------- memory
 
 
-def test_only_the_inputs_and_the_sums_are_saved():
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_only_the_inputs_and_the_sums_are_saved(dtype):
     """The memory contract between forward and backward: T x B x J x D_out numbers beside the inputs, and no votes."""
     B, I, J, D_in, D_out, T = 16, 200, 10, 8, 16, 3
-    poses = torch.randn(B, I, D_in, requires_grad=True)
-    weight = torch.randn(I, J, D_out, D_in, requires_grad=True)
+    poses = torch.randn(B, I, D_in, dtype=dtype, requires_grad=True)
+    weight = torch.randn(I, J, D_out, D_in, dtype=dtype, requires_grad=True)
     saved = {
         backend: saved_bytes(lambda x, w, b=backend: dynamic_routing(x, w, num_iterations=T, backend=b), poses, weight)
         for backend in ("native", "reference")
     }
-    assert saved["native"] == 4 * T * B * J * D_out
-    assert saved["reference"] > 4 * B * I * J * D_out  # the votes: the measure sees what it should
+    size = max(4, dtype.itemsize)  # sums of half types are float32
+    assert saved["native"] == size * T * B * J * D_out
+    assert saved["reference"] > size * B * I * J * D_out  # the votes: the measure sees what it should

@@ -269,6 +269,32 @@ def test_export(implementation):
     assert any("native_dynamic_routing_forward" in target for target in targets) == (backend == "native")
 
 
+def test_exported_network_saves_and_loads(tmp_path):
+    network = CapsNet((1, 8, 8), 5, **SMALL)
+    images = torch.rand(3, 1, 8, 8)
+    torch.export.save(torch.export.export(network, (images,)), tmp_path / "network.pt2")
+    loaded = torch.export.load(tmp_path / "network.pt2").module()
+    for ours, expected in zip(loaded(images), network(images), strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_gradients_per_sample_and_meta_tensors():
+    network = CapsNet((1, 8, 8), 5, **SMALL).double()
+    images, labels = torch.rand(3, 1, 8, 8, dtype=torch.float64), torch.tensor([0, 4, 2])
+    parameters = dict(network.named_parameters())
+
+    def loss(parameters, image, label):
+        output = torch.func.functional_call(network, parameters, (image[None], label[None]))
+        return network.loss(output, image[None], label[None])
+
+    per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(parameters, images, labels)
+    network.loss(network(images, labels), images, labels).backward()
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(per_sample[name].mean(0), parameter.grad)
+    output = network.to("meta")(images.to("meta"), labels.to("meta"))
+    assert output.reconstruction.shape == images.shape
+
+
 def test_compiled_network_trains_as_the_eager_one(implementation):
     backend, device = implementation
     images, labels = torch.rand(6, 1, 8, 8, device=device), torch.arange(6, device=device) % 5
@@ -350,6 +376,14 @@ def test_warmup_runs_every_layer_and_leaves_nothing_behind():
     assert ran == [((3, 7, 3), torch.float32), ((3, 5, 4), torch.float64)]
     assert all(p.grad is None for p in network.parameters())
     fastcaps.warmup((2, 7, 5, 3, 4), device="cpu", dtype=torch.bfloat16, num_iterations=2)
+    fastcaps.warmup(CapsuleLayer(7, 3, 5, 4), dtype=torch.bfloat16)
+    with torch.inference_mode():
+        fastcaps.warmup((2, 7, 5, 3, 4), device="cpu")
+        fastcaps.selftest()
+    with pytest.raises(TypeError, match="a module has its own options; not wanted: num_iterations"):
+        fastcaps.warmup(network, num_iterations=2)
+    with pytest.raises(ValueError, match="J must be at least 1, got 0"):
+        fastcaps.warmup((2, 7, 0, 3, 4))
     with pytest.raises(ValueError, match="no CapsuleLayer"):
         fastcaps.warmup(nn.Linear(2, 2))
     with pytest.raises(TypeError, match=r"\(B, I, J, D_in, D_out\)"):

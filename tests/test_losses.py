@@ -36,8 +36,15 @@ def test_focal_margin_loss():
     expected = (factor**2 * torch.tensor(MARGIN, dtype=torch.float64)).sum(1)
     torch.testing.assert_close(focal_margin_loss(LENGTHS, LABELS, reduction="none").sum(1), expected)
     torch.testing.assert_close(focal_margin_loss(LENGTHS, LABELS, gamma=0.0), margin_loss(LENGTHS, LABELS))
-    with pytest.raises(ValueError, match="gamma must not be negative, got -1"):
+    with pytest.raises(ValueError, match="gamma must be finite and not negative, got -1"):
         focal_margin_loss(LENGTHS, LABELS, gamma=-1)
+
+
+def test_focal_margin_loss_has_finite_gradients_below_gamma_one():
+    lengths = torch.tensor([[0.0, 1.0, 0.5]], dtype=torch.float64, requires_grad=True)
+    focal_margin_loss(lengths, torch.tensor([1]), gamma=0.5).backward()
+    assert lengths.grad.isfinite().all()
+    assert lengths.grad[0, 2] > 0
 
 
 def test_spread_loss():
@@ -109,6 +116,8 @@ def test_bad_reductions_and_shapes():
             loss(LENGTHS, LABELS, reduction="avg")
     with pytest.raises(ValueError, match=r"bool labels must be \[B, J\] = \[2, 3\], got \(2, 2\)"):
         margin_loss(LENGTHS, torch.ones(2, 2, dtype=torch.bool))
+    with pytest.raises(TypeError, match=r"reconstruction must be a floating-point tensor .* got NoneType"):
+        reconstruction_loss(None, torch.zeros(2, 1, 4, 4))
     with pytest.raises(ValueError, match=r"the shape of images, \(2, 1, 4, 4\), got \(2, 16\)"):
         reconstruction_loss(torch.zeros(2, 16), torch.zeros(2, 1, 4, 4))
 

@@ -9,6 +9,7 @@ from numerics import Case, case_id, check, pairwise_cases
 from torch import Tensor
 
 from fastcaps.functional import compute_dtype, squash
+from fastcaps.routing import route_votes
 
 DEFAULT = Case(sizes=(5, 20, 6, 4, 8))
 
@@ -228,3 +229,19 @@ def test_one_wrong_entry_in_a_thousand_fails(tensor):
 
     with pytest.raises(AssertionError, match=f"^{tensor}"):
         check(wrong, DEFAULT, torch.float32)
+
+
+VOTES_MISTAKES = {
+    "votes of the next sample": lambda u: u.roll(1, 0),
+    "output capsules reversed": lambda u: u.flip(2),
+    "last input capsule forgotten": lambda u: torch.cat([u[:, :-1], 0 * u[:, -1:]], 1),
+    "gradient halved": lambda u: u.detach() + (u - u.detach()) / 2,
+}
+
+
+@pytest.mark.parametrize("wrong", VOTES_MISTAKES)
+def test_wrong_votes_fail(wrong):
+    case = Case(sizes=DEFAULT.sizes, votes=True)
+    check(lambda votes, **x: route_votes(votes, **x), case, torch.float32)
+    with pytest.raises(AssertionError, match="relative error"):
+        check(lambda votes, **x: route_votes(VOTES_MISTAKES[wrong](votes), **x), case, torch.float32)

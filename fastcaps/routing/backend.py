@@ -11,7 +11,7 @@ BACKENDS = ("triton", "native", "reference")  # fastest first
 # Read once: a look at the environment in every call would cost a small layer more than its arithmetic.
 ENVIRONMENT = os.environ.get("FASTCAPS_BACKEND") or None
 
-_REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps fastcaps (from a checkout: '.' for 'fastcaps')"
+_REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps . (in a checkout of fastcaps)"
 
 
 def _load_extension() -> tuple[str | None, str]:
@@ -20,9 +20,9 @@ def _load_extension() -> tuple[str | None, str]:
         return importlib.import_module("fastcaps._C").__doc__, ""
     except ModuleNotFoundError:
         return None, (
-            "the compiled extension is missing: fastcaps was installed without a C++ compiler, or where torch was not "
-            "visible to the build. Install a C++20 compiler (Debian: apt-get install g++; macOS: xcode-select "
-            f"--install), then: {_REBUILD}"
+            "the compiled extension is missing: fastcaps was installed without a C++ compiler or Python's headers, or "
+            "where torch was not visible to the build. Install a C++20 compiler (Debian: apt-get install g++ "
+            f"python3-dev; macOS: xcode-select --install), then: {_REBUILD}"
         )
     except ImportError as error:
         return None, f"the compiled extension does not load ({error}). Build it again for this machine: {_REBUILD}"

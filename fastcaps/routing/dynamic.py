@@ -1,13 +1,12 @@
 """dynamic_routing and route_votes: documentation, checks, choice of the backend, autograd, op registration."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastcaps.functional import compute_dtype
+from fastcaps.functional import check_number, compute_dtype
 from fastcaps.routing import backend as _backend
 from fastcaps.routing.dynamic_reference import (
     dynamic_routing_backward_reference,
@@ -55,7 +54,8 @@ def dynamic_routing(
             differentiated, and the prior gets none. The default is the full gradient.
         eps: as in :func:`fastcaps.squash`, for parity with published code only.
         backend: ``"triton"``, ``"native"``, ``"reference"``, or None for the fastest that can run here. Forward-mode
-            differentiation and vmap over the weight need ``"reference"``; everything else works on all.
+            differentiation and vmap over the weight need ``"reference"``; everything else works on all. Second
+            derivatives, and ``torch.func`` inside ``torch.compile``, are computed with the reference on any.
 
     Returns:
         ``[B, J, D_out]`` in the dtype of ``poses``. J is the largest of weight's, prior's and bias's. A weight shared
@@ -125,12 +125,12 @@ def route_votes(
 # ---------------------------------------------------------------------------------------------------------- checks
 
 
-def _check_tensor(name: str, value: Any, wanted: str, rank: int) -> None:
+def _check_tensor(name: str, value: Any, wanted: str, rank: int | None) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor {wanted}, got {type(value).__name__}")
     if value.dtype not in DTYPES:
         raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {value.dtype}")
-    if value.dim() != rank:
+    if rank is not None and value.dim() != rank:
         raise ValueError(f"{name} must be {wanted}, got {value.dim()} dimensions: {tuple(value.shape)}")
 
 
@@ -175,10 +175,7 @@ def _check_options(num_iterations: Any, leaky: Any, detach: Any, eps: Any) -> No
     for name, value in (("leaky", leaky), ("detach", detach)):
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be True or False, got {value!r}")
-    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
-        raise TypeError(f"eps must be a float, got {eps!r}")
-    if not 0 <= eps < math.inf:
-        raise ValueError(f"eps must be finite and not negative, got {eps}")
+    check_number("eps", eps)
 
 
 def _check_like(name: str, value: Tensor, poses: Tensor) -> None:
@@ -190,6 +187,16 @@ def _check_like(name: str, value: Tensor, poses: Tensor) -> None:
         raise TypeError(f"{name} must have the dtype of the poses or votes, {poses.dtype}, got {value.dtype}")
 
 
+def check_prior(prior: Any, B: int, I: int, J: int) -> None:
+    """Raise unless ``prior`` is a floating-point tensor that broadcasts to ``[B, I, J]``."""
+    _check_tensor("prior", prior, "broadcastable to [B, I, J]", None)
+    wanted = (B, I, J)[3 - prior.dim() :] if prior.dim() <= 3 else None
+    if wanted is None or any(n not in (1, m) for n, m in zip(prior.shape, wanted, strict=True)):
+        raise ValueError(
+            f"prior must broadcast to [B, I, J] = [{B}, {I}, {J}], each of its axes that or 1, got {tuple(prior.shape)}"
+        )
+
+
 def _check_extras(
     poses: Tensor, weight: Tensor | None, prior: Tensor | None, bias: Tensor | None, mask: Tensor | None, D_out: int
 ) -> None:
@@ -198,7 +205,7 @@ def _check_extras(
         _check_tensor("bias", bias, "[J or 1, D_out]", 2)
         _check_like("bias", bias, poses)
     if prior is not None:
-        _check_tensor("prior", prior, "broadcastable to [B, I, J]", getattr(prior, "ndim", 0))
+        _check_tensor("prior", prior, "broadcastable to [B, I, J]", None)
         _check_like("prior", prior, poses)
     J = output_capsules(poses, weight, prior, bias)
     J_votes = poses.shape[2] if weight is None else weight.shape[1]
@@ -208,12 +215,7 @@ def _check_extras(
     if bias is not None and (bias.shape[0] not in (1, J) or bias.shape[1] != D_out):
         raise ValueError(f"bias must be [J = {J} or 1, D_out = {D_out}], got {tuple(bias.shape)}")
     if prior is not None:
-        wanted = (B, I, J)[3 - prior.dim() :] if prior.dim() <= 3 else None
-        if wanted is None or any(n not in (1, m) for n, m in zip(prior.shape, wanted, strict=True)):
-            raise ValueError(
-                f"prior must broadcast to [B, I, J] = [{B}, {I}, {J}], each of its axes that or 1, "
-                f"got {tuple(prior.shape)}"
-            )
+        check_prior(prior, B, I, J)
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
@@ -255,26 +257,40 @@ def _route(
         with torch.autocast(kind, enabled=False):
             return _route(poses, weight, prior, bias, num_iterations, leaky, detach, eps, backend)
     chosen = _backend.choose_backend(backend, poses.device)
-    dtype, compute, eps = poses.dtype, compute_dtype(poses.dtype), float(eps)
-    poses = poses.to(compute)
-    weight, prior, bias = (x if x is None else x.to(compute) for x in (weight, prior, bias))
-    if chosen == "reference":
-        return dynamic_routing_reference(
-            poses, weight, prior, bias, num_iterations=num_iterations, leaky=leaky, detach=detach, eps=eps
-        ).to(dtype)
+    if detach and prior is not None:
+        prior = prior.detach()  # constant coupling: nothing reaches the prior
+    compute = compute_dtype(poses.dtype)
+    eps = torch.tensor(eps, dtype=compute).item() if eps else 0.0  # what the kernels compute with
+    traced = torch.compiler.is_compiling()
+    # torch.func inside torch.compile would take the op for a constant in a second derivative.
+    if chosen == "reference" or (traced and torch._C._are_functorch_transforms_active()):
+        inputs = _upcast(compute, poses, weight, prior, bias)
+        out = dynamic_routing_reference(*inputs, num_iterations=num_iterations, leaky=leaky, detach=detach, eps=eps)
+        return out.to(poses.dtype)
     B, I = poses.shape[:2]
     J = output_capsules(poses, weight, prior, bias)
     if prior is not None:
-        # Kernels see [I, J] or [B, I, J]; autograd sums an expanded gradient back.
-        per_sample = prior.dim() == 3 and prior.shape[0] != 1
-        prior = prior.expand(B, I, J) if per_sample else prior.reshape(prior.shape[-2:]).expand(I, J)
+        # Kernels see [I, J] or [B, I, J]. Autograd sums an expanded gradient back: not in a half type.
+        shape = (B, I, J) if prior.dim() == 3 and prior.shape[0] != 1 else (I, J)
+        if prior.shape != shape:
+            prior = prior.to(compute).reshape(prior.shape[-len(shape) :]).expand(shape)
     if bias is not None:
-        bias = bias.expand(J, -1)
-    return _DynamicRouting.apply(poses, weight, prior, bias, num_iterations, leaky, detach, eps)[0].to(dtype)
+        bias = bias.to(compute).expand(J, -1)
+    options = (num_iterations, leaky, detach, eps)
+    if traced:
+        # A traced call is the op alone, whose derivatives are registered below: tracing an autograd.Function would cut
+        # a second derivative off without a word.
+        inputs = _upcast(compute, poses, weight, prior, bias)
+        return torch.ops.fastcaps.native_dynamic_routing_forward(*inputs, *options)[0].to(poses.dtype)
+    return _DynamicRouting.apply(poses, weight, prior, bias, *options)[0]
+
+
+def _upcast(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Any, ...]:
+    return tuple(x if x is None else x.to(dtype) for x in tensors)
 
 
 class _DynamicRouting(torch.autograd.Function):
-    """Connects the forward and backward ops; knows no layout but contiguous."""
+    """Connects the forward and backward ops. Half types are saved as they came and widened inside."""
 
     @staticmethod
     def forward(
@@ -287,7 +303,9 @@ class _DynamicRouting(torch.autograd.Function):
         detach: bool,
         eps: float,
     ) -> tuple[Tensor, Tensor]:
-        return torch.ops.fastcaps.native_dynamic_routing_forward(poses, weight, prior, bias, num_iterations, leaky, eps)
+        inputs = _upcast(compute_dtype(poses.dtype), poses, weight, prior, bias)
+        out, sums = torch.ops.fastcaps.native_dynamic_routing_forward(*inputs, num_iterations, leaky, detach, eps)
+        return out.to(poses.dtype), sums
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -298,14 +316,15 @@ class _DynamicRouting(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, sums = ctx.saved_tensors
-        needed = list(ctx.needs_input_grad[:4])
-        needed[2] = needed[2] and not ctx.detach  # constant coupling: nothing reaches the prior
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        needed = ctx.needs_input_grad[:4]
+        if torch.is_grad_enabled():
             return *_differentiable_backward(ctx, inputs, grad, needed), None, None, None, None
         grads = torch.ops.fastcaps.native_dynamic_routing_backward(
-            grad, *inputs, sums, ctx.leaky, ctx.detach, ctx.eps, *needed
+            *_upcast(sums.dtype, grad, *inputs), sums, ctx.leaky, ctx.detach, ctx.eps, *needed
         )
-        return *(g if need else None for g, need in zip(grads, needed, strict=True)), None, None, None, None
+        # A gradient is there where its input is.
+        returned = (g.to(x.dtype) if need else None for g, x, need in zip(grads, inputs, needed, strict=True))
+        return *returned, None, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
@@ -317,7 +336,10 @@ class _DynamicRouting(torch.autograd.Function):
                 "pass backend='reference', or map over poses and prior only"
             )
         N = info.batch_size
-        stack = lambda x, dim: x.expand(N, *x.shape) if dim is None else x.movedim(dim, 0)  # noqa: E731
+
+        def stack(x: Tensor, dim: int | None) -> Tensor:
+            return x.expand(N, *x.shape) if dim is None else x.movedim(dim, 0)
+
         poses = stack(poses, in_dims[0])  # [N, B, ...]
         B = poses.shape[1]
         if prior is not None and (in_dims[2] is not None or prior.dim() == 3):
@@ -334,23 +356,24 @@ def _differentiable_backward(
 ) -> list[Tensor | None]:
     """The gradients as differentiable functions of inputs and grad: rebuild the reference and differentiate it."""
     wanted = [n for n in range(4) if needed[n]]
-    grads: list[Tensor | None] = [None] * 4
-    if not wanted:
-        return grads
 
     def reference(*primals: Tensor) -> Tensor:
         full = list(inputs)
         for n, primal in zip(wanted, primals, strict=True):
             full[n] = primal
-        return dynamic_routing_reference(
-            *full,  # type: ignore[arg-type]
+        poses = full[0]
+        assert poses is not None
+        out = dynamic_routing_reference(
+            *_upcast(compute_dtype(poses.dtype), *full),
             num_iterations=ctx.num_iterations,
             leaky=ctx.leaky,
             detach=ctx.detach,
             eps=ctx.eps,
         )
+        return out.to(poses.dtype)
 
     vjp = torch.func.vjp(reference, *(inputs[n] for n in wanted))[1]
+    grads: list[Tensor | None] = [None] * 4
     for n, gradient in zip(wanted, vjp(grad), strict=True):
         grads[n] = gradient
     return grads
@@ -366,6 +389,7 @@ def _forward_fake(
     bias: Tensor | None,
     num_iterations: int,
     leaky: bool,
+    detach: bool,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     D_out = poses.shape[3] if weight is None else weight.shape[2]
@@ -431,7 +455,47 @@ def _backward_cpu(
     return grads
 
 
+def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:5])
+    ctx.num_iterations = inputs[5].shape[0]
+    ctx.leaky, ctx.detach, ctx.eps = inputs[6:9]
+    ctx.needed = inputs[9:]
+
+
+def _backward_backward(ctx: Any, *seconds: Tensor) -> tuple[Tensor | None, ...]:
+    """The second derivative of a traced call: the reference differentiated twice."""
+    grad, *inputs = ctx.saved_tensors
+    needed = [need and x is not None for need, x in zip(ctx.needed, inputs, strict=True)]
+    wanted = [n for n in range(4) if needed[n]]
+
+    def gradients(grad: Tensor, *primals: Tensor) -> tuple[Tensor | None, ...]:
+        full = list(inputs)
+        for n, primal in zip(wanted, primals, strict=True):
+            full[n] = primal
+        found = _differentiable_backward(ctx, full, grad, needed)
+        return tuple(found[n] for n in wanted)
+
+    vjp = torch.func.vjp(gradients, grad, *(inputs[n] for n in wanted))[1]
+    d_grad, *d_inputs = vjp(tuple(seconds[n] for n in wanted))
+    result: list[Tensor | None] = [None] * 4
+    for n, gradient in zip(wanted, d_inputs, strict=True):
+        result[n] = gradient
+    return d_grad, *result, *([None] * 8)
+
+
+def _forward_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    *inputs, sums = ctx.saved_tensors
+    needed = [bool(need) for need in ctx.needs_input_grad[:4]]
+    grads = torch.ops.fastcaps.native_dynamic_routing_backward(
+        grad, *inputs, sums, ctx.leaky, ctx.detach, ctx.eps, *needed
+    )
+    return *(g if need else None for g, need in zip(grads, needed, strict=True)), None, None, None, None
+
+
 if _backend.EXTENSION_BUILD is not None:  # the schemas stand in csrc/ops.cpp
-    torch.library.register_fake("fastcaps::native_dynamic_routing_forward", _forward_fake)
-    torch.library.register_fake("fastcaps::native_dynamic_routing_backward", _backward_fake)
-    torch.library.impl("fastcaps::native_dynamic_routing_backward", "CPU")(_backward_cpu)
+    _FORWARD, _BACKWARD = (f"fastcaps::native_dynamic_routing_{pass_}" for pass_ in ("forward", "backward"))
+    torch.library.register_fake(_FORWARD, _forward_fake)
+    torch.library.register_fake(_BACKWARD, _backward_fake)
+    torch.library.impl(_BACKWARD, "CPU")(_backward_cpu)
+    torch.library.register_autograd(_FORWARD, _forward_backward, setup_context=_DynamicRouting.setup_context)
+    torch.library.register_autograd(_BACKWARD, _backward_backward, setup_context=_backward_setup)

@@ -97,14 +97,16 @@ def dynamic_routing_reference(
 def squash_backward(s: Tensor, dv: Tensor, eps: float) -> Tensor:
     """The gradient with respect to ``s`` when that of ``squash(s)`` is ``dv``; both ``[..., D_out]``."""
     q = (s * s).sum(-1, keepdim=True)
+    n = torch.sqrt(q)
+    # dv plus a multiple of its part along s; in terms of the direction e nothing overflows before q does.
+    e = s / torch.where(q == 0, 1.0, n)
     if eps > 0:
-        scale = q / ((1 + q) * torch.sqrt(q + eps))
-        slope = 2 / ((1 + q) ** 2 * torch.sqrt(q + eps)) - q / ((1 + q) * (q + eps) ** 1.5)  # 2 d scale / d q
+        scale = q / (1 + q) / torch.sqrt(q + eps)
+        along = 2 / (1 + q) - q / (q + eps)
     else:
-        n = torch.sqrt(q)
         scale = n / (1 + q)
-        slope = (1 - q) / (torch.where(q == 0, 1.0, n) * (1 + q) ** 2)
-    return scale * dv + slope * (s * dv).sum(-1, keepdim=True) * s
+        along = (1 - q) / (1 + q)
+    return scale * (dv + along * (e * dv).sum(-1, keepdim=True) * e)
 
 
 def dynamic_routing_backward_reference(
