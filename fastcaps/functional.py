@@ -43,8 +43,8 @@ def squash(s: Tensor, dim: int = -1, eps: float = 0.0) -> Tensor:
     .. math:: v = \frac{n^2}{1 + n^2} \, \frac{s}{n}, \qquad n = |s|
 
     It is computed as ``s * n / (1 + n^2)``, which needs no division by ``n``: value and gradient of a zero vector
-    are exactly 0, never NaN. Lengths may reach 1e10 in float32 (and half types) and 1e70 in float64; far beyond, squares
-    overflow.
+    are exactly 0, never NaN. Lengths may reach 1e10 in float32 (and half types) and 1e70 in float64; far
+    beyond, squares overflow.
 
     Args:
         s: vectors along ``dim``, any shape; floating point. Half types are computed in float32 and rounded once.
