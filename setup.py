@@ -1,5 +1,6 @@
 """The compiled extension only; all metadata stands in pyproject.toml."""
 
+import glob
 import platform
 import shutil
 import sys
@@ -50,12 +51,13 @@ def extensions():
         return []
     from torch import __version__ as torch_version
 
-    flags = ["-std=c++20", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wno-unused-function"]
+    flags = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-Wall"]
+    flags += ["-Wno-unused-function", "-Wno-maybe-uninitialized", "-Wno-psabi"]  # of vector types and lambdas
     return [
         Extension(
             "fastcaps._C",
-            ["csrc/ops.cpp"],
-            depends=["csrc/dynamic_routing_cpu.h"],
+            ["csrc/ops.cpp", *(f"csrc/dynamic_routing_{isa}.cpp" for isa in ("baseline", "avx2", "avx512"))],
+            depends=glob.glob("csrc/*.h"),
             include_dirs=include_paths(),
             library_dirs=library_paths(),
             libraries=["torch", "torch_cpu", "c10"],

@@ -1,91 +1,190 @@
 // Schemas of the native ops and the thin layer between PyTorch's stable ABI and the kernels.
 #include <Python.h>
-
-#include <algorithm>
-#include <optional>
-#include <tuple>
-
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include "dynamic_routing_cpu.h"
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <optional>
+#include <tuple>
+
+#include "dynamic_routing.h"
 
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
 
-void require(bool ok, const char* message) { STD_TORCH_CHECK(ok, "fastcaps::native_dynamic_routing_forward: ", message); }
+void require(bool ok, const char* message) { STD_TORCH_CHECK(ok, "fastcaps::native_dynamic_routing: ", message); }
 
-template <class Real>
-void launch(const Tensor& poses, const std::optional<Tensor>& weight, const std::optional<Tensor>& prior,
-            const std::optional<Tensor>& bias, const fastcaps::Sizes& z, bool leaky, double eps, Tensor& out, Tensor& sums) {
-  fastcaps::Routing<Real> in{};
-  in.poses = poses.const_data_ptr<Real>();
-  in.leaky = leaky;
-  in.eps = static_cast<Real>(eps);
-  if (weight) {
-    in.weight = weight->const_data_ptr<Real>();
-    in.stride_j = weight->size(1) == 1 ? 0 : z.D_out * z.D_in;
-    in.stride_i = weight->size(0) == 1 ? 0 : weight->size(1) * z.D_out * z.D_in;
-  } else {
-    in.stride_j = poses.size(2) == 1 ? 0 : z.D_out;
-  }
-  if (prior) {
-    in.prior = prior->const_data_ptr<Real>();
-    in.prior_stride_b = prior->dim() == 3 ? z.I * z.J : 0;
-  }
-  if (bias) in.bias = bias->const_data_ptr<Real>();
-  fastcaps::dynamic_routing_forward<Real>(in, z, out.mutable_data_ptr<Real>(), sums.mutable_data_ptr<Real>(),
-                                          [](int64_t n, const auto& body) { torch::stable::parallel_for(0, n, 1, body); });
+enum class Capability { baseline, avx2, avx512 };
+
+// What the processor can do, or less where PyTorch's own ATEN_CPU_CAPABILITY says so.
+Capability capability() {
+  static const Capability chosen = [] {
+    Capability best = Capability::baseline;
+#if defined(__x86_64__)
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) best = Capability::avx2;
+    if (best == Capability::avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
+      best = Capability::avx512;
+    if (const char* wanted = std::getenv("ATEN_CPU_CAPABILITY")) {
+      if (!std::strcmp(wanted, "default")) best = Capability::baseline;
+      if (!std::strcmp(wanted, "avx2")) best = std::min(best, Capability::avx2);
+    }
+#endif
+    return best;
+  }();
+  return chosen;
 }
 
-// Sizes and types are checked here too: a wrong call of the op must raise, not read past a tensor's end.
-std::tuple<Tensor, Tensor> dynamic_routing_forward(Tensor poses, std::optional<Tensor> weight, std::optional<Tensor> prior,
-                                                   std::optional<Tensor> bias, int64_t num_iterations, bool leaky,
+template <class Real>
+struct Kernels {
+  void (*forward)(const fastcaps::Routing<Real>&, Real* out, Real* sums, fastcaps::Parallel);
+  void (*backward)(const fastcaps::Routing<Real>&, const fastcaps::Gradients<Real>&, fastcaps::Parallel);
+};
+
+template <class Real>
+Kernels<Real> kernels() {
+#if defined(__x86_64__)
+  if (capability() == Capability::avx512) return {fastcaps::avx512::forward, fastcaps::avx512::backward};
+  if (capability() == Capability::avx2) return {fastcaps::avx2::forward, fastcaps::avx2::backward};
+#endif
+  return {fastcaps::baseline::forward, fastcaps::baseline::backward};
+}
+
+void parallel(int64_t n, void* context, fastcaps::Body body) {
+  torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
+}
+
+// The inputs, contiguous and checked: a wrong call of an op must raise, not read past a tensor's end.
+struct Inputs {
+  Tensor poses;
+  OptionalTensor weight, prior, bias;
+  ScalarType dtype;
+  fastcaps::Sizes size{};
+
+  Inputs(const Tensor& poses_, const OptionalTensor& weight_, const OptionalTensor& prior_, const OptionalTensor& bias_,
+         int64_t num_iterations)
+      : poses(torch::stable::contiguous(poses_)),
+        weight(weight_),
+        prior(prior_),
+        bias(bias_),
+        dtype(poses_.scalar_type()) {
+    require(dtype == ScalarType::Float || dtype == ScalarType::Double, "poses must be float32 or float64");
+    require(num_iterations >= 1, "num_iterations must be at least 1");
+    require(poses.dim() == (weight ? 3 : 4), "poses must be [B, I, D_in], or votes [B, I, J, D_out] without a weight");
+    require(!weight || weight->dim() == 4, "weight must be [I or 1, J or 1, D_out, D_in]");
+    require(!prior || prior->dim() == 2 || prior->dim() == 3, "prior must be [I, J] or [B, I, J]");
+    require(!bias || bias->dim() == 2, "bias must be [J, D_out]");
+    const int64_t J_votes = weight ? weight->size(1) : poses.size(2);
+    size = {poses.size(0), poses.size(1), J_votes, weight ? poses.size(2) : 0, weight ? weight->size(2) : poses.size(3),
+            num_iterations};
+    if (prior) size.J = std::max(size.J, prior->size(prior->dim() - 1));
+    if (bias) size.J = std::max(size.J, bias->size(0));
+    require(J_votes == size.J || J_votes == 1, "weight (or votes), prior and bias disagree in J");
+    if (weight)
+      require((weight->size(0) == size.I || weight->size(0) == 1) && weight->size(3) == size.D_in,
+              "weight does not fit poses");
+    if (prior) {
+      const int64_t first = prior->dim() - 2;
+      require(
+          prior->size(first) == size.I && prior->size(first + 1) == size.J && (first == 0 || prior->size(0) == size.B),
+          "prior must be [I, J] or [B, I, J]");
+    }
+    if (bias) require(bias->size(0) == size.J && bias->size(1) == size.D_out, "bias must be [J, D_out]");
+    for (OptionalTensor* tensor : {&weight, &prior, &bias}) {
+      if (!*tensor) continue;
+      require((*tensor)->scalar_type() == dtype, "all tensors must have one dtype");
+      *tensor = torch::stable::contiguous(**tensor);
+    }
+  }
+
+  template <class Real>
+  fastcaps::Routing<Real> routing(bool leaky, bool detach, double eps) const {
+    fastcaps::Routing<Real> in{};
+    in.size = size;
+    in.poses = poses.const_data_ptr<Real>();
+    const int64_t matrix = size.D_out * (weight ? size.D_in : 1);
+    in.stride_j = (weight ? weight->size(1) : poses.size(2)) == 1 ? 0 : matrix;
+    if (weight) {
+      in.weight = weight->const_data_ptr<Real>();
+      in.stride_i = weight->size(0) == 1 ? 0 : weight->size(1) * matrix;
+    }
+    if (prior) {
+      in.prior = prior->const_data_ptr<Real>();
+      in.prior_stride_b = prior->dim() == 3 ? size.I * size.J : 0;
+    }
+    if (bias) in.bias = bias->const_data_ptr<Real>();
+    in.leaky = leaky;
+    in.detach = detach;
+    in.eps = static_cast<Real>(eps);
+    return in;
+  }
+};
+
+template <class Real>
+void run_forward(const fastcaps::Routing<Real>& in, Tensor& out, Tensor& sums) {
+  kernels<Real>().forward(in, out.mutable_data_ptr<Real>(), sums.mutable_data_ptr<Real>(), parallel);
+}
+
+std::tuple<Tensor, Tensor> dynamic_routing_forward(Tensor poses, OptionalTensor weight, OptionalTensor prior,
+                                                   OptionalTensor bias, int64_t num_iterations, bool leaky,
                                                    bool /*detach: for the derivative only*/, double eps) {
-  const ScalarType dtype = poses.scalar_type();
-  require(dtype == ScalarType::Float || dtype == ScalarType::Double, "poses must be float32 or float64");
-  require(num_iterations >= 1, "num_iterations must be at least 1");
-  require(poses.dim() == (weight ? 3 : 4), "poses must be [B, I, D_in], or votes [B, I, J, D_out] without a weight");
-  require(!weight || weight->dim() == 4, "weight must be [I or 1, J or 1, D_out, D_in]");
-  require(!prior || prior->dim() == 2 || prior->dim() == 3, "prior must be [I, J] or [B, I, J]");
-  require(!bias || bias->dim() == 2, "bias must be [J, D_out]");
-
-  fastcaps::Sizes z{};
-  z.B = poses.size(0);
-  z.I = poses.size(1);
-  z.T = num_iterations;
-  z.D_in = weight ? poses.size(2) : 0;
-  z.D_out = weight ? weight->size(2) : poses.size(3);
-  const int64_t J_votes = weight ? weight->size(1) : poses.size(2);
-  z.J = J_votes;
-  if (prior) z.J = std::max(z.J, prior->size(prior->dim() - 1));
-  if (bias) z.J = std::max(z.J, bias->size(0));
-  require(J_votes == z.J || J_votes == 1, "weight (or votes), prior and bias disagree in J");
-  if (weight) require((weight->size(0) == z.I || weight->size(0) == 1) && weight->size(3) == z.D_in, "weight does not fit poses");
-  if (prior) {
-    const int64_t first = prior->dim() - 2;
-    require(prior->size(first) == z.I && prior->size(first + 1) == z.J && (first == 0 || prior->size(0) == z.B),
-            "prior must be [I, J] or [B, I, J]");
-  }
-  if (bias) require(bias->size(0) == z.J && bias->size(1) == z.D_out, "bias must be [J, D_out]");
-  for (std::optional<Tensor>* tensor : {&weight, &prior, &bias}) {
-    if (!*tensor) continue;
-    require((*tensor)->scalar_type() == dtype, "all tensors must have one dtype");
-    *tensor = torch::stable::contiguous(**tensor);
-  }
-  poses = torch::stable::contiguous(poses);
-
-  Tensor out = torch::stable::new_empty(poses, {z.B, z.J, z.D_out});
-  Tensor sums = torch::stable::new_empty(poses, {z.T, z.B, z.J, z.D_out});
-  if (dtype == ScalarType::Float)
-    launch<float>(poses, weight, prior, bias, z, leaky, eps, out, sums);
+  const Inputs inputs(poses, weight, prior, bias, num_iterations);
+  const fastcaps::Sizes& z = inputs.size;
+  Tensor out = torch::stable::new_empty(inputs.poses, {z.B, z.J, z.D_out});
+  Tensor sums = torch::stable::new_empty(inputs.poses, {z.T, z.B, z.J, z.D_out});
+  if (inputs.dtype == ScalarType::Float)
+    run_forward(inputs.routing<float>(leaky, false, eps), out, sums);
   else
-    launch<double>(poses, weight, prior, bias, z, leaky, eps, out, sums);
+    run_forward(inputs.routing<double>(leaky, false, eps), out, sums);
   return {out, sums};
+}
+
+template <class Real>
+void run_backward(const Inputs& inputs, const Tensor& grad, const Tensor& sums, bool leaky, bool detach, double eps,
+                  Tensor* const (&gradients)[4]) {
+  const fastcaps::Routing<Real> in = inputs.routing<Real>(leaky, detach, eps);
+  fastcaps::Gradients<Real> out{
+      grad.const_data_ptr<Real>(), sums.const_data_ptr<Real>(), nullptr, nullptr, nullptr, nullptr};
+  Real** const pointers[] = {&out.d_poses, &out.d_weight, &out.d_prior, &out.d_bias};
+  for (int n = 0; n < 4; ++n)
+    if (gradients[n]) *pointers[n] = gradients[n]->mutable_data_ptr<Real>();
+  kernels<Real>().backward(in, out, parallel);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> dynamic_routing_backward(Tensor grad, Tensor poses, OptionalTensor weight,
+                                                                    OptionalTensor prior, OptionalTensor bias,
+                                                                    Tensor sums, bool leaky, bool detach, double eps,
+                                                                    bool need_poses, bool need_weight, bool need_prior,
+                                                                    bool need_bias) {
+  const Inputs inputs(poses, weight, prior, bias, sums.size(0));
+  const fastcaps::Sizes& z = inputs.size;
+  require(grad.dim() == 3 && grad.size(0) == z.B && grad.size(1) == z.J && grad.size(2) == z.D_out,
+          "grad must be [B, J, D_out]");
+  require(sums.dim() == 4 && sums.size(1) == z.B && sums.size(2) == z.J && sums.size(3) == z.D_out,
+          "sums must be [T, B, J, D_out]");
+  require(grad.scalar_type() == inputs.dtype && sums.scalar_type() == inputs.dtype, "all tensors must have one dtype");
+  const Tensor incoming = torch::stable::contiguous(grad), saved = torch::stable::contiguous(sums);
+  const OptionalTensor sources[] = {inputs.poses, inputs.weight, inputs.prior, inputs.bias};
+  const bool needed[] = {need_poses, need_weight, need_prior, need_bias};
+  std::optional<Tensor> results[4];
+  Tensor* gradients[4];
+  for (int n = 0; n < 4; ++n) {
+    const bool wanted = needed[n] && sources[n];
+    results[n] = wanted ? torch::stable::empty_like(*sources[n]) : torch::stable::new_empty(inputs.poses, {0});
+    gradients[n] = wanted ? &*results[n] : nullptr;
+  }
+  if (inputs.dtype == ScalarType::Float)
+    run_backward<float>(inputs, incoming, saved, leaky, detach, eps, gradients);
+  else
+    run_backward<double>(inputs, incoming, saved, leaky, detach, eps, gradients);
+  return {*results[0], *results[1], *results[2], *results[3]};
 }
 
 }  // namespace
@@ -101,8 +200,12 @@ STABLE_TORCH_LIBRARY(fastcaps, m) {
       "bool need_bias) -> (Tensor d_poses, Tensor d_weight, Tensor d_prior, Tensor d_bias)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fastcaps, CPU, m) { m.impl("native_dynamic_routing_forward", TORCH_BOX(&dynamic_routing_forward)); }
+STABLE_TORCH_LIBRARY_IMPL(fastcaps, CPU, m) {
+  m.impl("native_dynamic_routing_forward", TORCH_BOX(&dynamic_routing_forward));
+  m.impl("native_dynamic_routing_backward", TORCH_BOX(&dynamic_routing_backward));
+}
 
 // Importing fastcaps._C runs the registrations above; the module itself only says how it was built.
-static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", FASTCAPS_BUILD, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+static PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "_C", FASTCAPS_BUILD, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
 PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }

@@ -8,11 +8,7 @@ from torch import Tensor
 
 from fastcaps.functional import check_number, compute_dtype
 from fastcaps.routing import backend as _backend
-from fastcaps.routing.dynamic_reference import (
-    dynamic_routing_backward_reference,
-    dynamic_routing_reference,
-    output_capsules,
-)
+from fastcaps.routing.dynamic_reference import dynamic_routing_reference, output_capsules
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -417,44 +413,6 @@ def _backward_fake(
     )
 
 
-def _backward_cpu(
-    grad: Tensor,
-    poses: Tensor,
-    weight: Tensor | None,
-    prior: Tensor | None,
-    bias: Tensor | None,
-    sums: Tensor,
-    leaky: bool,
-    detach: bool,
-    eps: float,
-    *needed: bool,
-) -> tuple[Tensor, ...]:
-    """The backward in plain PyTorch, some samples at a time so that their votes stay in the cache."""
-    grads = _backward_fake(grad, poses, weight, prior, bias, sums, leaky, detach, eps, *needed)
-    for g in grads:
-        g.zero_()
-    votes = poses.shape[1] * sums.shape[2] * sums.shape[3]
-    step = max(1, 1_500_000 // max(1, votes))
-    for first in range(0, poses.shape[0], step):
-        rows = slice(first, first + step)
-        per_sample = prior is not None and prior.dim() == 3
-        part = dynamic_routing_backward_reference(
-            grad[rows],
-            poses[rows],
-            weight,
-            prior[rows] if prior is not None and per_sample else prior,
-            bias,
-            sums[:, rows],
-            leaky=leaky,
-            detach=detach,
-            eps=eps,
-        )
-        for n, (total, gradient) in enumerate(zip(grads, part, strict=True)):
-            if needed[n] and gradient is not None:
-                (total[rows] if n == 0 or (n == 2 and per_sample) else total).add_(gradient)
-    return grads
-
-
 def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*inputs[:5])
     ctx.num_iterations = inputs[5].shape[0]
@@ -496,6 +454,5 @@ if _backend.EXTENSION_BUILD is not None:  # the schemas stand in csrc/ops.cpp
     _FORWARD, _BACKWARD = (f"fastcaps::native_dynamic_routing_{pass_}" for pass_ in ("forward", "backward"))
     torch.library.register_fake(_FORWARD, _forward_fake)
     torch.library.register_fake(_BACKWARD, _backward_fake)
-    torch.library.impl(_BACKWARD, "CPU")(_backward_cpu)
     torch.library.register_autograd(_FORWARD, _forward_backward, setup_context=_DynamicRouting.setup_context)
     torch.library.register_autograd(_BACKWARD, _backward_backward, setup_context=_backward_setup)

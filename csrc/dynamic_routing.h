@@ -1,0 +1,54 @@
+// What the CPU kernels take and who calls them. No torch header, no standard-library template: the sources that include
+// this are compiled for different instruction sets, and a template instantiated in two of them would be shared.
+//
+// Letters as everywhere in fastcaps: B samples, I input capsules, J output capsules, D_in and D_out pose sizes,
+// T iterations.
+#pragma once
+
+#include <cstdint>
+
+namespace fastcaps {
+
+struct Sizes {
+  int64_t B, I, J, D_in, D_out, T;
+};
+
+template <class Real>
+struct Routing {
+  Sizes size;
+  const Real* poses;           // [B, I, D_in], or the votes [B, I, J or 1, D_out] where weight is null
+  const Real* weight;          // [I or 1, J or 1, D_out, D_in], or null
+  int64_t stride_i, stride_j;  // entries from one matrix (or vote) to the next; 0 where one serves all
+  const Real* prior;           // [I, J] or [B, I, J], or null
+  int64_t prior_stride_b;      // 0 or I * J
+  const Real* bias;            // [J, D_out], or null
+  bool leaky, detach;
+  Real eps;
+};
+
+template <class Real>
+struct Gradients {
+  const Real* grad;  // [B, J, D_out], of the output
+  const Real* sums;  // [T, B, J, D_out], the weighted sums of the forward
+  Real* d_poses;     // these four in the shapes of the inputs, or null where not wanted
+  Real* d_weight;
+  Real* d_prior;
+  Real* d_bias;
+};
+
+// Calls body(context, begin, end) on parts of 0 .. n - 1, in any order and on any thread, and waits.
+using Body = void (*)(void* context, int64_t begin, int64_t end);
+using Parallel = void (*)(int64_t n, void* context, Body body);
+
+#define FASTCAPS_DECLARE(isa)                                            \
+  namespace isa {                                                        \
+  template <class Real>                                                  \
+  void forward(const Routing<Real>&, Real* out, Real* sums, Parallel);   \
+  template <class Real>                                                  \
+  void backward(const Routing<Real>&, const Gradients<Real>&, Parallel); \
+  }
+FASTCAPS_DECLARE(baseline)
+FASTCAPS_DECLARE(avx2)
+FASTCAPS_DECLARE(avx512)
+
+}  // namespace fastcaps

@@ -1,0 +1,7 @@
+// The CPU kernels for one instruction set; which one runs is chosen when the extension loads (ops.cpp).
+#ifdef __x86_64__
+#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma")
+#define FASTCAPS_ISA avx512
+#define FASTCAPS_VECTOR_BYTES 64
+#include "dynamic_routing_cpu_backward.h"
+#endif

@@ -1,0 +1,323 @@
+// The backward on the CPU, from the weighted sums alone: a sweep over the input capsules for every iteration but the
+// first, then one over all iterations at once that writes the gradients.
+#include "dynamic_routing_cpu.h"
+
+namespace fastcaps {
+namespace FASTCAPS_ISA {
+
+template <class Real, int N>
+struct Backward : Pass<Real, N> {
+  using P = Pass<Real, N>;
+  using K = Kernel<Real>;
+  using P::for_rows;
+  using P::gather;
+  using P::groups;
+  using P::in;
+  using P::JD;
+  using P::kGroup;
+  using P::L;
+  using P::load_prior;
+  using P::load_source;
+  using P::over_slices;
+  using P::P;
+  using P::parallel;
+  using P::routed_sum;
+  using P::samples;
+  using P::scatter;
+  using P::slices;
+  using P::softmax;
+  using P::softmax_backward;
+  using P::source_rows;
+  using P::squash;
+  using P::squash_backward;
+  using P::width;
+  using P::z;
+  using typename K::vec;
+
+  void run(const Gradients<Real>& out) const {
+    const int64_t all = groups * width;
+    Scratch<vec> V(z.T * all, 3), ds(z.T * all, 5), dv(all, 7),
+        partial(in.detach || z.T == 1 ? 1 : groups * slices * width, 9);
+    // V[t] = v_0 + ... + v_{t-1}; ds[t] holds s_t until its turn comes.
+    parallel_for(parallel, groups, [&](int64_t g) {
+      const int64_t first = g * kGroup * JD, n = samples(g);
+      vec* V0 = V + g * width;
+      for (int64_t r = 0; r < width; ++r) V0[r] = vec{};
+      for (int64_t t = 0; t < z.T; ++t) {
+        vec* s = ds + t * all + g * width;
+        gather(out.sums + t * z.B * JD + first, JD, JD, n, s);
+        if (t + 1 == z.T) continue;
+        vec* next = V0 + (t + 1) * all;
+        squash(s, next);
+        for (int64_t r = 0; r < width; ++r) next[r] += V0[t * all + r];
+      }
+      gather(out.grad + first, JD, JD, n, dv + g * width);
+      vec* s = ds + (z.T - 1) * all + g * width;
+      squash_backward(s, dv + g * width, s);
+      for (int64_t r = 0; r < width; ++r) dv[g * width + r] = vec{};  // from here on dV_{t+1} + ... + dV_{T-1}
+    });
+    if (!in.detach)
+      for (int64_t t = z.T - 1; t > 0; --t)
+        over_slices(
+            partial,
+            [&](int64_t g, int64_t i0, int64_t i1, vec* sum) {
+              routed_sum(g, i0, i1, V + t * all + g * width, ds + t * all + g * width, sum);
+            },
+            [&](int64_t g, const vec* dV) {
+              vec *total = dv + g * width, *s = ds + (t - 1) * all + g * width;
+              for (int64_t r = 0; r < width; ++r) total[r] += dV[r];
+              squash_backward(s, total, s);
+            });
+    const int64_t t0 = in.detach ? z.T - 1 : 0;
+    if (out.d_bias)
+      for (int64_t r = 0; r < JD; ++r) {
+        Real total = 0;
+        for (int64_t t = t0; t < z.T; ++t)
+          for (int64_t g = 0; g < groups; ++g)
+            for (int n = 0; n < N; ++n) {
+              const vec lanes = ds[t * all + g * width + r * N + n];
+              for (int l = 0; l < L; ++l) total += lanes[l];
+            }
+        out.d_bias[r] = total;
+      }
+    if (out.d_prior && !z.B && !in.prior_stride_b) std::memset(out.d_prior, 0, z.I * z.J * sizeof(Real));
+    if (out.d_poses || out.d_weight || out.d_prior) final_sweep(out, V, ds, t0);
+  }
+
+  // The gradients of poses, weight and prior: a task owns a slice of I and loops over all samples and output capsules.
+  void final_sweep(const Gradients<Real>& out, const vec* V, const vec* ds, int64_t t0) const {
+    const bool shared = out.d_weight && in.weight && !in.stride_i;
+    const int64_t tasks = most(1, least(shared ? 16 : 64, z.I / 4));
+    const int64_t matrices = (in.stride_j ? z.J : 1) * z.D_out * z.D_in;  // entries of the weight of one i
+    Scratch<Real> partial(shared ? tasks * matrices : 1);
+    parallel_for(parallel, tasks, [&](int64_t task) {
+      Real* d_weight = shared ? partial + task * matrices : out.d_weight;
+      const int64_t i0 = z.I * task / tasks, i1 = z.I * (task + 1) / tasks;
+      if (d_weight && in.weight) {
+        Real* own = shared ? d_weight : d_weight + i0 * in.stride_i;
+        const int64_t count = shared ? matrices : (i1 - i0) * in.stride_i;
+        for (int64_t r = 0; r < count; ++r) own[r] = 0;
+      }
+      gradients_of_slice(out, d_weight, V, ds, t0, i0, i1);
+    });
+    if (shared)
+      for (int64_t r = 0; r < matrices; ++r) {
+        Real total = partial[r];
+        for (int64_t task = 1; task < tasks; ++task) total += partial[task * matrices + r];
+        out.d_weight[r] = total;
+      }
+  }
+
+  void gradients_of_slice(const Gradients<Real>& out, Real* d_weight, const vec* V, const vec* ds, int64_t t0,
+                          int64_t i0, int64_t i1) const {
+    // Coefficients c_t and db_t of some input capsules and some groups of samples, within about 600 KB.
+    const int64_t steps = z.T - t0, JN = z.J * N, per_group = 2 * steps * JN * sizeof(vec);
+    const int64_t limit = 600 << 10;
+    const int64_t chunk = most(1, least(groups, most(256 / kGroup, 1))), fit = limit / (per_group * chunk);
+    const int64_t together = most(1, least(8, fit)), at_once = fit ? chunk : most(1, limit / per_group);
+    const int64_t rows = source_rows(), x_size = rows * N;
+    Scratch<vec> x(together * at_once * x_size, 1), dx(together * at_once * x_size, 5);
+    Scratch<vec> c(together * at_once * steps * JN, 9), db(together * at_once * steps * JN, 13),
+        du(z.D_out * N * at_once, 17);
+    for (int64_t first = i0; first < i1; first += together)
+      for (int64_t g0 = 0; g0 < groups; g0 += at_once) {
+        const int64_t count = least(together, i1 - first), g1 = least(groups, g0 + at_once);
+        for (int64_t g = g0; g < g1; ++g) {
+          for (int64_t m = 0; m < count; ++m) load_source(g, first + m, x + ((g - g0) * together + m) * x_size);
+          coefficients(g, first, count, V, ds, t0, x + (g - g0) * together * x_size,
+                       c + (g - g0) * together * steps * JN, db + (g - g0) * together * steps * JN,
+                       out.d_prior != nullptr);
+        }
+        for (int64_t r = 0; r < together * at_once * x_size; ++r) dx[r] = vec{};
+        for (int64_t j = 0; j < z.J; ++j)
+          for (int64_t m = 0; m < count; ++m) {
+            for (int64_t g = g0; g < g1; ++g) {
+              const int64_t where = ((g - g0) * together + m);
+              vote_gradient(g, j, V, ds, t0, c + where * steps * JN, db + where * steps * JN,
+                            du + (g - g0) * z.D_out * N);
+              if (out.d_poses) add_source_gradient(first + m, j, du + (g - g0) * z.D_out * N, dx + where * x_size);
+            }
+            if (d_weight && in.weight)
+              add_weight_gradient(x + m * x_size, together * x_size, du, g1 - g0,
+                                  d_weight + (first + m) * in.stride_i + j * in.stride_j);
+          }
+        for (int64_t m = 0; m < count; ++m)
+          for (int64_t g = g0; g < g1; ++g) {
+            const int64_t where = ((g - g0) * together + m), i = first + m;
+            if (out.d_poses)
+              scatter(dx + where * x_size, z.I * rows, rows, samples(g), out.d_poses + (g * kGroup * z.I + i) * rows);
+            if (out.d_prior) prior_gradient(g, g == 0, i, steps, db + where * steps * JN, out.d_prior);
+          }
+      }
+  }
+
+  // c_t and db_t [steps, J, N] of `count` input capsules; db_0 only where the prior wants it.
+  void coefficients(int64_t g, int64_t first, int64_t count, const vec* V, const vec* ds, int64_t t0, const vec* x,
+                    vec* c, vec* db, bool prior) const {
+    const int64_t steps = z.T - t0, JN = z.J * N, all = groups * width, x_size = source_rows() * N;
+    for (int64_t m = 0; m < count; ++m)
+      for (int64_t t = 0; t < steps; ++t) {
+        load_prior(g, first + m, c + (m * steps + t) * JN);
+        for (int64_t r = 0; r < JN; ++r) db[(m * steps + t) * JN + r] = vec{};
+      }
+    const int64_t first_dot = t0 == 0 && !prior ? 1 : 0;  // the step from which on dots with ds are needed
+    for (int64_t j = 0; j < z.J; ++j)
+      for (int64_t m = 0; m < count; ++m)
+        for_rows(z.D_out, [&](int64_t d, auto R) FASTCAPS_LAMBDA {
+          if (t0 == 0 && steps == 1 && !prior) return;
+          const int64_t row = g * width + (j * z.D_out + d) * N;
+          vec u[R * N];
+          this->template rows_of_votes<R>(first + m, j, d, x + m * x_size, u);
+          for (int64_t t = 0; t < steps; ++t) {
+            vec* logit = c + (m * steps + t) * JN + j * N;
+            vec* dot = db + (m * steps + t) * JN + j * N;
+            const vec *Vt = V + (t0 + t) * all + row, *dst = ds + (t0 + t) * all + row;
+            if (t0 + t > 0) {
+              vec sum[N];
+              unroll<N>([&](auto n) FASTCAPS_LAMBDA { sum[n] = logit[n]; });
+              unroll<R * N>([&](auto r) FASTCAPS_LAMBDA { sum[r % N] += u[r] * Vt[r]; });
+              unroll<N>([&](auto n) FASTCAPS_LAMBDA { logit[n] = sum[n]; });
+            }
+            if (!in.detach && t >= first_dot) {
+              vec sum[N];
+              unroll<N>([&](auto n) FASTCAPS_LAMBDA { sum[n] = dot[n]; });
+              unroll<R * N>([&](auto r) FASTCAPS_LAMBDA { sum[r % N] += u[r] * dst[r]; });
+              unroll<N>([&](auto n) FASTCAPS_LAMBDA { dot[n] = sum[n]; });
+            }
+          }
+        });
+    for (int64_t m = 0; m < count; ++m)
+      for (int64_t t = 0; t < steps; ++t) {
+        vec *ct = c + (m * steps + t) * JN, *dbt = db + (m * steps + t) * JN;
+        softmax(ct);
+        if (!in.detach && t >= first_dot) softmax_backward(ct, dbt);
+      }
+  }
+
+  // du = sum_t c_t ds_t + db_t V_t, [D_out, N].
+  void vote_gradient(int64_t g, int64_t j, const vec* V, const vec* ds, int64_t t0, const vec* c, const vec* db,
+                     vec* du) const {
+    const int64_t steps = z.T - t0, all = groups * width, JN = z.J * N;
+    for (int64_t t = 0; t < steps; ++t) {
+      const vec *Vt = V + (t0 + t) * all + g * width + j * z.D_out * N,
+                *dst = ds + (t0 + t) * all + g * width + j * z.D_out * N;
+      vec ct[N], dbt[N];
+      unroll<N>([&](auto n) FASTCAPS_LAMBDA {
+        ct[n] = c[t * JN + j * N + n];
+        dbt[n] = db[t * JN + j * N + n];
+      });
+      const bool moved = t0 + t > 0 && !in.detach;
+      for (int64_t r = 0; r < z.D_out * N; r += N)
+        unroll<N>([&](auto n) FASTCAPS_LAMBDA {
+          vec sum = ct[n] * dst[r + n];
+          if (moved) sum += dbt[n] * Vt[r + n];
+          du[r + n] = t ? du[r + n] + sum : sum;
+        });
+    }
+  }
+
+  // dx[k] += sum_d w[d, k] du[d]; without a weight the source is the votes themselves.
+  void add_source_gradient(int64_t i, int64_t j, const vec* du, vec* dx) const {
+    if (!in.weight) {
+      for (int64_t r = 0; r < z.D_out * N; ++r) dx[j * in.stride_j * N + r] += du[r];
+      return;
+    }
+    const Real* w = in.weight + i * in.stride_i + j * in.stride_j;
+    for_rows(z.D_in, [&](int64_t k, auto R) FASTCAPS_LAMBDA {
+      vec sum[R * N];
+      unroll<R * N>([&](auto r) FASTCAPS_LAMBDA { sum[r] = dx[k * N + r]; });
+      for (int64_t d = 0; d < z.D_out; ++d) {
+        vec u[N];
+        unroll<N>([&](auto n) FASTCAPS_LAMBDA { u[n] = du[d * N + n]; });
+        unroll<R>([&](auto r) FASTCAPS_LAMBDA {
+          const vec wk = K::splat(w[d * z.D_in + k + r]);
+          unroll<N>([&](auto n) FASTCAPS_LAMBDA { sum[r * N + n] += wk * u[n]; });
+        });
+      }
+      unroll<R * N>([&](auto r) FASTCAPS_LAMBDA { dx[k * N + r] = sum[r]; });
+    });
+  }
+
+  // d_weight[d, k] += sum_b du[b, d] x[b, k]: L entries at a time in the lanes of as many vectors, summed at the end.
+  void add_weight_gradient(const vec* x, int64_t stride_g, const vec* du, int64_t count, Real* d_weight) const {
+    constexpr int kWide = L < 8 ? L : 8, kHigh = L / kWide;  // entries of x and rows of du that share their loads
+    if (z.D_in % kWide == 0 && z.D_out % kHigh == 0) {
+      for (int64_t d = 0; d < z.D_out; d += kHigh)
+        for (int64_t k = 0; k < z.D_in; k += kWide) {
+          vec sum[L];
+          unroll<L>([&](auto p) FASTCAPS_LAMBDA { sum[p] = vec{}; });
+          for (int64_t g = 0; g < count; ++g)
+            for (int n = 0; n < N; ++n) {
+              const vec *left = du + (g * z.D_out + d) * N + n, *right = x + g * stride_g + k * N + n;
+              vec rows[kHigh];
+              unroll<kHigh>([&](auto r) FASTCAPS_LAMBDA { rows[r] = left[r * N]; });
+              unroll<kWide>([&](auto q) FASTCAPS_LAMBDA {
+                const vec xq = right[q * N];
+                unroll<kHigh>([&](auto r) FASTCAPS_LAMBDA { sum[r * kWide + q] += rows[r] * xq; });
+              });
+            }
+          const vec total = K::sum_lanes(sum);
+          for (int r = 0; r < kHigh; ++r)
+            for (int q = 0; q < kWide; ++q) d_weight[(d + r) * z.D_in + k + q] += total[r * kWide + q];
+        }
+      return;
+    }
+    const int64_t entries = z.D_out * z.D_in;
+    for (int64_t first = 0; first < entries; first += L) {
+      const vec *left[L], *right[L];
+      for (int p = 0; p < L; ++p) {
+        const int64_t e = least(first + p, entries - 1);
+        left[p] = du + e / z.D_in * N;
+        right[p] = x + e % z.D_in * N;
+      }
+      vec sum[L];
+      unroll<L>([&](auto p) FASTCAPS_LAMBDA { sum[p] = vec{}; });
+      for (int64_t g = 0; g < count; ++g)
+        for (int n = 0; n < N; ++n)
+          unroll<L>([&](auto p)
+                        FASTCAPS_LAMBDA { sum[p] += left[p][g * z.D_out * N + n] * right[p][g * stride_g + n]; });
+      const vec total = K::sum_lanes(sum);
+      for (int p = 0; p < L && first + p < entries; ++p) d_weight[first + p] += total[p];
+    }
+  }
+
+  void prior_gradient(int64_t g, bool starts, int64_t i, int64_t steps, const vec* db, Real* d_prior) const {
+    const int64_t JN = z.J * N, n_samples = samples(g);
+    for (int64_t j = 0; j < z.J; ++j) {
+      Real over_batch = 0;
+      for (int64_t b = 0; b < n_samples; ++b) {
+        Real sum = 0;
+        for (int64_t t = 0; t < steps; ++t) sum += db[t * JN + j * N + b / L][b % L];
+        if (in.prior_stride_b) d_prior[(g * kGroup + b) * in.prior_stride_b + i * z.J + j] = sum;
+        over_batch += sum;
+      }
+      if (!in.prior_stride_b) d_prior[i * z.J + j] = (starts ? Real(0) : d_prior[i * z.J + j]) + over_batch;
+    }
+  }
+};
+
+// Two vectors of samples share each broadcast entry of a weight, as long as V and the sums of both stay in L1.
+template <class Real, class F>
+void with_tiles(const Routing<Real>& in, const F& f) {
+  const int64_t bytes = 2 * in.size.J * in.size.D_out * FASTCAPS_VECTOR_BYTES;
+  if (in.size.B > Kernel<Real>::L && bytes <= (16 << 10))
+    f(std::integral_constant<int, 2>{});
+  else
+    f(std::integral_constant<int, 1>{});
+}
+
+template <class Real>
+void forward(const Routing<Real>& in, Real* out, Real* sums, Parallel parallel) {
+  if (in.size.B) with_tiles(in, [&](auto N) { Pass<Real, N>(in, parallel).forward(out, sums); });
+}
+template <class Real>
+void backward(const Routing<Real>& in, const Gradients<Real>& out, Parallel parallel) {
+  with_tiles(in, [&](auto N) { Backward<Real, N>(in, parallel).run(out); });
+}
+template void forward(const Routing<float>&, float*, float*, Parallel);
+template void forward(const Routing<double>&, double*, double*, Parallel);
+template void backward(const Routing<float>&, const Gradients<float>&, Parallel);
+template void backward(const Routing<double>&, const Gradients<double>&, Parallel);
+
+}  // namespace FASTCAPS_ISA
+}  // namespace fastcaps
