@@ -256,7 +256,7 @@ def _route(
     if detach and prior is not None:
         prior = prior.detach()  # constant coupling: nothing reaches the prior
     compute = compute_dtype(poses.dtype)
-    eps = torch.tensor(eps, dtype=compute).item() if eps else 0.0  # what the kernels compute with
+    eps = max(float(eps), torch.finfo(compute).tiny) if eps else 0.0  # no smaller one survives a cast to this dtype
     traced = torch.compiler.is_compiling()
     # torch.func inside torch.compile would take the op for a constant in a second derivative.
     if chosen == "reference" or (traced and torch._C._are_functorch_transforms_active()):
