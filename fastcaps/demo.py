@@ -110,7 +110,7 @@ def print_timings(timings: list[Timing], console: Console) -> None:
                 cells += ["refused", ""]
                 continue
             median, p20 = median_and_p20(times)
-            cells += [f"{median:.1f} ({p20:.1f})", f"{fastest / median:.2f}x"]
+            cells += [f"{median:.1f} ({p20:.1f})", f"{fastest / median:.2f}"]
         table.add_row(*cells, style="bold" if timing.name == "fastcaps" else None)
     console.print(table)
     for timing in timings:

@@ -88,6 +88,22 @@ def test_a_wrong_contestant_is_not_timed(monkeypatch):
     assert len(admitted.forward) == 1
 
 
+def test_table_of_timings(capsys):
+    from rich.console import Console
+
+    from fastcaps.demo import print_timings
+
+    slow = timing.Timing("einsum, chunks of 8", [4000.0] * 5, [9000.0] * 5, 1e-7, 2e-7, None, None)
+    ours = timing.Timing("fastcaps", [1000.0] * 5, [3000.0] * 5, 1e-7, 3e-7, None, None)
+    wrong = timing.Timing("compiled", None, None, 0.01, 0.02, None, "its error is 2.0e-02")
+    print_timings([slow, wrong, ours], Console(width=80))
+    rows = {line.split("  ")[0].strip(): line.split() for line in capsys.readouterr().out.splitlines() if line.strip()}
+    assert rows["fastcaps"] == ["fastcaps", "3e-07", "1000.0", "(1000.0)", "4.00", "3000.0", "(3000.0)", "3.00"]
+    assert rows["einsum, chunks of 8"][-4:] == ["1.00", "9000.0", "(9000.0)", "1.00"]
+    assert rows["compiled"] == ["compiled", "2e-02", "refused", "refused"]
+    assert "not timed: compiled: its error is 2.0e-02" in rows
+
+
 def test_median_and_percentile():
     assert timing.median_and_p20([5.0, 1.0, 2.0, 4.0, 3.0]) == (3.0, 2.0)
 

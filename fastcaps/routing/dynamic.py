@@ -1,5 +1,6 @@
 """dynamic_routing and route_votes: documentation, checks, choice of the backend, autograd, op registration."""
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -345,6 +346,10 @@ class _DynamicRouting(torch.autograd.Function):
             prior = prior.flatten(0, 1)
         out, sums = _DynamicRouting.apply(poses.flatten(0, 1), weight, prior, bias, *options)
         return (out.unflatten(0, (N, B)), sums.unflatten(1, (N, B))), (0, 1)
+
+
+# Function.apply asks for it in every call, and working it out takes 20 us.
+setattr(_DynamicRouting.forward, "__signature__", inspect.signature(_DynamicRouting.forward))  # noqa: B010
 
 
 def _differentiable_backward(
