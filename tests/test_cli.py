@@ -71,8 +71,7 @@ def test_contestants_agree():
     assert [t.name for t in timings] == ["einsum", "einsum, chunks of 8", "fastcaps"]
     for t in timings:
         assert len(t.forward) == len(t.training) == 1
-        assert t.error < 1e-5
-        assert t.gradient_error < 1e-4
+        assert t.refused is None
 
 
 def test_a_wrong_contestant_is_not_timed(monkeypatch):

@@ -1,0 +1,196 @@
+"""The native ops of dynamic routing as PyTorch sees them: derivatives, vmap, shapes for tracing, registration.
+
+Tensors are as in ``dynamic_reference.py``; checks, masks and the choice of the backend are in ``dynamic.py``.
+"""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastcaps.functional import compute_dtype
+from fastcaps.routing.backend import EXTENSION_BUILD
+from fastcaps.routing.dynamic_reference import dynamic_routing_reference, output_capsules
+
+
+def upcast(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Any, ...]:
+    """The tensors in ``dtype``; None stays None."""
+    return tuple(x if x is None else x.to(dtype) for x in tensors)
+
+
+class DynamicRouting(torch.autograd.Function):
+    """Connects the forward and backward ops. Half types are saved as they came and widened inside."""
+
+    @staticmethod
+    def forward(
+        poses: Tensor,
+        weight: Tensor | None,
+        prior: Tensor | None,
+        bias: Tensor | None,
+        num_iterations: int,
+        leaky: bool,
+        detach: bool,
+        eps: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Output ``[B, J, D_out]`` in the dtype of ``poses``, and the weighted sums ``[T, B, J, D_out]``."""
+        inputs = upcast(compute_dtype(poses.dtype), poses, weight, prior, bias)
+        out, sums = torch.ops.fastcaps.native_dynamic_routing_forward(*inputs, num_iterations, leaky, detach, eps)
+        return out.to(poses.dtype), sums
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        """Save the inputs and the sums; serves the registered op too, whose arguments are the same."""
+        ctx.save_for_backward(*inputs[:4], output[1])
+        ctx.mark_non_differentiable(output[1])
+        ctx.num_iterations, ctx.leaky, ctx.detach, ctx.eps = inputs[4:]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        """By the op, or differentiably where a second derivative may be wanted."""
+        if torch.is_grad_enabled():
+            inputs, needed = ctx.saved_tensors[:4], ctx.needs_input_grad[:4]
+            return *_differentiable_backward(ctx, inputs, grad, needed), None, None, None, None
+        return _native_backward(ctx, grad, _)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+        """Fold the mapped axis into the batch, which gives every sample its own poses and prior, but no weight."""
+        poses, weight, prior, bias, *options = args
+        if in_dims[1] is not None or in_dims[3] is not None:
+            raise NotImplementedError(
+                "vmap over the weight or bias of dynamic_routing: the native backend has one of each per call; "
+                "pass backend='reference', or map over poses and prior only"
+            )
+        N = info.batch_size
+
+        def stack(x: Tensor, dim: int | None) -> Tensor:
+            return x.expand(N, *x.shape) if dim is None else x.movedim(dim, 0)
+
+        poses = stack(poses, in_dims[0])  # [N, B, ...]
+        B = poses.shape[1]
+        if prior is not None and (in_dims[2] is not None or prior.dim() == 3):
+            prior = stack(prior, in_dims[2])  # [N, B, I, J] or [N, I, J]
+            if prior.dim() == 3:
+                prior = prior[:, None].expand(-1, B, -1, -1)
+            prior = prior.flatten(0, 1)
+        out, sums = DynamicRouting.apply(poses.flatten(0, 1), weight, prior, bias, *options)
+        return (out.unflatten(0, (N, B)), sums.unflatten(1, (N, B))), (0, 1)
+
+
+# Function.apply asks for it in every call, and working it out takes 20 us.
+setattr(DynamicRouting.forward, "__signature__", inspect.signature(DynamicRouting.forward))  # noqa: B010
+
+
+def _native_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients by the backward op; eager and traced calls share it."""
+    *inputs, sums = ctx.saved_tensors
+    needed = [bool(need) for need in ctx.needs_input_grad[:4]]
+    grads = torch.ops.fastcaps.native_dynamic_routing_backward(
+        *upcast(sums.dtype, grad, *inputs), sums, ctx.leaky, ctx.detach, ctx.eps, *needed
+    )
+    returned = (g.to(x.dtype) if need else None for g, x, need in zip(grads, inputs, needed, strict=True))
+    return *returned, None, None, None, None
+
+
+def _differentiable_backward(
+    ctx: Any, inputs: Sequence[Tensor | None], grad: Tensor, needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """The gradients as differentiable functions of inputs and grad: rebuild the reference and differentiate it."""
+    wanted = [n for n in range(4) if needed[n]]
+
+    def reference(*primals: Tensor) -> Tensor:
+        full = list(inputs)
+        for n, primal in zip(wanted, primals, strict=True):
+            full[n] = primal
+        poses = full[0]
+        assert poses is not None
+        out = dynamic_routing_reference(
+            *upcast(compute_dtype(poses.dtype), *full),
+            num_iterations=ctx.num_iterations,
+            leaky=ctx.leaky,
+            detach=ctx.detach,
+            eps=ctx.eps,
+        )
+        return out.to(poses.dtype)
+
+    vjp = torch.func.vjp(reference, *(inputs[n] for n in wanted))[1]
+    grads: list[Tensor | None] = [None] * 4
+    for n, gradient in zip(wanted, vjp(grad), strict=True):
+        grads[n] = gradient
+    return grads
+
+
+# ---------------------------------------------------------------------------------------------------- registration
+
+
+def _forward_fake(
+    poses: Tensor,
+    weight: Tensor | None,
+    prior: Tensor | None,
+    bias: Tensor | None,
+    num_iterations: int,
+    leaky: bool,
+    detach: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    D_out = poses.shape[3] if weight is None else weight.shape[2]
+    shape = (poses.shape[0], output_capsules(poses, weight, prior, bias), D_out)
+    return poses.new_empty(shape), poses.new_empty((num_iterations, *shape))
+
+
+def _backward_fake(
+    grad: Tensor,
+    poses: Tensor,
+    weight: Tensor | None,
+    prior: Tensor | None,
+    bias: Tensor | None,
+    sums: Tensor,
+    leaky: bool,
+    detach: bool,
+    eps: float,
+    *needed: bool,
+) -> tuple[Tensor, ...]:
+    """A gradient per input, in its shape; of size 0 where it is not needed or there is no such input."""
+    inputs = (poses, weight, prior, bias)
+    return tuple(
+        grad.new_empty(x.shape) if x is not None and need else grad.new_empty(0)
+        for x, need in zip(inputs, needed, strict=True)
+    )
+
+
+def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:5])
+    ctx.num_iterations = inputs[5].shape[0]
+    ctx.leaky, ctx.detach, ctx.eps = inputs[6:9]
+    ctx.needed = inputs[9:]
+
+
+def _backward_backward(ctx: Any, *seconds: Tensor) -> tuple[Tensor | None, ...]:
+    """The second derivative of a traced call: the reference differentiated twice."""
+    grad, *inputs = ctx.saved_tensors
+    needed = [need and x is not None for need, x in zip(ctx.needed, inputs, strict=True)]
+    wanted = [n for n in range(4) if needed[n]]
+
+    def gradients(grad: Tensor, *primals: Tensor) -> tuple[Tensor | None, ...]:
+        full = list(inputs)
+        for n, primal in zip(wanted, primals, strict=True):
+            full[n] = primal
+        found = _differentiable_backward(ctx, full, grad, needed)
+        return tuple(found[n] for n in wanted)
+
+    vjp = torch.func.vjp(gradients, grad, *(inputs[n] for n in wanted))[1]
+    d_grad, *d_inputs = vjp(tuple(seconds[n] for n in wanted))
+    result: list[Tensor | None] = [None] * 4
+    for n, gradient in zip(wanted, d_inputs, strict=True):
+        result[n] = gradient
+    return d_grad, *result, *([None] * 8)
+
+
+if EXTENSION_BUILD is not None:  # the schemas stand in csrc/ops.cpp
+    _FORWARD, _BACKWARD = (f"fastcaps::native_dynamic_routing_{pass_}" for pass_ in ("forward", "backward"))
+    torch.library.register_fake(_FORWARD, _forward_fake)
+    torch.library.register_fake(_BACKWARD, _backward_fake)
+    torch.library.register_autograd(_FORWARD, _native_backward, setup_context=DynamicRouting.setup_context)
+    torch.library.register_autograd(_BACKWARD, _backward_backward, setup_context=_backward_setup)
