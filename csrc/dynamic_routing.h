@@ -13,11 +13,16 @@ struct Sizes {
   int64_t B, I, J, D_in, D_out, T;
 };
 
+// How poses and weight lie in memory. Real: as the type that the kernel computes in; half types are widened when a tile
+// of them is read, and rounded when a gradient is written.
+enum class Stored { real, bfloat16, float16 };
+
 template <class Real>
 struct Routing {
   Sizes size;
-  const Real* poses;           // [B, I, D_in], or the votes [B, I, J or 1, D_out] where weight is null
-  const Real* weight;          // [I or 1, J or 1, D_out, D_in], or null
+  Stored stored;
+  const void* poses;           // [B, I, D_in], or the votes [B, I, J or 1, D_out] where weight is null
+  const void* weight;          // [I or 1, J or 1, D_out, D_in], or null
   int64_t stride_i, stride_j;  // entries from one matrix (or vote) to the next; 0 where one serves all
   const Real* prior;           // [I, J] or [B, I, J], or null
   int64_t prior_stride_b;      // 0 or I * J
@@ -28,10 +33,10 @@ struct Routing {
 
 template <class Real>
 struct Gradients {
-  const Real* grad;  // [B, J, D_out], of the output
+  const void* grad;  // [B, J, D_out], of the output, stored as the poses
   const Real* sums;  // [T, B, J, D_out], the weighted sums of the forward
-  Real* d_poses;     // these four in the shapes of the inputs, or null where not wanted
-  Real* d_weight;
+  void* d_poses;     // these four in the shapes of the inputs, or null where not wanted; stored as the poses
+  void* d_weight;    // stored as the poses
   Real* d_prior;
   Real* d_bias;
 };
@@ -40,15 +45,17 @@ struct Gradients {
 using Body = void (*)(void* context, int64_t begin, int64_t end);
 using Parallel = void (*)(int64_t n, void* context, Body body);
 
+// `out` is [B, J, D_out], stored as the poses.
 #define FASTCAPS_DECLARE(isa)                                            \
   namespace isa {                                                        \
   template <class Real>                                                  \
-  void forward(const Routing<Real>&, Real* out, Real* sums, Parallel);   \
+  void forward(const Routing<Real>&, void* out, Real* sums, Parallel);   \
   template <class Real>                                                  \
   void backward(const Routing<Real>&, const Gradients<Real>&, Parallel); \
   }
 FASTCAPS_DECLARE(baseline)
 FASTCAPS_DECLARE(avx2)
 FASTCAPS_DECLARE(avx512)
+FASTCAPS_DECLARE(avx512bf16)
 
 }  // namespace fastcaps

@@ -20,16 +20,21 @@ void parallel_for(Parallel parallel, int64_t n, const Task& task) {
   });
 }
 
-// One call with N vectors of samples side by side.
-template <class Real, int N>
+// One call with N vectors of samples side by side. kPairs: poses and weight are bfloat16, taken as pairs of entries in
+// 32 bits, which one instruction multiplies and sums.
+template <class Real, int N, bool kPairs = false>
 struct Pass : Kernel<Real> {
   using K = Kernel<Real>;
   using typename K::vec;
   static constexpr int L = K::L, kGroup = N * K::L;  // samples in a group
+  static constexpr int kEntries = kPairs ? 2 : 1;    // of a pose, in what is loaded and multiplied as one
+  static constexpr int64_t kVotesLimit = 400 << 10;  // bytes of votes that are kept until the sum is taken
   const Routing<Real>& in;
   const Sizes z;
   const Parallel parallel;
   const int64_t JD, groups, slices, width;  // width: vectors of [J, D_out] of one group
+  const int64_t depth;                      // D_in, or pairs of them
+  const Stored stored;
 
   Pass(const Routing<Real>& in, Parallel parallel)
       : in(in),
@@ -38,7 +43,9 @@ struct Pass : Kernel<Real> {
         JD(z.J * z.D_out),
         groups(ceil_div(z.B, kGroup)),
         slices(count_slices()),
-        width(JD * N) {}
+        width(JD * N),
+        depth(z.D_in / kEntries),
+        stored(kPairs ? Stored::real : in.stored) {}
 
   // At least 16 tasks, so that eight threads are busy; 32 while their partial sums stay below 1 MB.
   int64_t count_slices() const {
@@ -49,20 +56,18 @@ struct Pass : Kernel<Real> {
     return most(1, least(n, z.I / 4));
   }
 
+  // Samples of group g that are there, in all or in its vector n.
   int64_t samples(int64_t g) const { return least(kGroup, z.B - g * kGroup); }
+  int64_t samples(int64_t g, int n) const { return most(0, least(L, z.B - g * kGroup - n * L)); }
 
-  // rows [count][stride of b] -> lanes; the lanes that are not there are 0.
-  void gather(const Real* from, int64_t stride_b, int64_t count, int64_t n, vec* to_) const {
-    if (n < kGroup)
-      for (int64_t r = 0; r < count * N; ++r) to_[r] = vec{};
-    Real* to = (Real*)to_;
-    for (int64_t l = 0; l < n; ++l)
-      for (int64_t r = 0; r < count; ++r) to[r * kGroup + l] = from[l * stride_b + r];
+  // Rows [count] of the samples of group g, `stride` apart, -> lanes [count, N]; the lanes that are not there are 0.
+  void gather(int64_t g, Stored kind, const void* from, int64_t first, int64_t stride, int64_t count, vec* to) const {
+    for (int n = 0; n < N; ++n)
+      K::to_lanes(kind, from, first + (g * kGroup + n * L) * stride, stride, samples(g, n), count, to + n, N);
   }
-  void scatter(const vec* from_, int64_t stride_b, int64_t count, int64_t n, Real* to) const {
-    const Real* from = (const Real*)from_;
-    for (int64_t l = 0; l < n; ++l)
-      for (int64_t r = 0; r < count; ++r) to[l * stride_b + r] = from[r * kGroup + l];
+  void scatter(int64_t g, const vec* from, int64_t count, Stored kind, void* to, int64_t first, int64_t stride) const {
+    for (int n = 0; n < N; ++n)
+      K::from_lanes(from + n, N, samples(g, n), count, kind, to, first + (g * kGroup + n * L) * stride, stride);
   }
 
   // f(d, R) with R rows at a time, R a constant.
@@ -75,90 +80,68 @@ struct Pass : Kernel<Real> {
     for (; d < count; ++d) f(d, std::integral_constant<int, 1>{});
   }
 
-  // u[r] += sum_k w[r, k] x[k], for R rows: w [R, D_in], x [D_in, N].
+  // u[r] += sum_k w[r, k] x[k], for R rows: w [R, depth], x [depth, N].
   template <int R>
   FASTCAPS_INLINE void votes(const Real* w, const vec* x, vec* u) const {
-    for (int64_t k = 0; k < z.D_in; ++k) {
+    for (int64_t k = 0; k < depth; ++k) {
       vec xk[N];
       unroll<N>([&](auto n) FASTCAPS_LAMBDA { xk[n] = x[k * N + n]; });
       unroll<R>([&](auto r) FASTCAPS_LAMBDA {
-        const vec wk = K::splat(w[r * z.D_in + k]);
-        unroll<N>([&](auto n) FASTCAPS_LAMBDA { u[r * N + n] += wk * xk[n]; });
+        const vec wk = K::splat(w[r * depth + k]);
+        unroll<N>([&](auto n) FASTCAPS_LAMBDA { u[r * N + n] = K::template fma<kPairs>(wk, xk[n], u[r * N + n]); });
       });
     }
   }
 
-  // What the votes of input capsule i come from: its poses in lanes, [D_in, N], or its votes, [J or 1, D_out, N].
-  int64_t source_rows() const { return in.weight ? z.D_in : in.stride_j ? JD : z.D_out; }
-  void load_source(int64_t g, int64_t i, vec* x) const {
+  // What the votes of input capsules come from: their poses in lanes, [count, depth, N], or their votes,
+  // [count, J or 1, D_out, N].
+  int64_t source_rows() const { return in.weight ? depth : in.stride_j ? JD : z.D_out; }
+  void load_source(int64_t g, int64_t i, int64_t count, vec* x) const {
     const int64_t rows = source_rows();
-    gather(in.poses + (g * kGroup * z.I + i) * rows, z.I * rows, rows, samples(g), x);
+    gather(g, stored, in.poses, i * rows, z.I * rows, count * rows, x);
   }
+  // Their matrices, [count, J or 1, D_out, depth]; `buffer` is used where they must be widened.
+  int64_t matrices_size(int64_t count) const { return in.weight && stored != Stored::real ? count * in.stride_i : 1; }
+  const Real* matrices(int64_t i, int64_t count, Real* buffer) const {
+    if (!in.weight) return nullptr;
+    if (stored == Stored::real) return (const Real*)in.weight + i * (in.stride_i / kEntries);
+    widen(stored, in.weight, i * in.stride_i, count * in.stride_i, buffer);
+    return buffer;
+  }
+  // Votes of rows d .. d + R - 1 of output capsule j: w the matrices of the input capsule, x its source.
   template <int R>
-  FASTCAPS_INLINE void rows_of_votes(int64_t i, int64_t j, int64_t d, const vec* x, vec* u) const {
-    if (in.weight) {
+  FASTCAPS_INLINE void rows_of_votes(const Real* w, int64_t j, int64_t d, const vec* x, vec* u) const {
+    if (w) {
       unroll<R * N>([&](auto r) FASTCAPS_LAMBDA { u[r] = vec{}; });
-      votes<R>(in.weight + i * in.stride_i + j * in.stride_j + d * z.D_in, x, u);
+      votes<R>(w + j * (in.stride_j / kEntries) + d * depth, x, u);
     } else {
       unroll<R * N>([&](auto r) FASTCAPS_LAMBDA { u[r] = x[(j * in.stride_j + d) * N + r]; });
     }
   }
 
-  void load_prior(int64_t g, int64_t i, vec* logits) const {
+  void load_prior(int64_t g, int64_t i, int64_t count, vec* logits) const {
     if (!in.prior) {
-      for (int64_t r = 0; r < z.J * N; ++r) logits[r] = vec{};
+      for (int64_t r = 0; r < count * z.J * N; ++r) logits[r] = vec{};
     } else if (in.prior_stride_b) {
-      gather(in.prior + g * kGroup * in.prior_stride_b + i * z.J, in.prior_stride_b, z.J, samples(g), logits);
+      gather(g, Stored::real, in.prior, i * z.J, in.prior_stride_b, count * z.J, logits);
     } else {
-      for (int64_t j = 0; j < z.J; ++j)
-        for (int n = 0; n < N; ++n) logits[j * N + n] = K::splat(in.prior[i * z.J + j]);
+      for (int64_t r = 0; r < count * z.J; ++r)
+        for (int n = 0; n < N; ++n) logits[r * N + n] = K::splat(in.prior[i * z.J + r]);
     }
   }
 
-  // Logits [J, N] to coupling coefficients, in place.
-  void softmax(vec* c) const {
-    const vec lowest = K::splat(in.leaky ? Real(0) : -__builtin_inf());
-    for (int n = 0; n < N; ++n) {
-      vec top = lowest;
-      for (int64_t j = 0; j < z.J; ++j) top = K::bigger(c[j * N + n], top);
-      vec total = in.leaky ? K::exp(-top) : vec{};
-      for (int64_t j = 0; j < z.J; ++j) total += c[j * N + n] = K::exp(c[j * N + n] - top);
-      const vec scale = Real(1) / total;
-      for (int64_t j = 0; j < z.J; ++j) c[j * N + n] *= scale;
-    }
-  }
-
-  // dc [J, N] to db = c (dc - sum_j c dc), in place.
-  void softmax_backward(const vec* c, vec* dc) const {
-    for (int n = 0; n < N; ++n) {
-      vec q = {};
-      for (int64_t j = 0; j < z.J; ++j) q += c[j * N + n] * dc[j * N + n];
-      for (int64_t j = 0; j < z.J; ++j) dc[j * N + n] = c[j * N + n] * (dc[j * N + n] - q);
-    }
-  }
-
-  vec squash_scale(vec q) const {
-    const vec one = K::splat(1);
-    return in.eps > 0 ? q / (one + q) / sqrt(q + in.eps) : sqrt(q) / (one + q);
-  }
-  static FASTCAPS_INLINE vec sqrt(vec q) {
-    vec r;
-    for (int l = 0; l < L; ++l) r[l] = std::sqrt(q[l]);
-    return r;
-  }
   void squash(const vec* s, vec* v) const {
     for (int64_t j = 0; j < z.J; ++j)
       for (int n = 0; n < N; ++n) {
         const int64_t first = j * z.D_out * N + n, end = first + z.D_out * N;
         vec q = {};
         for (int64_t r = first; r < end; r += N) q += s[r] * s[r];
-        const vec scale = squash_scale(q);
+        const vec scale = K::squash_scale(q, in.eps);
         for (int64_t r = first; r < end; r += N) v[r] = s[r] * scale;
       }
   }
   // ds = squash'(s)^T dv
   void squash_backward(const vec* s, const vec* dv, vec* ds) const {
-    const vec one = K::splat(1);
     for (int64_t j = 0; j < z.J; ++j)
       for (int n = 0; n < N; ++n) {
         const int64_t first = j * z.D_out * N + n, end = first + z.D_out * N;
@@ -167,11 +150,9 @@ struct Pass : Kernel<Real> {
           q += s[r] * s[r];
           dot += s[r] * dv[r];
         }
-        // dv plus a multiple of its part along s; in terms of the direction nothing overflows before q does.
-        const vec root = sqrt(q), inverse = Real(1) / (q == vec{} ? one : root), scale = squash_scale(q);
-        const vec along = in.eps > 0 ? Real(2) / (one + q) - q / (q + in.eps) : (one - q) / (one + q);
-        const vec factor = along * (dot * inverse) * inverse;
-        for (int64_t r = first; r < end; r += N) ds[r] = scale * (dv[r] + factor * s[r]);
+        const vec scale = K::squash_scale(q, in.eps);
+        const vec factor = K::squash_factor(q, q == vec{} ? K::splat(1) : q, dot, in.eps);
+        for (int64_t r = first; r < end; r += N) ds[r] = scale * dv[r] + factor * s[r];
       }
   }
 
@@ -179,23 +160,24 @@ struct Pass : Kernel<Real> {
 
   // sum_i u over a slice: the first iteration without a prior, where every coupling coefficient is the same.
   void plain_sum(int64_t g, int64_t i0, int64_t i1, vec* sum) const {
-    const int64_t rows = source_rows(), slab = most(1, least(32, 2048 / rows));
+    const int64_t rows = source_rows(), slab = most(1, least(stored == Stored::real ? 32 : 4, 2048 / rows));
     Scratch<vec> x(slab * rows * N, 3);
+    Scratch<Real> buffer(matrices_size(slab));
     for (int64_t r = 0; r < width; ++r) sum[r] = vec{};
     for (int64_t first = i0; first < i1; first += slab) {
-      const int64_t last = least(i1, first + slab);
-      for (int64_t i = first; i < last; ++i) load_source(g, i, x + (i - first) * rows * N);
+      const int64_t count = least(slab, i1 - first), matrix = in.stride_i / kEntries;
+      load_source(g, first, count, x);
+      const Real* w = matrices(first, count, buffer);
       for (int64_t j = 0; j < z.J; ++j)
         for_rows(z.D_out, [&](int64_t d, auto R) FASTCAPS_LAMBDA {
           vec u[R * N];
           unroll<R * N>([&](auto r) FASTCAPS_LAMBDA { u[r] = vec{}; });
-          if (in.weight) {
-            for (int64_t i = first; i < last; ++i)
-              votes<R>(in.weight + i * in.stride_i + j * in.stride_j + d * z.D_in, x + (i - first) * rows * N, u);
+          if (w) {
+            const Real* wj = w + j * (in.stride_j / kEntries) + d * depth;
+            for (int64_t m = 0; m < count; ++m) votes<R>(wj + m * matrix, x + m * rows * N, u);
           } else {
-            for (int64_t i = first; i < last; ++i)
-              unroll<R * N>([&](auto r)
-                                FASTCAPS_LAMBDA { u[r] += x[((i - first) * rows + j * in.stride_j + d) * N + r]; });
+            for (int64_t m = 0; m < count; ++m)
+              unroll<R * N>([&](auto r) FASTCAPS_LAMBDA { u[r] += x[(m * rows + j * in.stride_j + d) * N + r]; });
           }
           unroll<R * N>([&](auto r) FASTCAPS_LAMBDA { sum[(j * z.D_out + d) * N + r] += u[r]; });
         });
@@ -204,54 +186,60 @@ struct Pass : Kernel<Real> {
 
   // sum_i c u (forward, ds null) or sum_i db u (the sweep of the backward) over a slice; V null: logits are the prior.
   void routed_sum(int64_t g, int64_t i0, int64_t i1, const vec* V, const vec* ds, vec* sum) const {
-    const int64_t rows = source_rows(), JN = z.J * N;
-    const int64_t together = most(1, least(K::kTogether, (400 << 10) / (int64_t)(width * sizeof(vec))));
-    Scratch<vec> x(rows * N * together, 1), u(width * together, 5), c(JN * together, 9), dc(JN * together, 13);
+    const int64_t rows = source_rows(), JN = z.J * N, matrix = in.stride_i / kEntries;
+    const bool keep = int64_t(width * sizeof(vec)) <= kVotesLimit;  // else the sum computes the votes again
+    const int64_t together = keep ? least(K::kTogether, kVotesLimit / int64_t(width * sizeof(vec))) : 1;
+    Scratch<vec> x(rows * N * together, 1), u(keep ? width * together : 1, 5), c(JN * together, 9),
+        dc(JN * together, 13);
+    Scratch<Real> buffer(matrices_size(together));
     for (int64_t r = 0; r < width; ++r) sum[r] = vec{};
     for (int64_t first = i0; first < i1; first += together) {
       const int64_t count = least(together, i1 - first);
-      for (int64_t m = 0; m < count; ++m) {
-        load_source(g, first + m, x + m * rows * N);
-        load_prior(g, first + m, c + m * JN);
-      }
-      if (ds)
-        for (int64_t r = 0; r < JN * count; ++r) dc[r] = vec{};
+      load_source(g, first, count, x);
+      load_prior(g, first, count, c);
+      const Real* w = matrices(first, count, buffer);
       for (int64_t j = 0; j < z.J; ++j)
         for (int64_t m = 0; m < count; ++m) {
-          vec logit[N], agreement[N] = {};
-          unroll<N>([&](auto n) FASTCAPS_LAMBDA { logit[n] = vec{}; });
+          vec logit[N], agreement[N];
+          unroll<N>([&](auto n) FASTCAPS_LAMBDA { logit[n] = agreement[n] = vec{}; });
           for_rows(z.D_out, [&](int64_t d, auto R) FASTCAPS_LAMBDA {
             const int64_t row = (j * z.D_out + d) * N;
             vec part[R * N];
-            rows_of_votes<R>(first + m, j, d, x + m * rows * N, part);
+            rows_of_votes<R>(w ? w + m * matrix : w, j, d, x + m * rows * N, part);
             if (V) unroll<R * N>([&](auto r) FASTCAPS_LAMBDA { logit[r % N] += part[r] * V[row + r]; });
             if (ds) unroll<R * N>([&](auto r) FASTCAPS_LAMBDA { agreement[r % N] += part[r] * ds[row + r]; });
-            unroll<R * N>([&](auto r) FASTCAPS_LAMBDA { u[m * width + row + r] = part[r]; });
+            if (keep) unroll<R * N>([&](auto r) FASTCAPS_LAMBDA { u[m * width + row + r] = part[r]; });
           });
           unroll<N>([&](auto n) FASTCAPS_LAMBDA {
             c[m * JN + j * N + n] += logit[n];
-            if (ds) dc[m * JN + j * N + n] = agreement[n];
+            dc[m * JN + j * N + n] = agreement[n];
           });
         }
       for (int64_t m = 0; m < count; ++m) {
-        softmax(c + m * JN);
-        if (ds) softmax_backward(c + m * JN, dc + m * JN);
+        K::template softmax<N>(c + m * JN, z.J, in.leaky);
+        if (ds) K::template softmax_backward<N>(c + m * JN, dc + m * JN, z.J);
       }
       const vec* factor = ds ? dc : c;
       for (int64_t j = 0; j < z.J; ++j) {
         vec f[K::kTogether * N];
         for (int64_t m = 0; m < count; ++m)
           for (int n = 0; n < N; ++n) f[m * N + n] = factor[m * JN + j * N + n];
-        const int64_t end = (j + 1) * z.D_out * N;
-        if (count == 4) {
-          for (int64_t r = j * z.D_out * N; r < end; r += N)
+        const int64_t begin = j * z.D_out * N, end = begin + z.D_out * N;
+        if (!keep) {
+          for_rows(z.D_out, [&](int64_t d, auto R) FASTCAPS_LAMBDA {
+            vec part[R * N];
+            rows_of_votes<R>(w, j, d, x, part);
+            unroll<R * N>([&](auto r) FASTCAPS_LAMBDA { sum[begin + d * N + r] += f[r % N] * part[r]; });
+          });
+        } else if (count == 4) {
+          for (int64_t r = begin; r < end; r += N)
             unroll<N>([&](auto n) FASTCAPS_LAMBDA {
               sum[r + n] += (f[n] * u[r + n] + f[N + n] * u[width + r + n]) +
                             (f[2 * N + n] * u[2 * width + r + n] + f[3 * N + n] * u[3 * width + r + n]);
             });
         } else {
           for (int64_t m = 0; m < count; ++m)
-            for (int64_t r = j * z.D_out * N; r < end; r += N)
+            for (int64_t r = begin; r < end; r += N)
               unroll<N>([&](auto n) FASTCAPS_LAMBDA { sum[r + n] += f[m * N + n] * u[m * width + r + n]; });
         }
       }
@@ -275,7 +263,7 @@ struct Pass : Kernel<Real> {
 
   Real uniform() const { return Real(1) / (z.J + in.leaky); }
 
-  void forward(Real* out, Real* sums) const {
+  void forward(void* out, Real* sums) const {
     Scratch<vec> partial(groups * slices * width), V(groups * width, 7);
     for (int64_t t = 0; t < z.T; ++t) {
       const bool plain = t == 0 && !in.prior;
@@ -293,10 +281,9 @@ struct Pass : Kernel<Real> {
                 if (plain) s[r * N + n] *= uniform();
                 if (in.bias) s[r * N + n] += in.bias[r];
               }
-            const int64_t first = g * kGroup * JD;
-            scatter(s, JD, JD, samples(g), sums + t * z.B * JD + first);
+            scatter(g, s, JD, Stored::real, sums, t * z.B * JD, JD);
             squash(s, s);
-            if (t == z.T - 1) scatter(s, JD, JD, samples(g), out + first);
+            if (t == z.T - 1) scatter(g, s, JD, in.stored, out, 0, JD);
             for (int64_t r = 0; r < width; ++r) V[g * width + r] = t ? V[g * width + r] + s[r] : s[r];
           });
     }

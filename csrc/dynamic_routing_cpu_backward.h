@@ -5,7 +5,7 @@
 namespace fastcaps {
 namespace FASTCAPS_ISA {
 
-template <class Real, int N>
+template <class Real, int N, bool kPairs>
 struct Backward : Pass<Real, N> {
   using P = Pass<Real, N>;
   using K = Kernel<Real>;
@@ -18,21 +18,23 @@ struct Backward : Pass<Real, N> {
   using P::L;
   using P::load_prior;
   using P::load_source;
+  using P::matrices;
+  using P::matrices_size;
   using P::over_slices;
-  using P::P;
   using P::parallel;
-  using P::routed_sum;
   using P::samples;
   using P::scatter;
   using P::slices;
-  using P::softmax;
-  using P::softmax_backward;
   using P::source_rows;
   using P::squash;
   using P::squash_backward;
+  using P::stored;
   using P::width;
   using P::z;
   using typename K::vec;
+  const Pass<Real, N, kPairs> sweeping;  // the sweeps need no gradients, which are products of single entries
+
+  Backward(const Routing<Real>& in, Parallel parallel) : P(in, parallel), sweeping(in, parallel) {}
 
   void run(const Gradients<Real>& out) const {
     const int64_t all = groups * width;
@@ -40,18 +42,17 @@ struct Backward : Pass<Real, N> {
         partial(in.detach || z.T == 1 ? 1 : groups * slices * width, 9);
     // V[t] = v_0 + ... + v_{t-1}; ds[t] holds s_t until its turn comes.
     parallel_for(parallel, groups, [&](int64_t g) {
-      const int64_t first = g * kGroup * JD, n = samples(g);
       vec* V0 = V + g * width;
       for (int64_t r = 0; r < width; ++r) V0[r] = vec{};
       for (int64_t t = 0; t < z.T; ++t) {
         vec* s = ds + t * all + g * width;
-        gather(out.sums + t * z.B * JD + first, JD, JD, n, s);
+        gather(g, Stored::real, out.sums, t * z.B * JD, JD, JD, s);
         if (t + 1 == z.T) continue;
         vec* next = V0 + (t + 1) * all;
         squash(s, next);
         for (int64_t r = 0; r < width; ++r) next[r] += V0[t * all + r];
       }
-      gather(out.grad + first, JD, JD, n, dv + g * width);
+      gather(g, stored, out.grad, 0, JD, JD, dv + g * width);
       vec* s = ds + (z.T - 1) * all + g * width;
       squash_backward(s, dv + g * width, s);
       for (int64_t r = 0; r < width; ++r) dv[g * width + r] = vec{};  // from here on dV_{t+1} + ... + dV_{T-1}
@@ -61,7 +62,7 @@ struct Backward : Pass<Real, N> {
         over_slices(
             partial,
             [&](int64_t g, int64_t i0, int64_t i1, vec* sum) {
-              routed_sum(g, i0, i1, V + t * all + g * width, ds + t * all + g * width, sum);
+              sweeping.routed_sum(g, i0, i1, V + t * all + g * width, ds + t * all + g * width, sum);
             },
             [&](int64_t g, const vec* dV) {
               vec *total = dv + g * width, *s = ds + (t - 1) * all + g * width;
@@ -86,78 +87,72 @@ struct Backward : Pass<Real, N> {
 
   // The gradients of poses, weight and prior: a task owns a slice of I and loops over all samples and output capsules.
   void final_sweep(const Gradients<Real>& out, const vec* V, const vec* ds, int64_t t0) const {
-    const bool shared = out.d_weight && in.weight && !in.stride_i;
-    const int64_t tasks = most(1, least(shared ? 16 : 64, z.I / 4));
-    const int64_t matrices = (in.stride_j ? z.J : 1) * z.D_out * z.D_in;  // entries of the weight of one i
-    Scratch<Real> partial(shared ? tasks * matrices : 1);
+    const int64_t tasks = most(1, least(64, z.I / 4));
     parallel_for(parallel, tasks, [&](int64_t task) {
-      Real* d_weight = shared ? partial + task * matrices : out.d_weight;
-      const int64_t i0 = z.I * task / tasks, i1 = z.I * (task + 1) / tasks;
-      if (d_weight && in.weight) {
-        Real* own = shared ? d_weight : d_weight + i0 * in.stride_i;
-        const int64_t count = shared ? matrices : (i1 - i0) * in.stride_i;
-        for (int64_t r = 0; r < count; ++r) own[r] = 0;
-      }
-      gradients_of_slice(out, d_weight, V, ds, t0, i0, i1);
+      gradients_of_slice(out, V, ds, t0, z.I * task / tasks, z.I * (task + 1) / tasks);
     });
-    if (shared)
-      for (int64_t r = 0; r < matrices; ++r) {
-        Real total = partial[r];
-        for (int64_t task = 1; task < tasks; ++task) total += partial[task * matrices + r];
-        out.d_weight[r] = total;
-      }
   }
 
-  void gradients_of_slice(const Gradients<Real>& out, Real* d_weight, const vec* V, const vec* ds, int64_t t0,
-                          int64_t i0, int64_t i1) const {
+  void gradients_of_slice(const Gradients<Real>& out, const vec* V, const vec* ds, int64_t t0, int64_t i0,
+                          int64_t i1) const {
     // Coefficients c_t and db_t of some input capsules and some groups of samples, within about 600 KB.
     const int64_t steps = z.T - t0, JN = z.J * N, per_group = 2 * steps * JN * sizeof(vec);
     const int64_t limit = 600 << 10;
     const int64_t chunk = most(1, least(groups, most(256 / kGroup, 1))), fit = limit / (per_group * chunk);
     const int64_t together = most(1, least(8, fit)), at_once = fit ? chunk : most(1, limit / per_group);
-    const int64_t rows = source_rows(), x_size = rows * N;
+    const int64_t rows = source_rows(), x_size = rows * N, matrix = in.stride_i;
+    const bool with_weight = out.d_weight && in.weight;
     Scratch<vec> x(together * at_once * x_size, 1), dx(together * at_once * x_size, 5);
     Scratch<vec> c(together * at_once * steps * JN, 9), db(together * at_once * steps * JN, 13),
         du(z.D_out * N * at_once, 17);
-    for (int64_t first = i0; first < i1; first += together)
+    Scratch<Real> w_buffer(matrices_size(together)), dw_buffer(matrices_size(together));
+    for (int64_t first = i0; first < i1; first += together) {
+      const int64_t count = least(together, i1 - first);
+      const Real* w = matrices(first, count, w_buffer);
+      Real* dw = stored == Stored::real ? (Real*)out.d_weight + first * matrix : dw_buffer;
+      if (with_weight)
+        for (int64_t r = 0; r < count * matrix; ++r) dw[r] = 0;
       for (int64_t g0 = 0; g0 < groups; g0 += at_once) {
-        const int64_t count = least(together, i1 - first), g1 = least(groups, g0 + at_once);
+        const int64_t g1 = least(groups, g0 + at_once);
         for (int64_t g = g0; g < g1; ++g) {
-          for (int64_t m = 0; m < count; ++m) load_source(g, first + m, x + ((g - g0) * together + m) * x_size);
-          coefficients(g, first, count, V, ds, t0, x + (g - g0) * together * x_size,
-                       c + (g - g0) * together * steps * JN, db + (g - g0) * together * steps * JN,
-                       out.d_prior != nullptr);
+          const int64_t where = (g - g0) * together;
+          load_source(g, first, count, x + where * x_size);
+          coefficients(g, first, count, w, V, ds, t0, x + where * x_size, c + where * steps * JN,
+                       db + where * steps * JN, out.d_prior != nullptr);
         }
         for (int64_t r = 0; r < together * at_once * x_size; ++r) dx[r] = vec{};
         for (int64_t j = 0; j < z.J; ++j)
           for (int64_t m = 0; m < count; ++m) {
+            const Real* wj = w ? w + m * matrix + j * in.stride_j : w;
             for (int64_t g = g0; g < g1; ++g) {
-              const int64_t where = ((g - g0) * together + m);
+              const int64_t where = (g - g0) * together + m;
               vote_gradient(g, j, V, ds, t0, c + where * steps * JN, db + where * steps * JN,
                             du + (g - g0) * z.D_out * N);
-              if (out.d_poses) add_source_gradient(first + m, j, du + (g - g0) * z.D_out * N, dx + where * x_size);
+              if (out.d_poses) add_source_gradient(wj, j, du + (g - g0) * z.D_out * N, dx + where * x_size);
             }
-            if (d_weight && in.weight)
-              add_weight_gradient(x + m * x_size, together * x_size, du, g1 - g0,
-                                  d_weight + (first + m) * in.stride_i + j * in.stride_j);
+            if (with_weight)
+              add_weight_gradient(x + m * x_size, together * x_size, du, g1 - g0, dw + m * matrix + j * in.stride_j);
           }
-        for (int64_t m = 0; m < count; ++m)
-          for (int64_t g = g0; g < g1; ++g) {
-            const int64_t where = ((g - g0) * together + m), i = first + m;
-            if (out.d_poses)
-              scatter(dx + where * x_size, z.I * rows, rows, samples(g), out.d_poses + (g * kGroup * z.I + i) * rows);
-            if (out.d_prior) prior_gradient(g, g == 0, i, steps, db + where * steps * JN, out.d_prior);
-          }
+        for (int64_t g = g0; g < g1; ++g) {
+          const int64_t where = (g - g0) * together;
+          if (out.d_poses)
+            scatter(g, dx + where * x_size, count * rows, stored, out.d_poses, first * rows, z.I * rows);
+          if (out.d_prior)
+            for (int64_t m = 0; m < count; ++m)
+              prior_gradient(g, g == 0, first + m, steps, db + (where + m) * steps * JN, out.d_prior);
+        }
       }
+      if (with_weight && stored != Stored::real) narrow(stored, dw, count * matrix, out.d_weight, first * matrix);
+    }
   }
 
   // c_t and db_t [steps, J, N] of `count` input capsules; db_0 only where the prior wants it.
-  void coefficients(int64_t g, int64_t first, int64_t count, const vec* V, const vec* ds, int64_t t0, const vec* x,
-                    vec* c, vec* db, bool prior) const {
+  void coefficients(int64_t g, int64_t first, int64_t count, const Real* w, const vec* V, const vec* ds, int64_t t0,
+                    const vec* x, vec* c, vec* db, bool prior) const {
     const int64_t steps = z.T - t0, JN = z.J * N, all = groups * width, x_size = source_rows() * N;
     for (int64_t m = 0; m < count; ++m)
       for (int64_t t = 0; t < steps; ++t) {
-        load_prior(g, first + m, c + (m * steps + t) * JN);
+        load_prior(g, first + m, 1, c + (m * steps + t) * JN);
         for (int64_t r = 0; r < JN; ++r) db[(m * steps + t) * JN + r] = vec{};
       }
     const int64_t first_dot = t0 == 0 && !prior ? 1 : 0;  // the step from which on dots with ds are needed
@@ -167,7 +162,7 @@ struct Backward : Pass<Real, N> {
           if (t0 == 0 && steps == 1 && !prior) return;
           const int64_t row = g * width + (j * z.D_out + d) * N;
           vec u[R * N];
-          this->template rows_of_votes<R>(first + m, j, d, x + m * x_size, u);
+          this->template rows_of_votes<R>(w ? w + m * in.stride_i : w, j, d, x + m * x_size, u);
           for (int64_t t = 0; t < steps; ++t) {
             vec* logit = c + (m * steps + t) * JN + j * N;
             vec* dot = db + (m * steps + t) * JN + j * N;
@@ -189,8 +184,8 @@ struct Backward : Pass<Real, N> {
     for (int64_t m = 0; m < count; ++m)
       for (int64_t t = 0; t < steps; ++t) {
         vec *ct = c + (m * steps + t) * JN, *dbt = db + (m * steps + t) * JN;
-        softmax(ct);
-        if (!in.detach && t >= first_dot) softmax_backward(ct, dbt);
+        K::template softmax<N>(ct, z.J, in.leaky);
+        if (!in.detach && t >= first_dot) K::template softmax_backward<N>(ct, dbt, z.J);
       }
   }
 
@@ -217,12 +212,11 @@ struct Backward : Pass<Real, N> {
   }
 
   // dx[k] += sum_d w[d, k] du[d]; without a weight the source is the votes themselves.
-  void add_source_gradient(int64_t i, int64_t j, const vec* du, vec* dx) const {
-    if (!in.weight) {
+  void add_source_gradient(const Real* w, int64_t j, const vec* du, vec* dx) const {
+    if (!w) {
       for (int64_t r = 0; r < z.D_out * N; ++r) dx[j * in.stride_j * N + r] += du[r];
       return;
     }
-    const Real* w = in.weight + i * in.stride_i + j * in.stride_j;
     for_rows(z.D_in, [&](int64_t k, auto R) FASTCAPS_LAMBDA {
       vec sum[R * N];
       unroll<R * N>([&](auto r) FASTCAPS_LAMBDA { sum[r] = dx[k * N + r]; });
@@ -295,29 +289,6 @@ struct Backward : Pass<Real, N> {
     }
   }
 };
-
-// Two vectors of samples share each broadcast entry of a weight, as long as V and the sums of both stay in L1.
-template <class Real, class F>
-void with_tiles(const Routing<Real>& in, const F& f) {
-  const int64_t bytes = 2 * in.size.J * in.size.D_out * FASTCAPS_VECTOR_BYTES;
-  if (in.size.B > Kernel<Real>::L && bytes <= (16 << 10))
-    f(std::integral_constant<int, 2>{});
-  else
-    f(std::integral_constant<int, 1>{});
-}
-
-template <class Real>
-void forward(const Routing<Real>& in, Real* out, Real* sums, Parallel parallel) {
-  if (in.size.B) with_tiles(in, [&](auto N) { Pass<Real, N>(in, parallel).forward(out, sums); });
-}
-template <class Real>
-void backward(const Routing<Real>& in, const Gradients<Real>& out, Parallel parallel) {
-  with_tiles(in, [&](auto N) { Backward<Real, N>(in, parallel).run(out); });
-}
-template void forward(const Routing<float>&, float*, float*, Parallel);
-template void forward(const Routing<double>&, double*, double*, Parallel);
-template void backward(const Routing<float>&, const Gradients<float>&, Parallel);
-template void backward(const Routing<double>&, const Gradients<double>&, Parallel);
 
 }  // namespace FASTCAPS_ISA
 }  // namespace fastcaps

@@ -10,6 +10,7 @@
 #include <cstring>
 #include <optional>
 #include <tuple>
+#include <type_traits>
 
 #include "dynamic_routing.h"
 
@@ -21,7 +22,7 @@ using OptionalTensor = std::optional<Tensor>;
 
 void require(bool ok, const char* message) { STD_TORCH_CHECK(ok, "fastcaps::native_dynamic_routing: ", message); }
 
-enum class Capability { baseline, avx2, avx512 };
+enum class Capability { baseline, avx2, avx512, avx512bf16 };
 
 // What the processor can do, or less where PyTorch's own ATEN_CPU_CAPABILITY says so.
 Capability capability() {
@@ -32,6 +33,9 @@ Capability capability() {
     if (best == Capability::avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
       best = Capability::avx512;
+#if !defined(__clang__)  // it has another pragma for the instruction set of a file
+    if (best == Capability::avx512 && __builtin_cpu_supports("avx512bf16")) best = Capability::avx512bf16;
+#endif
     if (const char* wanted = std::getenv("ATEN_CPU_CAPABILITY")) {
       if (!std::strcmp(wanted, "default")) best = Capability::baseline;
       if (!std::strcmp(wanted, "avx2")) best = std::min(best, Capability::avx2);
@@ -44,14 +48,19 @@ Capability capability() {
 
 template <class Real>
 struct Kernels {
-  void (*forward)(const fastcaps::Routing<Real>&, Real* out, Real* sums, fastcaps::Parallel);
+  void (*forward)(const fastcaps::Routing<Real>&, void* out, Real* sums, fastcaps::Parallel);
   void (*backward)(const fastcaps::Routing<Real>&, const fastcaps::Gradients<Real>&, fastcaps::Parallel);
 };
 
 template <class Real>
-Kernels<Real> kernels() {
+Kernels<Real> kernels(fastcaps::Stored stored) {
 #if defined(__x86_64__)
-  if (capability() == Capability::avx512) return {fastcaps::avx512::forward, fastcaps::avx512::backward};
+#if !defined(__clang__)
+  if constexpr (std::is_same_v<Real, float>)
+    if (capability() == Capability::avx512bf16 && stored == fastcaps::Stored::bfloat16)
+      return {fastcaps::avx512bf16::forward, fastcaps::avx512bf16::backward};
+#endif
+  if (capability() >= Capability::avx512) return {fastcaps::avx512::forward, fastcaps::avx512::backward};
   if (capability() == Capability::avx2) return {fastcaps::avx2::forward, fastcaps::avx2::backward};
 #endif
   return {fastcaps::baseline::forward, fastcaps::baseline::backward};
@@ -65,7 +74,7 @@ void parallel(int64_t n, void* context, fastcaps::Body body) {
 struct Inputs {
   Tensor poses;
   OptionalTensor weight, prior, bias;
-  ScalarType dtype;
+  ScalarType dtype, computed;  // of poses and weight; of everything else
   fastcaps::Sizes size{};
 
   Inputs(const Tensor& poses_, const OptionalTensor& weight_, const OptionalTensor& prior_, const OptionalTensor& bias_,
@@ -74,8 +83,10 @@ struct Inputs {
         weight(weight_),
         prior(prior_),
         bias(bias_),
-        dtype(poses_.scalar_type()) {
-    require(dtype == ScalarType::Float || dtype == ScalarType::Double, "poses must be float32 or float64");
+        dtype(poses_.scalar_type()),
+        computed(dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float) {
+    require(dtype == computed || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
+            "poses must be float64, float32, bfloat16 or float16");
     require(num_iterations >= 1, "num_iterations must be at least 1");
     require(poses.dim() == (weight ? 3 : 4), "poses must be [B, I, D_in], or votes [B, I, J, D_out] without a weight");
     require(!weight || weight->dim() == 4, "weight must be [I or 1, J or 1, D_out, D_in]");
@@ -97,9 +108,11 @@ struct Inputs {
           "prior must be [I, J] or [B, I, J]");
     }
     if (bias) require(bias->size(0) == size.J && bias->size(1) == size.D_out, "bias must be [J, D_out]");
+    require(!weight || weight->scalar_type() == dtype, "weight must have the dtype of poses");
     for (OptionalTensor* tensor : {&weight, &prior, &bias}) {
       if (!*tensor) continue;
-      require((*tensor)->scalar_type() == dtype, "all tensors must have one dtype");
+      require(tensor == &weight || (*tensor)->scalar_type() == computed,
+              "prior and bias must have the dtype of poses, or float32 beside half types");
       *tensor = torch::stable::contiguous(**tensor);
     }
   }
@@ -108,11 +121,14 @@ struct Inputs {
   fastcaps::Routing<Real> routing(bool leaky, bool detach, double eps) const {
     fastcaps::Routing<Real> in{};
     in.size = size;
-    in.poses = poses.const_data_ptr<Real>();
+    in.stored = dtype == ScalarType::BFloat16 ? fastcaps::Stored::bfloat16
+                : dtype == ScalarType::Half   ? fastcaps::Stored::float16
+                                              : fastcaps::Stored::real;
+    in.poses = poses.const_data_ptr();
     const int64_t matrix = size.D_out * (weight ? size.D_in : 1);
     in.stride_j = (weight ? weight->size(1) : poses.size(2)) == 1 ? 0 : matrix;
     if (weight) {
-      in.weight = weight->const_data_ptr<Real>();
+      in.weight = weight->const_data_ptr();
       in.stride_i = weight->size(0) == 1 ? 0 : weight->size(1) * matrix;
     }
     if (prior) {
@@ -129,7 +145,7 @@ struct Inputs {
 
 template <class Real>
 void run_forward(const fastcaps::Routing<Real>& in, Tensor& out, Tensor& sums) {
-  kernels<Real>().forward(in, out.mutable_data_ptr<Real>(), sums.mutable_data_ptr<Real>(), parallel);
+  kernels<Real>(in.stored).forward(in, out.mutable_data_ptr(), sums.mutable_data_ptr<Real>(), parallel);
 }
 
 std::tuple<Tensor, Tensor> dynamic_routing_forward(Tensor poses, OptionalTensor weight, OptionalTensor prior,
@@ -138,8 +154,8 @@ std::tuple<Tensor, Tensor> dynamic_routing_forward(Tensor poses, OptionalTensor 
   const Inputs inputs(poses, weight, prior, bias, num_iterations);
   const fastcaps::Sizes& z = inputs.size;
   Tensor out = torch::stable::new_empty(inputs.poses, {z.B, z.J, z.D_out});
-  Tensor sums = torch::stable::new_empty(inputs.poses, {z.T, z.B, z.J, z.D_out});
-  if (inputs.dtype == ScalarType::Float)
+  Tensor sums = torch::stable::new_empty(inputs.poses, {z.T, z.B, z.J, z.D_out}, inputs.computed);
+  if (inputs.computed == ScalarType::Float)
     run_forward(inputs.routing<float>(leaky, false, eps), out, sums);
   else
     run_forward(inputs.routing<double>(leaky, false, eps), out, sums);
@@ -150,12 +166,14 @@ template <class Real>
 void run_backward(const Inputs& inputs, const Tensor& grad, const Tensor& sums, bool leaky, bool detach, double eps,
                   Tensor* const (&gradients)[4]) {
   const fastcaps::Routing<Real> in = inputs.routing<Real>(leaky, detach, eps);
-  fastcaps::Gradients<Real> out{
-      grad.const_data_ptr<Real>(), sums.const_data_ptr<Real>(), nullptr, nullptr, nullptr, nullptr};
-  Real** const pointers[] = {&out.d_poses, &out.d_weight, &out.d_prior, &out.d_bias};
-  for (int n = 0; n < 4; ++n)
-    if (gradients[n]) *pointers[n] = gradients[n]->mutable_data_ptr<Real>();
-  kernels<Real>().backward(in, out, parallel);
+  fastcaps::Gradients<Real> out{};
+  out.grad = grad.const_data_ptr();
+  out.sums = sums.const_data_ptr<Real>();
+  if (gradients[0]) out.d_poses = gradients[0]->mutable_data_ptr();
+  if (gradients[1]) out.d_weight = gradients[1]->mutable_data_ptr();
+  if (gradients[2]) out.d_prior = gradients[2]->mutable_data_ptr<Real>();
+  if (gradients[3]) out.d_bias = gradients[3]->mutable_data_ptr<Real>();
+  kernels<Real>(in.stored).backward(in, out, parallel);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> dynamic_routing_backward(Tensor grad, Tensor poses, OptionalTensor weight,
@@ -169,7 +187,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dynamic_routing_backward(Tensor grad,
           "grad must be [B, J, D_out]");
   require(sums.dim() == 4 && sums.size(1) == z.B && sums.size(2) == z.J && sums.size(3) == z.D_out,
           "sums must be [T, B, J, D_out]");
-  require(grad.scalar_type() == inputs.dtype && sums.scalar_type() == inputs.dtype, "all tensors must have one dtype");
+  require(grad.scalar_type() == inputs.dtype, "grad must have the dtype of poses");
+  require(sums.scalar_type() == inputs.computed, "sums must have the dtype of poses, or float32 beside half types");
   const Tensor incoming = torch::stable::contiguous(grad), saved = torch::stable::contiguous(sums);
   const OptionalTensor sources[] = {inputs.poses, inputs.weight, inputs.prior, inputs.bias};
   const bool needed[] = {need_poses, need_weight, need_prior, need_bias};
@@ -180,7 +199,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dynamic_routing_backward(Tensor grad,
     results[n] = wanted ? torch::stable::empty_like(*sources[n]) : torch::stable::new_empty(inputs.poses, {0});
     gradients[n] = wanted ? &*results[n] : nullptr;
   }
-  if (inputs.dtype == ScalarType::Float)
+  if (inputs.computed == ScalarType::Float)
     run_backward<float>(inputs, incoming, saved, leaky, detach, eps, gradients);
   else
     run_backward<double>(inputs, incoming, saved, leaky, detach, eps, gradients);

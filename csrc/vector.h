@@ -1,5 +1,5 @@
 // Vectors for one instruction set: as many lanes as FASTCAPS_VECTOR_BYTES hold, the exponential, sums over lanes,
-// scratch memory. Everything is in the namespace FASTCAPS_ISA, as the same header is compiled for several of them.
+// transposition from and to rows in memory, half types, scratch memory. Everything is in the namespace FASTCAPS_ISA, as the same header is compiled for several of them.
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -7,10 +7,19 @@
 #include <utility>
 
 namespace fastcaps {
+
+constexpr int64_t kScratchStack = 64 << 10;
+inline thread_local int64_t scratch_used = 0;
+alignas(64) inline thread_local char scratch_stack[kScratchStack];
+
 namespace FASTCAPS_ISA {
 
 #define FASTCAPS_INLINE inline __attribute__((always_inline))
 #define FASTCAPS_LAMBDA __attribute__((always_inline))
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // f(0), f(1), ... f(N - 1) with constants: GCC keeps an array in registers only where every index is one.
 template <class F, int... n>
@@ -20,6 +29,66 @@ FASTCAPS_INLINE void unroll(const F& f, std::integer_sequence<int, n...>) {
 template <int N, class F>
 FASTCAPS_INLINE void unroll(const F& f) {
   unroll(f, std::make_integer_sequence<int, N>{});
+}
+
+// Half types as bits: e8m7 and e5m10, to float and back, rounding to nearest even. Loops over these are vectorised.
+inline float widen_bfloat16(uint16_t h) { return __builtin_bit_cast(float, uint32_t(h) << 16); }
+inline uint16_t narrow_bfloat16(float x) {
+  const uint32_t bits = __builtin_bit_cast(uint32_t, x);
+  return (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+inline float widen_float16(uint16_t h) {
+  const uint32_t sign = uint32_t(h & 0x8000) << 16, bits = uint32_t(h & 0x7fff) << 13;
+  // Subnormal: its bits as an integer, times the smallest step, 2^-24.
+  const float value = (h & 0x7c00) ? __builtin_bit_cast(float, bits + ((h & 0x7c00) == 0x7c00 ? 0x70000000 : 0x38000000))
+                                   : int32_t(h & 0x3ff) * 0x1p-24f;
+  return __builtin_bit_cast(float, __builtin_bit_cast(uint32_t, value) | sign);
+}
+inline uint16_t narrow_float16(float x) {
+  const uint32_t bits = __builtin_bit_cast(uint32_t, x), sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
+  // Normal: move the exponent and round. Subnormal: adding 0.5 leaves the rounded integer in the lowest bits.
+  const uint32_t normal = (size + 0xfff + (size >> 13 & 1) - 0x38000000) >> 13;
+  const uint32_t tiny = __builtin_bit_cast(uint32_t, __builtin_bit_cast(float, size) + 0.5f) - 0x3f000000;
+  const uint32_t rounded = size > 0x7f800000 ? 0x7e00 : size >= 0x477ff000 ? 0x7c00 : size < 0x38800000 ? tiny : normal;
+  return uint16_t(rounded | sign);
+}
+
+// Entries of a tensor as the kernel computes with them.
+template <Stored kStored, class Real>
+FASTCAPS_INLINE Real get(const void* from, int64_t index) {
+  if constexpr (kStored == Stored::real) return ((const Real*)from)[index];
+  if constexpr (kStored == Stored::bfloat16) return widen_bfloat16(((const uint16_t*)from)[index]);
+  if constexpr (kStored == Stored::float16) return widen_float16(((const uint16_t*)from)[index]);
+}
+template <Stored kStored, class Real>
+FASTCAPS_INLINE void put(void* to, int64_t index, Real x) {
+  if constexpr (kStored == Stored::real) ((Real*)to)[index] = x;
+  if constexpr (kStored == Stored::bfloat16) ((uint16_t*)to)[index] = narrow_bfloat16(x);
+  if constexpr (kStored == Stored::float16) ((uint16_t*)to)[index] = narrow_float16(x);
+}
+template <Stored stored>
+struct StoredAs {
+  static constexpr Stored value = stored;
+};
+template <class Real, class F>
+FASTCAPS_INLINE void with_stored(Stored stored, const F& f) {
+  if constexpr (sizeof(Real) == 4) {  // half types are computed in float
+    if (stored == Stored::bfloat16) return f(StoredAs<Stored::bfloat16>{});
+    if (stored == Stored::float16) return f(StoredAs<Stored::float16>{});
+  }
+  f(StoredAs<Stored::real>{});
+}
+template <class Real>
+void widen(Stored stored, const void* from, int64_t first, int64_t count, Real* to) {
+  with_stored<Real>(stored, [&](auto s) {
+    for (int64_t n = 0; n < count; ++n) to[n] = get<s.value, Real>(from, first + n);
+  });
+}
+template <class Real>
+void narrow(Stored stored, const Real* from, int64_t count, void* to, int64_t first) {
+  with_stored<Real>(stored, [&](auto s) {
+    for (int64_t n = 0; n < count; ++n) put<s.value, Real>(to, first + n, from[n]);
+  });
 }
 
 template <class Real>
@@ -50,6 +119,14 @@ struct Kernel {
   static constexpr int kTogether = 4;                                // input capsules whose votes are kept at a time
 
   static FASTCAPS_INLINE vec splat(Real x) { return x - vec{}; }
+  // a b + c; of pairs: both products of each lane, added to c.
+  template <bool kPairs = false>
+  static FASTCAPS_INLINE vec fma(vec a, vec b, vec c) {
+#ifdef __AVX512BF16__
+    if constexpr (kPairs) return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b);
+#endif
+    return c + a * b;
+  }
   static FASTCAPS_INLINE vec load(const Real* p) {
     vec v;
     std::memcpy(&v, p, sizeof v);
@@ -74,42 +151,214 @@ struct Kernel {
     p = p * (vec)((half + C::kBias) << C::kMantissa) * (vec)((rest + C::kBias) << C::kMantissa);
     return x == x ? p : x;
   }
-  // Sums of the lanes of L vectors, as the lanes of one.
+
+  // The vector whose lane n is lane index[n] of a, or lane index[n] - L of b.
+  template <int... index>
+  static FASTCAPS_INLINE vec shuffle(vec a, vec b, std::integer_sequence<int, index...>) {
+#ifdef __clang__
+    return __builtin_shufflevector(a, b, index...);
+#else
+    return __builtin_shuffle(a, b, ivec{index...});
+#endif
+  }
+  // f(n) for every lane n as a constant sequence, f a constexpr function.
+  template <class F, int... n>
+  static constexpr auto map_lanes(std::integer_sequence<int, n...>) {
+    return std::integer_sequence<int, F::of(n)...>{};
+  }
+  template <class F>
+  static FASTCAPS_INLINE vec permute(vec a, vec b) {
+    return shuffle(a, b, decltype(map_lanes<F>(std::make_integer_sequence<int, L>{})){});
+  }
+
+  struct Even {
+    static constexpr int of(int n) { return 2 * n; }
+  };
+  struct Odd {
+    static constexpr int of(int n) { return 2 * n + 1; }
+  };
+  // v[0] .. v[n - 1] become the sums of neighbouring lanes of v[0] .. v[2 n - 1], then half as many, down to one:
+  // with L vectors, the sums of the lanes of each.
+  template <int n>
+  static FASTCAPS_INLINE void sum_neighbours(vec* v) {
+    if constexpr (n > 0) {
+      unroll<n>([&](auto m) FASTCAPS_LAMBDA {
+        const vec a = v[2 * m], b = v[2 * m + 1];
+        v[m] = permute<Even>(a, b) + permute<Odd>(a, b);
+      });
+      sum_neighbours<n / 2>(v);
+    }
+  }
   static FASTCAPS_INLINE vec sum_lanes(vec* v) {
-    halve<L / 2>(v, std::make_integer_sequence<int, L>{});
+    sum_neighbours<L / 2>(v);
     return v[0];
   }
-  template <int n, int... l>
-  static FASTCAPS_INLINE void halve(vec* v, std::integer_sequence<int, l...> lanes) {
-    unroll<n>([&](auto m) FASTCAPS_LAMBDA {
-      const vec a = v[2 * m], b = v[2 * m + 1];
-#ifdef __clang__
-      v[m] = __builtin_shufflevector(a, b, (2 * l)...) + __builtin_shufflevector(a, b, (2 * l + 1)...);
-#else
-      v[m] = __builtin_shuffle(a, b, ivec{(2 * l)...}) + __builtin_shuffle(a, b, ivec{(2 * l + 1)...});
-#endif
+
+  template <int step>
+  struct Low {
+    static constexpr int of(int n) { return n & step ? n - step + L : n; }
+  };
+  template <int step>
+  struct High {
+    static constexpr int of(int n) { return n & step ? n + L : n + step; }
+  };
+  // Lane b of vector a and lane a of vector b change places.
+  template <int step = 1>
+  static FASTCAPS_INLINE void transpose(vec* v) {
+    if constexpr (step < L) {
+      unroll<L>([&](auto n) FASTCAPS_LAMBDA {
+        if constexpr ((n & step) == 0) {
+          const vec a = v[n], b = v[n + step];
+          v[n] = permute<Low<step>>(a, b);
+          v[n + step] = permute<High<step>>(a, b);
+        }
+      });
+      transpose<2 * step>(v);
+    }
+  }
+
+  // L entries in a row.
+  template <Stored kStored>
+  static FASTCAPS_INLINE vec load_as(const void* from, int64_t index) {
+    if constexpr (kStored == Stored::real) return load((const Real*)from + index);
+    Real row[L];
+    for (int l = 0; l < L; ++l) row[l] = get<kStored, Real>(from, index + l);
+    return load(row);
+  }
+  template <Stored kStored>
+  static FASTCAPS_INLINE void store_as(void* to, int64_t index, vec v) {
+    if constexpr (kStored == Stored::real) return store((Real*)to + index, v);
+    Real row[L];
+    store(row, v);
+    for (int l = 0; l < L; ++l) put<kStored, Real>(to, index + l, row[l]);
+  }
+
+  // Rows [n, count] in memory, n <= L, to count vectors `step` apart: row l in lane l, lanes from n on 0.
+  static void to_lanes(Stored stored, const void* from, int64_t first, int64_t stride, int64_t n, int64_t count, vec* to,
+                       int64_t step) {
+    with_stored<Real>(stored, [&](auto s) {
+      if (count < L) {
+        for (int64_t c = 0; c < count; ++c) to[c * step] = vec{};
+        for (int64_t l = 0; l < n; ++l)
+          for (int64_t c = 0; c < count; ++c)
+            ((Real*)(to + c * step))[l] = get<s.value, Real>(from, first + l * stride + c);
+        return;
+      }
+      for (int64_t block = 0; block < count; block += L) {
+        const int64_t c = least(block, count - L);  // the last one may overlap the one before
+        vec v[L];
+        unroll<L>([&](auto l) FASTCAPS_LAMBDA {
+          v[l] = l < n ? load_as<s.value>(from, first + l * stride + c) : vec{};
+        });
+        transpose(v);
+        unroll<L>([&](auto l) FASTCAPS_LAMBDA { to[(c + l) * step] = v[l]; });
+      }
     });
-    if constexpr (n > 1) halve<n / 2>(v, lanes);
+  }
+  // And back.
+  static void from_lanes(const vec* from, int64_t step, int64_t n, int64_t count, Stored stored, void* to, int64_t first,
+                         int64_t stride) {
+    with_stored<Real>(stored, [&](auto s) {
+      if (count < L) {
+        for (int64_t l = 0; l < n; ++l)
+          for (int64_t c = 0; c < count; ++c)
+            put<s.value, Real>(to, first + l * stride + c, ((const Real*)(from + c * step))[l]);
+        return;
+      }
+      for (int64_t block = 0; block < count; block += L) {
+        const int64_t c = least(block, count - L);
+        vec v[L];
+        unroll<L>([&](auto l) FASTCAPS_LAMBDA { v[l] = from[(c + l) * step]; });
+        transpose(v);
+        unroll<L>([&](auto l) FASTCAPS_LAMBDA {
+          if (l < n) store_as<s.value>(to, first + l * stride + c, v[l]);
+        });
+      }
+    });
+  }
+
+  // sum a b; in the lanes first, so that no addition waits for the one before.
+  static Real dot(const Real* a, const Real* b, int64_t count) {
+    vec even = {}, odd = {};
+    int64_t n = 0;
+    for (; n + 2 * L <= count; n += 2 * L) {
+      even += load(a + n) * load(b + n);
+      odd += load(a + n + L) * load(b + n + L);
+    }
+    Real rest = 0;
+    for (; n < count; ++n) rest += a[n] * b[n];
+    even += odd;
+    for (int l = 0; l < L; ++l) rest += even[l];
+    return rest;
+  }
+
+  static FASTCAPS_INLINE Real sqrt(Real q) { return std::sqrt(q); }
+  static FASTCAPS_INLINE vec sqrt(vec q) {
+    vec r;
+    for (int l = 0; l < L; ++l) r[l] = std::sqrt(q[l]);
+    return r;
+  }
+  // squash(s) = scale s, of q = |s|^2; X is a number or a vector of them.
+  template <class X>
+  static FASTCAPS_INLINE X squash_scale(X q, Real eps) {
+    return eps > 0 ? q / (Real(1) + q) / sqrt(q + eps) : sqrt(q) / (Real(1) + q);
+  }
+  // squash'(s)^T dv = scale dv + factor s, of q and dot = <s, dv>. In terms of the direction of s nothing overflows
+  // before q does; `nonzero` is q with 1 instead of 0.
+  template <class X>
+  static FASTCAPS_INLINE X squash_factor(X q, X nonzero, X dot, Real eps) {
+    const X inverse = Real(1) / sqrt(nonzero);
+    const X along = eps > 0 ? Real(2) / (Real(1) + q) - q / (q + eps) : (Real(1) - q) / (Real(1) + q);
+    return squash_scale(q, eps) * along * (dot * inverse) * inverse;
+  }
+
+  // Logits [J, N] to coupling coefficients, in place.
+  template <int N>
+  static void softmax(vec* c, int64_t J, bool leaky) {
+    const vec lowest = splat(leaky ? Real(0) : -__builtin_inf());
+    for (int n = 0; n < N; ++n) {
+      vec top = lowest;
+      for (int64_t j = 0; j < J; ++j) top = bigger(c[j * N + n], top);
+      vec total = leaky ? exp(-top) : vec{};
+      for (int64_t j = 0; j < J; ++j) total += c[j * N + n] = exp(c[j * N + n] - top);
+      const vec scale = Real(1) / total;
+      for (int64_t j = 0; j < J; ++j) c[j * N + n] *= scale;
+    }
+  }
+  // dc [J, N] to db = c (dc - sum_j c dc), in place.
+  template <int N>
+  static void softmax_backward(const vec* c, vec* dc, int64_t J) {
+    for (int n = 0; n < N; ++n) {
+      vec q = {};
+      for (int64_t j = 0; j < J; ++j) q += c[j * N + n] * dc[j * N + n];
+      for (int64_t j = 0; j < J; ++j) dc[j * N + n] = c[j * N + n] * (dc[j * N + n] - q);
+    }
   }
 };
 
 // Scratch memory, not initialised; its start is moved by an odd number of cache lines so that arrays that are used
-// together do not fall on the same lines of a set (4 KB aliasing).
+// together do not fall on the same lines of a set (4 KB aliasing). Small ones come from a stack that each thread has.
 template <class T>
 struct Scratch {
-  explicit Scratch(int64_t count, int line = 0)
-      : raw(std::aligned_alloc(64, (count * sizeof(T) + 64 * line + 127) / 64 * 64)),
-        data((T*)((char*)raw + 64 * line)) {}
-  ~Scratch() { std::free(raw); }
+  explicit Scratch(int64_t count, int line = 0) {
+    const int64_t bytes = (count * int64_t(sizeof(T)) + 64 * line + 127) / 64 * 64;
+    near = scratch_used + bytes <= kScratchStack;
+    raw = near ? scratch_stack + scratch_used : (char*)std::aligned_alloc(64, bytes);
+    if (near) scratch_used += bytes;
+    data = (T*)(raw + 64 * line);
+  }
+  ~Scratch() {
+    if (near)
+      scratch_used = raw - scratch_stack;  // scopes end in the reverse order
+    else
+      std::free(raw);
+  }
   Scratch(const Scratch&) = delete;
   operator T*() const { return data; }
-  void* raw;
+  char* raw;
+  bool near;
   T* data;
 };
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 }  // namespace FASTCAPS_ISA
 }  // namespace fastcaps

@@ -15,8 +15,8 @@ from torch import Tensor
 from fastcaps.ready import error_budget, relative_error
 from fastcaps.routing import dynamic_routing, route_votes
 
-# B, I, J, D_in, D_out: the paper's pose sizes, single capsules, odd and prime sizes, more samples than one tile holds.
-SIZES = [(9, 40, 10, 8, 16), (3, 17, 5, 7, 11), (2, 1, 3, 4, 6), (8, 13, 2, 1, 1), (1, 33, 4, 5, 3), (19, 7, 6, 3, 2)]
+# B, I, J, D_in, D_out: the paper's pose sizes, single capsules, odd and prime sizes, one to more samples than tiles hold.
+SIZES = [(19, 40, 10, 8, 16), (3, 17, 5, 7, 11), (2, 1, 3, 4, 6), (8, 13, 2, 1, 1), (1, 33, 4, 5, 3), (37, 7, 6, 3, 2)]
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,10 @@ from fastcaps.timing import saved_bytes
 
 @pytest.mark.parametrize("threads", [1, 2, 7, 8])
 @pytest.mark.parametrize("share", ["none", "inputs"])
-def test_bitwise_equal_repeats(implementation, threads, share):
+@pytest.mark.parametrize("B", [2, 19])
+def test_bitwise_equal_repeats(implementation, threads, share, B):
     backend, device = implementation
-    case = Case(sizes=(19, 40, 7, 8, 12), share=share, prior="IJ", bias="J")
+    case = Case(sizes=(B, 200, 7, 8, 12), share=share, prior="IJ", bias="J")
     inputs = make_inputs(case, torch.float32)
     before = torch.get_num_threads()
     first = run(backend_op(backend), case, inputs, torch.float32, device)
@@ -326,7 +327,8 @@ def test_op_refuses_wrong_sizes_instead_of_reading_past_a_tensor():
         (x["poses"], x["weight"], x["prior"][:2], None),
         (x["poses"], x["weight"], None, x["bias"][:, :1]),
         (x["poses"], None, None, None),
-        (x["poses"].half(), x["weight"].half(), None, None),
+        (x["poses"].half(), x["weight"].half(), x["prior"].half(), None),
+        (x["poses"].int(), x["weight"].int(), None, None),
     ]
     for arguments in bad:
         with pytest.raises(RuntimeError, match="native_dynamic_routing: "):

@@ -38,6 +38,27 @@ def test_sizes_and_iterations(implementation, sizes, num_iterations):
     check(backend_op(backend), Case(sizes=sizes, num_iterations=num_iterations), torch.float32, device)
 
 
+# Where the native CPU kernels go other ways: votes of a sample beyond the cache, J in several tiles, votes computed
+# twice, poses of several vectors, matrices shared over many input capsules.
+LARGE = [
+    Case(sizes=(2, 1300, 12, 4, 16), num_iterations=2),
+    Case(sizes=(3, 40, 210, 3, 16), num_iterations=2),
+    Case(sizes=(17, 9, 420, 2, 16), num_iterations=2),
+    Case(sizes=(4, 20, 3, 40, 5)),
+    Case(sizes=(3, 33, 5, 16, 32)),
+    Case(sizes=(20, 70, 4, 64, 48), share="inputs", prior="IJ"),
+    Case(sizes=(3, 70, 110, 20, 9), share="inputs", prior="BIJ"),
+    Case(sizes=(3, 40, 210, 9, 16), votes=True),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", LARGE, ids=case_id)
+def test_large_sizes(implementation, case, dtype):
+    backend, device = implementation
+    check(backend_op(backend), case, dtype, device)
+
+
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_reference_is_the_papers_procedure(case):
     inputs = make_inputs(case, torch.float64)

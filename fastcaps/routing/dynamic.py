@@ -276,6 +276,6 @@ def _route(
     if traced:
         # A traced call is the op alone, whose derivatives are registered: tracing an autograd.Function would cut
         # a second derivative off without a word.
-        inputs = upcast(compute, poses, weight, prior, bias)
-        return torch.ops.fastcaps.native_dynamic_routing_forward(*inputs, *options)[0].to(poses.dtype)
+        prior, bias = upcast(compute, prior, bias)
+        return torch.ops.fastcaps.native_dynamic_routing_forward(poses, weight, prior, bias, *options)[0]
     return DynamicRouting.apply(poses, weight, prior, bias, *options)[0]

@@ -21,7 +21,7 @@ def upcast(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Any, ...]:
 
 
 class DynamicRouting(torch.autograd.Function):
-    """Connects the forward and backward ops. Half types are saved as they came and widened inside."""
+    """Connects the forward and backward ops, which read and write half types; prior and bias are at least float32."""
 
     @staticmethod
     def forward(
@@ -35,9 +35,9 @@ class DynamicRouting(torch.autograd.Function):
         eps: float,
     ) -> tuple[Tensor, Tensor]:
         """Output ``[B, J, D_out]`` in the dtype of ``poses``, and the weighted sums ``[T, B, J, D_out]``."""
-        inputs = upcast(compute_dtype(poses.dtype), poses, weight, prior, bias)
-        out, sums = torch.ops.fastcaps.native_dynamic_routing_forward(*inputs, num_iterations, leaky, detach, eps)
-        return out.to(poses.dtype), sums
+        return torch.ops.fastcaps.native_dynamic_routing_forward(
+            poses, weight, *upcast(compute_dtype(poses.dtype), prior, bias), num_iterations, leaky, detach, eps
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -88,7 +88,7 @@ def _native_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, 
     *inputs, sums = ctx.saved_tensors
     needed = [bool(need) for need in ctx.needs_input_grad[:4]]
     grads = torch.ops.fastcaps.native_dynamic_routing_backward(
-        *upcast(sums.dtype, grad, *inputs), sums, ctx.leaky, ctx.detach, ctx.eps, *needed
+        grad, *inputs[:2], *upcast(sums.dtype, *inputs[2:]), sums, ctx.leaky, ctx.detach, ctx.eps, *needed
     )
     returned = (g.to(x.dtype) if need else None for g, x, need in zip(grads, inputs, needed, strict=True))
     return *returned, None, None, None, None
@@ -137,7 +137,8 @@ def _forward_fake(
 ) -> tuple[Tensor, Tensor]:
     D_out = poses.shape[3] if weight is None else weight.shape[2]
     shape = (poses.shape[0], output_capsules(poses, weight, prior, bias), D_out)
-    return poses.new_empty(shape), poses.new_empty((num_iterations, *shape))
+    sums = poses.new_empty((num_iterations, *shape), dtype=compute_dtype(poses.dtype))
+    return poses.new_empty(shape), sums
 
 
 def _backward_fake(
@@ -155,7 +156,7 @@ def _backward_fake(
     """A gradient per input, in its shape; of size 0 where it is not needed or there is no such input."""
     inputs = (poses, weight, prior, bias)
     return tuple(
-        grad.new_empty(x.shape) if x is not None and need else grad.new_empty(0)
+        x.new_empty(x.shape) if x is not None and need else grad.new_empty(0)
         for x, need in zip(inputs, needed, strict=True)
     )
 

@@ -1,0 +1,8 @@
+// The CPU kernels for bfloat16 where the processor multiplies pairs of them; chosen as the others are (ops.cpp).
+#if defined(__x86_64__) && !defined(__clang__)
+#include <immintrin.h>
+#pragma GCC target("avx512bf16,avx512f,avx512dq,avx512bw,avx512vl,avx2,fma")
+#define FASTCAPS_ISA avx512bf16
+#define FASTCAPS_VECTOR_BYTES 64
+#include "dynamic_routing_cpu_regimes.h"
+#endif

@@ -1,0 +1,65 @@
+// Which kernel serves which sizes, for one instruction set; each dynamic_routing_<isa>.cpp includes this once.
+//
+//   one matrix for all input capsules        input capsules in the lanes, poses routed instead of votes
+//   up to about ten samples of 16 lanes      input capsules in the lanes, votes kept in the cache
+//   more samples                             samples in the lanes, votes computed again in every pass
+#include "dynamic_routing_cpu_capsules_backward.h"
+
+namespace fastcaps {
+namespace FASTCAPS_ISA {
+
+template <class Real>
+bool capsules_in_lanes(const Routing<Real>& in) {
+  // With samples in the lanes 1 to L of them take the same time; with capsules they meet at about 10 of 16.
+  return (in.weight && !in.stride_i) || in.size.B <= 5 * Kernel<Real>::L / 8;
+}
+// In the backward a block of capsules keeps the coefficients of all samples, in all iterations: so many fit.
+template <class Real>
+bool coefficients_fit(const Routing<Real>& in) {
+  const Sizes& z = in.size;
+  return !in.weight || !in.stride_i || z.B <= 1 ||
+         z.B * z.T * z.J * int64_t(2 * Capsules<Real>::M * FASTCAPS_VECTOR_BYTES) <= (600 << 10);
+}
+
+// f(N, kPairs): N vectors of samples share each broadcast entry of a weight as long as V and the sums of both stay in
+// L1; pairs of bfloat16 are multiplied where there is an instruction for it.
+template <class Real, class F>
+void with_tiles(const Routing<Real>& in, const F& f) {
+#ifdef __AVX512BF16__
+  constexpr bool pairs = sizeof(Real) == 4;
+#else
+  constexpr bool pairs = false;
+#endif
+  const int64_t bytes = 2 * in.size.J * in.size.D_out * FASTCAPS_VECTOR_BYTES;
+  const bool two = in.size.B > Kernel<Real>::L && bytes <= (16 << 10);
+  const auto with_pairs = [&](auto N) {
+    if constexpr (pairs)
+      if (in.stored == Stored::bfloat16 && in.weight && in.size.D_in % 2 == 0) return f(N, std::true_type{});
+    f(N, std::false_type{});
+  };
+  if (two)
+    with_pairs(std::integral_constant<int, 2>{});
+  else
+    with_pairs(std::integral_constant<int, 1>{});
+}
+
+template <class Real>
+void forward(const Routing<Real>& in, void* out, Real* sums, Parallel parallel) {
+  if (!in.size.B) return;
+  if (capsules_in_lanes(in)) return Capsules<Real>(in).forward(out, sums, parallel);
+  with_tiles(in, [&](auto N, auto pairs) { Pass<Real, N, pairs>(in, parallel).forward(out, sums); });
+}
+template <class Real>
+void backward(const Routing<Real>& in, const Gradients<Real>& out, Parallel parallel) {
+  if (capsules_in_lanes(in) && coefficients_fit(in)) return CapsulesBackward<Real>(in, out).run(parallel);
+  with_tiles(in, [&](auto N, auto pairs) { Backward<Real, N, pairs>(in, parallel).run(out); });
+}
+template void forward(const Routing<float>&, void*, float*, Parallel);
+template void backward(const Routing<float>&, const Gradients<float>&, Parallel);
+#ifndef __AVX512BF16__
+template void forward(const Routing<double>&, void*, double*, Parallel);
+template void backward(const Routing<double>&, const Gradients<double>&, Parallel);
+#endif
+
+}  // namespace FASTCAPS_ISA
+}  // namespace fastcaps
