@@ -7,7 +7,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test lint format gpu-probe clean
+CXX ?= g++
+SANITIZE := build/sanitize
+INSTRUCTION_SETS := baseline $(if $(filter x86_64,$(shell uname -m)),avx2 avx512 avx512bf16)
+
+.PHONY: demo test lint format sanitize gpu-probe clean
 
 demo: $(READY)
 	$(BIN)/fastcaps demo
@@ -23,6 +27,15 @@ lint: $(READY)
 format: $(READY)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+# 10,000 random cases through the CPU kernels, built without Python under the address and undefined-behaviour sanitizers.
+sanitize: $(INSTRUCTION_SETS:%=$(SANITIZE)/%)
+	set -e; for isa in $(INSTRUCTION_SETS); do $(SANITIZE)/$$isa 2500; done
+
+$(SANITIZE)/%: tests/kernels.cpp $(wildcard csrc/dynamic_routing*) csrc/vector.h
+	@mkdir -p $(@D)
+	$(CXX) -std=c++20 -O1 -g1 -Wno-psabi -fsanitize=address,undefined -fno-sanitize-recover=all -Icsrc \
+	  -DFASTCAPS_SOURCE='"dynamic_routing_$*.cpp"' $< -o $@
 
 # On a machine with a GPU, offline, with the Python that is there (it needs torch, numpy and pytest).
 gpu-probe:

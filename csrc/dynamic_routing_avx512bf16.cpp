@@ -4,5 +4,6 @@
 #pragma GCC target("avx512bf16,avx512f,avx512dq,avx512bw,avx512vl,avx2,fma")
 #define FASTCAPS_ISA avx512bf16
 #define FASTCAPS_VECTOR_BYTES 64
+#define FASTCAPS_PAIRS  // of bfloat16, multiplied as one
 #include "dynamic_routing_cpu_regimes.h"
 #endif

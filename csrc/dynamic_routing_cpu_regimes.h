@@ -25,7 +25,7 @@ bool coefficients_fit(const Routing<Real>& in) {
 // L1; pairs of bfloat16 are multiplied where there is an instruction for it.
 template <class Real, class F>
 void with_tiles(const Routing<Real>& in, const F& f) {
-#ifdef __AVX512BF16__
+#ifdef FASTCAPS_PAIRS
   constexpr bool pairs = sizeof(Real) == 4;
 #else
   constexpr bool pairs = false;
@@ -56,7 +56,7 @@ void backward(const Routing<Real>& in, const Gradients<Real>& out, Parallel para
 }
 template void forward(const Routing<float>&, void*, float*, Parallel);
 template void backward(const Routing<float>&, const Gradients<float>&, Parallel);
-#ifndef __AVX512BF16__
+#ifndef FASTCAPS_PAIRS
 template void forward(const Routing<double>&, void*, double*, Parallel);
 template void backward(const Routing<double>&, const Gradients<double>&, Parallel);
 #endif

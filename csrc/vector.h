@@ -122,7 +122,7 @@ struct Kernel {
   // a b + c; of pairs: both products of each lane, added to c.
   template <bool kPairs = false>
   static FASTCAPS_INLINE vec fma(vec a, vec b, vec c) {
-#ifdef __AVX512BF16__
+#ifdef FASTCAPS_PAIRS
     if constexpr (kPairs) return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b);
 #endif
     return c + a * b;
