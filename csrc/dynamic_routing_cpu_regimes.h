@@ -10,8 +10,11 @@ namespace FASTCAPS_ISA {
 
 template <class Real>
 bool capsules_in_lanes(const Routing<Real>& in) {
-  // With samples in the lanes 1 to L of them take the same time; with capsules they meet at about 10 of 16.
-  return (in.weight && !in.stride_i) || in.size.B <= 5 * Kernel<Real>::L / 8;
+  // With samples in the lanes 1 to L of them take the same time; with capsules they meet at about 10 of 16, or earlier
+  // where lanes are left without a capsule.
+  constexpr int64_t block = Capsules<Real>::kBlock;
+  const int64_t lanes = ceil_div(in.size.I, block) * block;
+  return (in.weight && !in.stride_i) || 8 * in.size.B * lanes <= 5 * Kernel<Real>::L * in.size.I;
 }
 // In the backward a block of capsules keeps the coefficients of all samples, in all iterations: so many fit.
 template <class Real>

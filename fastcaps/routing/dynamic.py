@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastcaps.functional import check_number, compute_dtype
 from fastcaps.routing import backend as _backend
-from fastcaps.routing.dynamic_ops import DynamicRouting, upcast
+from fastcaps.routing.dynamic_ops import native_dynamic_routing, upcast
 from fastcaps.routing.dynamic_reference import dynamic_routing_reference, output_capsules
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -272,10 +272,4 @@ def _route(
             prior = prior.to(compute).reshape(prior.shape[-len(shape) :]).expand(shape)
     if bias is not None:
         bias = bias.to(compute).expand(J, -1)
-    options = (num_iterations, leaky, detach, eps)
-    if traced:
-        # A traced call is the op alone, whose derivatives are registered: tracing an autograd.Function would cut
-        # a second derivative off without a word.
-        prior, bias = upcast(compute, prior, bias)
-        return torch.ops.fastcaps.native_dynamic_routing_forward(poses, weight, prior, bias, *options)[0]
-    return DynamicRouting.apply(poses, weight, prior, bias, *options)[0]
+    return native_dynamic_routing(poses, weight, prior, bias, num_iterations, leaky, detach, eps)

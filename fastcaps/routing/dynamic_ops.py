@@ -3,7 +3,6 @@
 Tensors are as in ``dynamic_reference.py``; checks, masks and the choice of the backend are in ``dynamic.py``.
 """
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +17,25 @@ from fastcaps.routing.dynamic_reference import dynamic_routing_reference, output
 def upcast(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Any, ...]:
     """The tensors in ``dtype``; None stays None."""
     return tuple(x if x is None else x.to(dtype) for x in tensors)
+
+
+def native_dynamic_routing(
+    poses: Tensor, weight: Tensor | None, prior: Tensor | None, bias: Tensor | None, *options: Any
+) -> Tensor:
+    """The output ``[B, J, D_out]`` of the native op, by the cheapest way that keeps every derivative.
+
+    ``options`` are num_iterations, leaky, detach and eps.
+    """
+    if torch.compiler.is_compiling():
+        # A traced call is the op alone, whose derivatives are registered: tracing an autograd.Function would cut
+        # a second derivative off without a word.
+        prior, bias = upcast(compute_dtype(poses.dtype), prior, bias)
+        return torch.ops.fastcaps.native_dynamic_routing_forward(poses, weight, prior, bias, *options)[0]
+    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+        return DynamicRouting.apply(poses, weight, prior, bias, *options)[0]
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (poses, weight, prior, bias)):
+        return EagerDynamicRouting.apply(poses, weight, prior, bias, *options)
+    return DynamicRouting.forward(poses, weight, prior, bias, *options)[0]
 
 
 class DynamicRouting(torch.autograd.Function):
@@ -35,9 +53,11 @@ class DynamicRouting(torch.autograd.Function):
         eps: float,
     ) -> tuple[Tensor, Tensor]:
         """Output ``[B, J, D_out]`` in the dtype of ``poses``, and the weighted sums ``[T, B, J, D_out]``."""
-        return torch.ops.fastcaps.native_dynamic_routing_forward(
-            poses, weight, *upcast(compute_dtype(poses.dtype), prior, bias), num_iterations, leaky, detach, eps
-        )
+        prior, bias = upcast(compute_dtype(poses.dtype), prior, bias)
+        with torch._C._AutoDispatchBelowAutograd():  # the registered derivatives are for traced calls
+            return torch.ops.fastcaps.native_dynamic_routing_forward.default(
+                poses, weight, prior, bias, num_iterations, leaky, detach, eps
+            )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -79,8 +99,21 @@ class DynamicRouting(torch.autograd.Function):
         return (out.unflatten(0, (N, B)), sums.unflatten(1, (N, B))), (0, 1)
 
 
-# Function.apply asks for it in every call, and working it out takes 20 us.
-setattr(DynamicRouting.forward, "__signature__", inspect.signature(DynamicRouting.forward))  # noqa: B010
+class EagerDynamicRouting(torch.autograd.Function):
+    """The same without torch.func: ``setup_context`` costs 20 us a call (benchmarks/call_overhead.py)."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        """Output ``[B, J, D_out]``."""
+        out, sums = DynamicRouting.forward(*args)
+        ctx.save_for_backward(*args[:4], sums)
+        ctx.num_iterations, ctx.leaky, ctx.detach, ctx.eps = args[4:]
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """As :meth:`DynamicRouting.backward`."""
+        return DynamicRouting.backward(ctx, grad, grad)
 
 
 def _native_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
