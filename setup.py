@@ -56,7 +56,10 @@ def extensions():
     return [
         Extension(
             "fastcaps._C",
-            ["csrc/ops.cpp", *(f"csrc/dynamic_routing_{isa}.cpp" for isa in ("baseline", "avx2", "avx512", "avx512bf16"))],
+            [
+                "csrc/ops.cpp",
+                *(f"csrc/dynamic_routing_{isa}.cpp" for isa in ("baseline", "avx2", "avx512", "avx512bf16")),
+            ],
             depends=glob.glob("csrc/*.h"),
             include_dirs=include_paths(),
             library_dirs=library_paths(),

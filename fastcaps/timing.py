@@ -1,14 +1,14 @@
 """Timing one routing layer beside the best that plain PyTorch can do, correctness first.
 
-The alternatives are the einsum form of routing, which is the fastest of the published plain-PyTorch forms, run eager,
-in chunks of the batch (its votes then stay in the cache), compiled, and both.
+The alternatives are three forms of routing in plain PyTorch (votes by broadcasting, as most tutorials write it, votes by
+einsum, and no votes at all), run eager, in chunks of the batch (the votes then stay in the cache), compiled, and both.
 """
 
 import math
 import statistics
 import time
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,10 @@ from fastcaps.routing import dynamic_routing
 CHUNK = 8  # samples
 TOLERANCE = 1e-4  # relative, float32 against float64: who is further off is not timed
 
-Step = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+SHORT = 5.0  # milliseconds that one measurement lasts at least
+HALF = "fastcaps, bfloat16"
+
+Step = Callable[..., Tensor]
 
 
 class Timing(NamedTuple):
@@ -45,50 +48,128 @@ class Timing(NamedTuple):
     refused: str | None
 
 
-def einsum_routing(poses: Tensor, weight: Tensor, num_iterations: int) -> Tensor:
-    """Routing in einsums, with the votes in memory: poses ``[B, I, D_in]`` to ``[B, J, D_out]``."""
-    u = torch.einsum("ijdk,bik->bijd", weight, poses)
+def _route(u: Tensor, num_iterations: int, prior: Tensor | None, sums: Callable[..., Tensor]) -> Tensor:
+    """Procedure 1 on votes ``u`` ``[B, I, J, D_out]``; ``sums(name, x, u)`` is the weighted sum or the agreement."""
     logits = torch.zeros(u.shape[:3], dtype=u.dtype, device=u.device)
+    if prior is not None:
+        logits = logits + prior.to(u.dtype)
     for t in range(num_iterations):
-        v = squash(torch.einsum("bij,bijd->bjd", logits.softmax(-1), u))
+        v = squash(sums("bij,bijd->bjd", logits.softmax(-1), u))
         if t < num_iterations - 1:
-            logits = logits + torch.einsum("bijd,bjd->bij", u, v)
+            logits = logits + sums("bijd,bjd->bij", u, v)
     return v
 
 
-def contestants(num_iterations: int, backend: str | None = None) -> dict[str, Step]:
-    """The op and its alternatives: functions that take poses, weight and the output's gradient or None, and return the
-    output after adding to the inputs' ``grad`` where a gradient is given."""
+def einsum_routing(poses: Tensor, weight: Tensor, num_iterations: int, prior: Tensor | None = None) -> Tensor:
+    """Routing in einsums, with the votes in memory: poses ``[B, I, D_in]`` to ``[B, J, D_out]``."""
+    equation = "jdk,bik->bijd" if weight.shape[0] == 1 else "ijdk,bik->bijd"
+    u = torch.einsum(equation, weight[0] if weight.shape[0] == 1 else weight, poses)
+    return _route(u, num_iterations, prior, torch.einsum)
 
-    def whole(routing: Callable[[Tensor, Tensor], Tensor]) -> Step:
-        def step(poses: Tensor, weight: Tensor, grad: Tensor | None) -> Tensor:
-            out = routing(poses, weight)
+
+def broadcast_routing(poses: Tensor, weight: Tensor, num_iterations: int, prior: Tensor | None = None) -> Tensor:
+    """Routing as most tutorials write it: a broadcast matrix product, then products and sums of whole tensors."""
+
+    def sums(equation: str, x: Tensor, y: Tensor) -> Tensor:
+        return (x[..., None] * y).sum(1) if equation == "bij,bijd->bjd" else (x * y[:, None]).sum(-1)
+
+    u = (weight[None] @ poses[:, :, None, :, None])[..., 0]
+    return _route(u, num_iterations, prior, sums)
+
+
+def absorbed_routing(poses: Tensor, weight: Tensor, num_iterations: int, prior: Tensor | None = None) -> Tensor:
+    """Routing without votes: ``<W x, V> = <x, W^T V>`` and ``sum c W x = W sum c x``; pays where ``weight`` is shared."""
+    shared = weight.shape[0] == 1
+    W, w = (weight[0], "jdk") if shared else (weight, "ijdk")
+    logits = poses.new_zeros(*poses.shape[:2], weight.shape[1])
+    if prior is not None:
+        logits = logits + prior.to(poses.dtype)
+    V: Tensor | float = 0.0
+    first = logits
+    for t in range(num_iterations):
+        c = logits.softmax(-1)
+        if shared:
+            s = torch.einsum("jdk,bjk->bjd", W, torch.einsum("bij,bik->bjk", c, poses))
+        else:
+            s = torch.einsum("ijdk,bijk->bjd", W, c[..., None] * poses[:, :, None])
+        v = squash(s)
+        if t < num_iterations - 1:
+            V = V + v
+            y = torch.einsum(f"{w},bjd->b{'' if shared else 'i'}jk", W, V)
+            logits = first + torch.einsum("bik,bjk->bij" if shared else "bik,bijk->bij", poses, y)
+    return v
+
+
+FORMS: dict[str, Callable[..., Tensor]] = {
+    "broadcast": broadcast_routing,
+    "einsum": einsum_routing,
+    "absorbed": absorbed_routing,
+}
+
+
+def contestants(
+    num_iterations: int,
+    backend: str | None = None,
+    *,
+    forms: Sequence[str] = ("einsum",),
+    chunk: int = CHUNK,
+    prior: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> dict[str, Step]:
+    """The op and its alternatives: functions that take poses, weight and the output's gradient or None, and return the
+    output after adding to the inputs' ``grad`` where a gradient is given.
+
+    Args:
+        num_iterations: T.
+        backend: of fastcaps; None: its default.
+        forms: which of :data:`FORMS` compete.
+        chunk: samples in a chunk of the chunked form (of einsum only).
+        prior: ``[I, J]``, learned where it requires a gradient, or None.
+        mask: ``[B, I]`` bool, or None.
+    """
+
+    def whole(routing: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> Step:
+        def step(poses: Tensor, weight: Tensor, grad: Tensor | None, start: int = 0) -> Tensor:
+            out = routing(poses, weight, None if mask is None else mask[start : start + len(poses)])
             if grad is not None:
                 out.backward(grad)
             return out.detach()
 
         return step
 
-    def chunked(routing: Callable[[Tensor, Tensor], Tensor]) -> Step:
+    def chunked(routing: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> Step:
         step = whole(routing)
 
         def steps(poses: Tensor, weight: Tensor, grad: Tensor | None) -> Tensor:
-            grads = [None] * len(poses) if grad is None else grad.split(CHUNK)
-            return torch.cat([step(x, weight, g) for x, g in zip(poses.split(CHUNK), grads, strict=False)])
+            starts = range(0, len(poses), chunk)
+            grads = [None] * len(starts) if grad is None else grad.split(chunk)
+            parts = zip(poses.split(chunk), grads, starts, strict=True)
+            return torch.cat([step(x, weight, g, start) for x, g, start in parts])
 
         return steps
 
-    def einsum(poses: Tensor, weight: Tensor) -> Tensor:
-        return einsum_routing(poses, weight, num_iterations)
+    def plain(form: str) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+        def routing(poses: Tensor, weight: Tensor, mask: Tensor | None) -> Tensor:
+            if mask is not None:
+                poses = poses.masked_fill(~mask[..., None], 0)
+            return FORMS[form](poses, weight, num_iterations, prior)
 
-    compiled = torch.compile(einsum, dynamic=False)
-    return {
-        "einsum": whole(einsum),
-        f"einsum, chunks of {CHUNK}": chunked(einsum),
-        "compiled": whole(compiled),
-        f"compiled, chunks of {CHUNK}": chunked(compiled),
-        "fastcaps": whole(lambda x, w: dynamic_routing(x, w, num_iterations=num_iterations, backend=backend)),
-    }
+        return routing
+
+    def ours(poses: Tensor, weight: Tensor, mask: Tensor | None) -> Tensor:
+        p = None if prior is None else prior.to(poses.dtype)
+        return dynamic_routing(poses, weight, num_iterations=num_iterations, prior=p, mask=mask, backend=backend)
+
+    steps: dict[str, Step] = {}
+    for form in forms:
+        compiled = torch.compile(plain(form), dynamic=False)
+        steps[form] = whole(plain(form))
+        if form == "einsum":
+            steps[f"{form}, chunks of {chunk}"] = chunked(plain(form))
+        steps[f"{form}, compiled"] = whole(compiled)
+        if form == "einsum":
+            steps[f"{form}, compiled, chunks of {chunk}"] = chunked(compiled)
+    return {**steps, "fastcaps": whole(ours)}
 
 
 def compare(
@@ -99,6 +180,12 @@ def compare(
     rounds: int = 7,
     names: list[str] | None = None,
     backend: str | None = None,
+    forms: Sequence[str] = ("einsum",),
+    chunk: int = CHUNK,
+    shared: bool = False,
+    prior: bool = False,
+    mask: bool = False,
+    half: bool = False,
 ) -> list[Timing]:
     """Time the contestants round by round, so that a slow minute of a shared machine hits all alike.
 
@@ -109,9 +196,15 @@ def compare(
         rounds: rounds of one forward and one training step for each contestant; the poses change between rounds.
         names: the contestants wanted; None: all.
         backend: of fastcaps; None: its default.
+        forms: the plain-PyTorch forms that compete, of :data:`FORMS`.
+        chunk: samples in a chunk of the chunked form.
+        shared: one matrix for all input capsules.
+        prior: with initial logits ``[I, J]`` that are learned.
+        mask: with a mask that leaves out a third of the input capsules.
+        half: also fastcaps on bfloat16 inputs, as ``"fastcaps, bfloat16"``.
 
     Returns:
-        One :class:`Timing` per contestant, float32.
+        One :class:`Timing` per contestant, float32 but for the last.
 
     Example:
         >>> [timing.name for timing in compare((2, 6, 3, 4, 8), rounds=1, names=["einsum", "fastcaps"])]
@@ -120,38 +213,52 @@ def compare(
     B, I, J, D_in, D_out = sizes
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randn(B, I, D_in, generator=generator).to(device) / D_in**0.5 for _ in range(4)]
-    weight = (torch.randn(I, J, D_out, D_in, generator=generator) / 2).to(device)
+    weight = (torch.randn(1 if shared else I, J, D_out, D_in, generator=generator) / 2).to(device)
     grad = torch.randn(B, J, D_out, generator=generator).to(device)
-    steps = {n: s for n, s in contestants(num_iterations, backend).items() if names is None or n in names}
+    logits = torch.randn(I, J, generator=generator).to(device).requires_grad_() if prior else None
+    voting = (torch.rand(B, I, generator=generator) > 1 / 3).to(device) if mask else None
+    extras: dict[str, Any] = {"prior": logits, "mask": voting}
+    steps = contestants(num_iterations, backend, forms=forms, chunk=chunk, **extras)
+    if half:
+        steps[HALF] = steps["fastcaps"]
+    steps = {n: s for n, s in steps.items() if names is None or n in names}
 
     few = min(B, 16)  # samples are independent, so a few of them tell whether a contestant is right
-    exact = _gradients(contestants(num_iterations)["einsum"], batches[0][:few], weight, grad[:few], torch.float64)
+    exact = _gradients(
+        contestants(num_iterations, **extras)["einsum"], batches[0][:few], weight, grad[:few], torch.float64
+    )
     timings = {}
     for name, step in steps.items():
+        dtype = torch.bfloat16 if name == HALF else torch.float32
         try:
-            result = _gradients(step, batches[0], weight, torch.cat([grad[:few], torch.zeros_like(grad[few:])]))
+            result = _gradients(step, batches[0], weight, torch.cat([grad[:few], torch.zeros_like(grad[few:])]), dtype)
         except Exception as error:  # torch.compile without a C++ compiler, votes that do not fit: the others still run
             timings[name] = Timing(name, None, None, math.inf, math.inf, None, f"{type(error).__name__}: {error}"[:200])
             continue
         errors = [relative_error(r[: len(e)], e) for r, e in zip(result, exact, strict=True)]
         worst = max(errors)
-        refused = None if worst <= TOLERANCE else f"its error is {worst:.1e}"
+        refused = None if worst <= (TOLERANCE if dtype == torch.float32 else 0.1) else f"its error is {worst:.1e}"
         times: list[list[float] | None] = [None, None] if refused else [[], []]
         timings[name] = Timing(name, times[0], times[1], errors[0], max(errors[1:]), None, refused)
-    for n in range(rounds + 1):  # the first round only warms up
+    repeats: dict[str, tuple[int, ...]] = {name: (1, 1) for name in steps}
+    for n in range(rounds + 2):  # the first round only warms up, the second finds out how long a call takes
         for name, step in steps.items():
             if timings[name].forward is None:
                 continue
-            poses = batches[n % len(batches)].clone()
+            dtype = torch.bfloat16 if name == HALF else torch.float32
+            poses = [batches[(n + m) % len(batches)].to(dtype, copy=True) for m in range(min(4, max(repeats[name])))]
+            leaf, incoming = weight.to(dtype, copy=True), grad.to(dtype)
             with torch.no_grad():
-                forward = _milliseconds(step, poses, weight, None)
-            leaf = weight.clone().requires_grad_()
-            poses.requires_grad_()
+                forward = _milliseconds(step, poses, leaf, None, repeats[name][0])
+            for x in (leaf, *poses):
+                x.requires_grad_()
             before = _reset_peak(device)
-            training = _milliseconds(step, poses, leaf, grad)
+            training = _milliseconds(step, poses, leaf, incoming, repeats[name][1])
             if device == "cuda":
                 timings[name] = timings[name]._replace(peak=torch.cuda.max_memory_allocated() - before)
-            if n:
+            if n == 1:  # short calls are repeated: each alone would mostly wait for what the others left in the caches
+                repeats[name] = tuple(max(1, int(SHORT / t)) for t in (forward, training))
+            if n > 1:
                 timings[name].forward.append(forward)  # type: ignore[union-attr]
                 timings[name].training.append(training)  # type: ignore[union-attr]
     return list(timings.values())
@@ -196,14 +303,18 @@ def _gradients(
     return [out, x.grad, w.grad]
 
 
-def _milliseconds(step: Step, poses: Tensor, weight: Tensor, grad: Tensor | None) -> float:
-    if poses.is_cuda:
+def _milliseconds(step: Step, poses: list[Tensor], weight: Tensor, grad: Tensor | None, repeats: int) -> float:
+    """The mean time of ``repeats`` calls, on poses that change from call to call."""
+    if weight.is_cuda:
         torch.cuda.synchronize()
     start = time.perf_counter()
-    step(poses, weight, grad)
-    if poses.is_cuda:
+    for n in range(repeats):
+        x = poses[n % len(poses)]
+        x.grad = weight.grad = None
+        step(x, weight, grad)
+    if weight.is_cuda:
         torch.cuda.synchronize()
-    return 1e3 * (time.perf_counter() - start)
+    return 1e3 * (time.perf_counter() - start) / repeats
 
 
 def median_and_p20(times: list[float]) -> tuple[float, float]:

@@ -66,17 +66,20 @@ def test_digits():
     assert len(everything.unique(dim=0)) == 1797  # no test digit is among the training digits
 
 
-def test_contestants_agree():
-    timings = timing.compare((11, 9, 3, 4, 5), rounds=1, names=["einsum", "einsum, chunks of 8", "fastcaps"])
-    assert [t.name for t in timings] == ["einsum", "einsum, chunks of 8", "fastcaps"]
+@pytest.mark.parametrize("shared", [False, True])
+def test_contestants_agree(shared):
+    names = ["broadcast", "einsum", "einsum, chunks of 4", "absorbed", "fastcaps", "fastcaps, bfloat16"]
+    options = {"shared": shared, "prior": shared, "mask": shared, "half": True, "chunk": 4}
+    timings = timing.compare((11, 9, 3, 4, 5), rounds=1, names=names, forms=list(timing.FORMS), **options)
+    assert [t.name for t in timings] == names
     for t in timings:
         assert len(t.forward) == len(t.training) == 1
         assert t.refused is None
 
 
 def test_a_wrong_contestant_is_not_timed(monkeypatch):
-    def wrong(num_iterations, backend=None):
-        steps = right(num_iterations, backend)
+    def wrong(num_iterations, backend=None, **options):
+        steps = right(num_iterations, backend, **options)
         return {**steps, "fastcaps": lambda x, w, g: 1.01 * steps["fastcaps"](x, w, g)}
 
     right = timing.contestants
