@@ -11,7 +11,7 @@ CXX ?= g++
 SANITIZE := build/sanitize
 INSTRUCTION_SETS := baseline $(if $(filter x86_64,$(shell uname -m)),avx2 avx512 avx512bf16)
 
-.PHONY: demo test lint format sanitize gpu-probe clean
+.PHONY: demo test lint format bench sanitize gpu-probe clean
 
 demo: $(READY)
 	$(BIN)/fastcaps demo
@@ -23,10 +23,16 @@ lint: $(READY)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/python benchmarks/report.py --check
 
 format: $(READY)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+# Every contestant at every size: about half an hour, on a machine that does nothing else.
+bench: $(READY)
+	$(BIN)/python -m pytest benchmarks --timeout 3600 --benchmark-json=benchmarks/results/cpu-avx512-2threads.json
+	$(BIN)/python benchmarks/report.py
 
 # 10,000 random cases through the CPU kernels, built without Python under the address and undefined-behaviour sanitizers.
 sanitize: $(INSTRUCTION_SETS:%=$(SANITIZE)/%)
@@ -34,7 +40,7 @@ sanitize: $(INSTRUCTION_SETS:%=$(SANITIZE)/%)
 
 $(SANITIZE)/%: tests/kernels.cpp $(wildcard csrc/dynamic_routing*) csrc/vector.h
 	@mkdir -p $(@D)
-	$(CXX) -std=c++20 -O1 -g1 -Wno-psabi -fsanitize=address,undefined -fno-sanitize-recover=all -Icsrc \
+	$(CXX) -std=c++20 -O1 -g1 -Wno-psabi -fsanitize=address,undefined -fno-sanitize-recover=all -DFASTCAPS_CHECK -Icsrc \
 	  -DFASTCAPS_SOURCE='"dynamic_routing_$*.cpp"' $< -o $@
 
 # On a machine with a GPU, offline, with the Python that is there (it needs torch, numpy and pytest).

@@ -17,6 +17,9 @@ if int(setuptools.__version__.split(".")[0]) < 77:  # without build isolation no
 from setuptools.command.bdist_wheel import bdist_wheel
 
 
+INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512bf16")
+
+
 def note(message):
     print(f"fastcaps: {message}", file=sys.stderr)
 
@@ -58,7 +61,7 @@ def extensions():
             "fastcaps._C",
             [
                 "csrc/ops.cpp",
-                *(f"csrc/dynamic_routing_{isa}.cpp" for isa in ("baseline", "avx2", "avx512", "avx512bf16")),
+                *(f"csrc/dynamic_routing_{isa}.cpp" for isa in INSTRUCTION_SETS),
             ],
             depends=glob.glob("csrc/*.h"),
             include_dirs=include_paths(),

@@ -42,6 +42,7 @@ custom.register_autograd(
 
 
 def main() -> None:
+    """Print the table."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     poses, weight = torch.randn(B, I, D_in), torch.randn(I, J, D_out, D_in) / 4

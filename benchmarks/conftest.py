@@ -46,7 +46,10 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     compared = 0
     for b in before:
-        if "ratio" not in b or b["name"] not in measured:
+        if "ratio" not in b:
+            continue
+        if b["name"] not in measured:
+            reporter.write_line(f"not compared, as it was not measured: {b['name']}")
             continue
         compared += 1
         now = measured[b["name"]]

@@ -55,6 +55,7 @@ def fma_peak(seconds: float = 0.2) -> float:
 
 
 def processor() -> str:
+    """Name, family and model."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

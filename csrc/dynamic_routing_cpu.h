@@ -101,6 +101,10 @@ struct Pass : Kernel<Real> {
     gather(g, stored, in.poses, i * rows, z.I * rows, count * rows, x);
   }
   // Their matrices, [count, J or 1, D_out, depth]; `buffer` is used where they must be widened.
+  int64_t together_widened(int64_t count) const {
+    if (stored == Stored::real || !in.weight) return count;
+    return most(1, least(count, (96 << 10) / int64_t(in.stride_i * sizeof(Real))));
+  }
   int64_t matrices_size(int64_t count) const { return in.weight && stored != Stored::real ? count * in.stride_i : 1; }
   const Real* matrices(int64_t i, int64_t count, Real* buffer) const {
     if (!in.weight) return nullptr;
@@ -160,7 +164,7 @@ struct Pass : Kernel<Real> {
 
   // sum_i u over a slice: the first iteration without a prior, where every coupling coefficient is the same.
   void plain_sum(int64_t g, int64_t i0, int64_t i1, vec* sum) const {
-    const int64_t rows = source_rows(), slab = most(1, least(stored == Stored::real ? 32 : 4, 2048 / rows));
+    const int64_t rows = source_rows(), slab = most(1, least(together_widened(32), 2048 / rows));
     Scratch<vec> x(slab * rows * N, 3);
     Scratch<Real> buffer(matrices_size(slab));
     for (int64_t r = 0; r < width; ++r) sum[r] = vec{};
@@ -188,7 +192,7 @@ struct Pass : Kernel<Real> {
   void routed_sum(int64_t g, int64_t i0, int64_t i1, const vec* V, const vec* ds, vec* sum) const {
     const int64_t rows = source_rows(), JN = z.J * N, matrix = in.stride_i / kEntries;
     const bool keep = int64_t(width * sizeof(vec)) <= kVotesLimit;  // else the sum computes the votes again
-    const int64_t together = keep ? least(K::kTogether, kVotesLimit / int64_t(width * sizeof(vec))) : 1;
+    const int64_t together = keep ? together_widened(least(K::kTogether, kVotesLimit / int64_t(width * sizeof(vec)))) : 1;
     Scratch<vec> x(rows * N * together, 1), u(keep ? width * together : 1, 5), c(JN * together, 9),
         dc(JN * together, 13);
     Scratch<Real> buffer(matrices_size(together));

@@ -72,14 +72,14 @@ struct Backward : Pass<Real, N> {
     const int64_t t0 = in.detach ? z.T - 1 : 0;
     if (out.d_bias)
       for (int64_t r = 0; r < JD; ++r) {
-        Real total = 0;
+        double total = 0;
         for (int64_t t = t0; t < z.T; ++t)
           for (int64_t g = 0; g < groups; ++g)
             for (int n = 0; n < N; ++n) {
               const vec lanes = ds[t * all + g * width + r * N + n];
               for (int l = 0; l < L; ++l) total += lanes[l];
             }
-        out.d_bias[r] = total;
+        out.d_bias[r] = Real(total);
       }
     if (out.d_prior && !z.B && !in.prior_stride_b) std::memset(out.d_prior, 0, z.I * z.J * sizeof(Real));
     if (out.d_poses || out.d_weight || out.d_prior) final_sweep(out, V, ds, t0);
@@ -95,12 +95,14 @@ struct Backward : Pass<Real, N> {
 
   void gradients_of_slice(const Gradients<Real>& out, const vec* V, const vec* ds, int64_t t0, int64_t i0,
                           int64_t i1) const {
-    // Coefficients c_t and db_t of some input capsules and some groups of samples, within about 600 KB.
-    const int64_t steps = z.T - t0, JN = z.J * N, per_group = 2 * steps * JN * sizeof(vec);
+    // Coefficients c_t and db_t of some input capsules and some groups of samples, their poses (or votes) and the
+    // gradients of these, within about 600 KB.
+    const int64_t rows = source_rows(), x_size = rows * N, matrix = in.stride_i;
+    const int64_t steps = z.T - t0, JN = z.J * N, per_group = (2 * steps * JN + 2 * x_size) * sizeof(vec);
     const int64_t limit = 600 << 10;
     const int64_t chunk = most(1, least(groups, most(256 / kGroup, 1))), fit = limit / (per_group * chunk);
-    const int64_t together = most(1, least(8, fit)), at_once = fit ? chunk : most(1, limit / per_group);
-    const int64_t rows = source_rows(), x_size = rows * N, matrix = in.stride_i;
+    const int64_t together = P::together_widened(most(1, least(8, fit)));
+    const int64_t at_once = fit ? chunk : most(1, limit / per_group);
     const bool with_weight = out.d_weight && in.weight;
     Scratch<vec> x(together * at_once * x_size, 1), dx(together * at_once * x_size, 5);
     Scratch<vec> c(together * at_once * steps * JN, 9), db(together * at_once * steps * JN, 13),

@@ -5,7 +5,7 @@
 // is the pose itself, since with y_j = W_j^T V_j
 //     <W_j x_i, V_j> = <x_i, y_j>   and   sum_i c_ij W_j x_i = W_j sum_i c_ij x_i,
 // so that no vote exists at all ("absorbed").
-#include "dynamic_routing_cpu_backward.h"
+#include "dynamic_routing_cpu_matrices.h"
 
 namespace fastcaps {
 namespace FASTCAPS_ISA {
@@ -13,29 +13,31 @@ namespace FASTCAPS_ISA {
 inline void serial(int64_t n, void* context, Body body) { body(context, 0, n); }
 
 template <class Real>
-struct Capsules : Kernel<Real> {
+struct Capsules : Matrices<Real> {
   using K = Kernel<Real>;
+  using Base = Matrices<Real>;
+  using Base::absorbed;
+  using Base::depth;
+  using Base::in;
+  using Base::L;
+  using Base::pose_vectors;
+  using Base::repeat;
+  using Base::transform;
+  using Base::weight;
+  using Base::z;
   using typename K::vec;
-  static constexpr int L = K::L, M = 2, kBlock = M * L;  // vectors, and input capsules, side by side
-  static constexpr int64_t kCache = 800 << 10;           // bytes of votes kept from pass to pass
-  static constexpr int64_t kNear = 96 << 10;             // bytes of votes, or of sums, that stay close to the core
-  const Routing<Real>& in;
-  const Sizes z;
-  const bool absorbed, given;  // poses are routed; votes come from the caller (neither: they come from matrices)
-  const bool shared;           // one vote (or pose) serves all output capsules
-  const int64_t D, JD, JDo;    // entries of what is routed, J times that, J * D_out
-  const int64_t rows;          // entries of one input capsule: of its pose, of its votes
+  static constexpr int M = 2, kBlock = M * L;   // vectors, and input capsules, side by side
+  static constexpr int64_t kCache = 800 << 10;  // bytes of votes kept from pass to pass
+  static constexpr int64_t kNear = 96 << 10;    // bytes of votes, or of sums, that stay close to the core
+  const bool given;                             // votes come from the caller
+  const bool shared;                            // one vote (or pose) serves all output capsules
+  const int64_t D, JD, JDo;                     // entries of what is routed, J times that, J * D_out
+  const int64_t rows;                           // entries of one input capsule: of its pose, of its votes
   const int64_t blocks;
-  const int64_t depth;        // of a row of a matrix: D_in, padded to a power of two or to whole vectors
-  const int64_t at_once;      // output capsules whose votes are near
-  Scratch<Real> own_weight;   // the shared matrices, where they must be widened
-  const void* const weight;
-  const Stored weight_stored;
+  const int64_t at_once;  // output capsules whose votes are near
 
   explicit Capsules(const Routing<Real>& in)
-      : in(in),
-        z(in.size),
-        absorbed(in.weight && !in.stride_i),
+      : Base(in),
         given(!in.weight),
         shared(absorbed || !in.stride_j),
         D(absorbed ? z.D_in : z.D_out),
@@ -43,134 +45,9 @@ struct Capsules : Kernel<Real> {
         JDo(z.J * z.D_out),
         rows(shared ? D : JD),
         blocks(ceil_div(z.I, kBlock)),
-        depth(padded(z.D_in)),
-        at_once(least(z.J, most(4, kNear / int64_t(D * M * sizeof(vec))))),
-        own_weight(widened() ? shared_size() : 1),
-        weight(widened() ? own_weight.data : in.weight),
-        weight_stored(widened() ? Stored::real : in.stored) {
-    if (widened()) widen(in.stored, in.weight, 0, shared_size(), own_weight.data);
-  }
-  bool widened() const { return absorbed && in.stored != Stored::real; }
-  int64_t shared_size() const { return (in.stride_j ? z.J : 1) * z.D_out * z.D_in; }
-  static int64_t padded(int64_t n) {
-    if (n >= L) return ceil_div(n, L) * L;
-    int64_t power = 1;
-    while (power < n) power *= 2;
-    return power;
-  }
+        at_once(least(z.J, most(4, kNear / int64_t(D * M * sizeof(vec))))) {}
   // Input capsules of vector m of a block that are there.
   int64_t count(int64_t block, int m) const { return most(0, least(L, z.I - block * kBlock - m * L)); }
-
-  // ------------------------------------------------------------------------------------------------ matrices by rows
-
-  // f(P) with P entries of a row per vector as a constant; 0: rows of whole vectors.
-  template <class F>
-  FASTCAPS_INLINE void with_depth(const F& f) const {
-    if (depth > L) return f(std::integral_constant<int, 0>{});
-    if constexpr (L >= 16)
-      if (depth == 16) return f(std::integral_constant<int, 16>{});
-    if constexpr (L >= 8)
-      if (depth == 8) return f(std::integral_constant<int, 8>{});
-    if constexpr (L >= 4)
-      if (depth == 4) return f(std::integral_constant<int, 4>{});
-    if (depth == 2) return f(std::integral_constant<int, 2>{});
-    f(std::integral_constant<int, 1>{});
-  }
-  int64_t pose_vectors() const { return most(1, depth / L); }
-  // A pose as the rows meet it: repeated to fill a vector, or padded to whole vectors.
-  void repeat(const Real* x, vec* to_) const {
-    Real* to = (Real*)to_;
-    const int64_t total = pose_vectors() * L;
-    for (int64_t first = 0; first < total; first += depth)
-      for (int64_t k = 0; k < depth; ++k) to[first + k] = k < z.D_in ? x[k] : 0;
-  }
-  // Whether L rows, from one that starts at `count` rows before the end, can be used where they lie.
-  bool in_place(int64_t count) const { return weight_stored == Stored::real && depth == z.D_in && count >= L; }
-  const Real* block_of_rows(int64_t first, int64_t count, Real* buffer) const {
-    if (in_place(count)) return (const Real*)weight + first;
-    std::memset(buffer, 0, L * depth * sizeof(Real));
-    for (int64_t r = 0; r < least(L, count); ++r)
-      widen(weight_stored, weight, first + r * z.D_in, z.D_in, buffer + r * depth);
-    return buffer;
-  }
-  // out[r] = <row r, x> for `count` rows of the weight from entry `first` on; x repeated. Writes whole vectors.
-  void transform(int64_t first, int64_t count, const vec* x, Real* out, Real* buffer) const {
-    const bool direct = in_place(count);
-    with_depth([&](auto P) FASTCAPS_LAMBDA {
-      int64_t r = 0;
-      if (direct)
-        for (const Real* w = (const Real*)weight + first; r + L <= count; r += L, w += L * depth)
-          K::store(out + r, products<P>(w, x));
-      for (; r < count; r += L)
-        K::store(out + r, products<P>(block_of_rows(first + r * z.D_in, count - r, buffer), x));
-    });
-  }
-  // <row, x> for the L rows of a block, as the lanes of one vector.
-  template <int P>
-  FASTCAPS_INLINE vec products(const Real* w, const vec* x) const {
-    if constexpr (P > 0) {
-      vec product[P];
-      unroll<P>([&](auto n) FASTCAPS_LAMBDA { product[n] = K::load(w + n * L) * x[0]; });
-      K::template sum_neighbours<P / 2>(product);
-      return product[0];
-    } else {
-      vec product[L];
-      unroll<L>([&](auto n) FASTCAPS_LAMBDA { product[n] = vec{}; });
-      for (int64_t k = 0; k < depth; k += L)
-        unroll<L>([&](auto n) FASTCAPS_LAMBDA { product[n] += K::load(w + n * depth + k) * x[k / L]; });
-      return K::sum_lanes(product);
-    }
-  }
-
-  // Lane l of vector n: the row that entry n * L + l of a block belongs to, P entries a row.
-  template <int P, int n>
-  struct RowOf {
-    static constexpr int of(int l) { return n * (L / P) + l / P; }
-  };
-  // For `count` rows from entry `first` on, with x repeated [samples, pose_vectors] and du [samples, stride_du]:
-  // d_weight = sum_b du x^T, and dx [samples, pose_vectors] += w^T du, still in parts where the pose was repeated.
-  void transform_backward(int64_t first, int64_t count, int64_t samples, const vec* x, int64_t stride_x, const Real* du,
-                          int64_t stride_du, void* d_weight, vec* dx, Real* buffer) const {
-    const int64_t V = pose_vectors();
-    with_depth([&](auto P) FASTCAPS_LAMBDA {
-      for (int64_t r = 0; r < count; r += L) {
-        const int64_t entry = first + r * z.D_in;
-        const bool direct = in_place(count - r);
-        const Real* w = block_of_rows(entry, count - r, buffer);
-        Real* dw = direct ? (Real*)d_weight + entry : buffer + L * depth;
-        if constexpr (P > 0) {
-          vec sum[P];
-          unroll<P>([&](auto n) FASTCAPS_LAMBDA { sum[n] = vec{}; });
-          for (int64_t b = 0; b < samples; ++b) {
-            const vec d = K::load(du + b * stride_du + r), xb = x[b * stride_x];
-            vec part = {};
-            unroll<P>([&](auto n) FASTCAPS_LAMBDA {
-              const vec dn = K::template permute<RowOf<P, n>>(d, d);
-              sum[n] += dn * xb;
-              part += dn * K::load(w + n * L);
-            });
-            dx[b * stride_x] += part;
-          }
-          if (d_weight) unroll<P>([&](auto n) FASTCAPS_LAMBDA { K::store(dw + n * L, sum[n]); });
-        } else {
-          for (int64_t n = 0; n < least(L, count - r); ++n)
-            for (int64_t v = 0; v < V; ++v) {
-              const vec wn = K::load(w + n * depth + v * L);
-              vec sum = {};
-              for (int64_t b = 0; b < samples; ++b) {
-                const vec dn = K::splat(du[b * stride_du + r + n]);
-                sum += dn * x[b * stride_x + v];
-                dx[b * stride_x + v] += dn * wn;
-              }
-              if (d_weight) K::store(dw + n * depth + v * L, sum);
-            }
-        }
-        if (!d_weight || direct) continue;
-        for (int64_t n = 0; n < least(L, count - r); ++n)
-          narrow(in.stored, dw + n * depth, z.D_in, d_weight, entry + n * z.D_in);
-      }
-    });
-  }
 
   // --------------------------------------------------------------------------------------- absorbed: V to y, r to s
 
@@ -286,9 +163,8 @@ struct Capsules : Kernel<Real> {
   // Lanes without an input capsule must add nothing, whatever not-a-number other lanes have led to.
   void clear_missing(int64_t block, vec* c) const {
     if ((block + 1) * kBlock <= z.I) return;
-    for (int64_t j = 0; j < z.J; ++j)
-      for (int m = 0; m < M; ++m)
-        for (int64_t l = count(block, m); l < L; ++l) c[j * M + m][l] = 0;
+    for (int m = 0; m < M; ++m)
+      for (int64_t j = 0; j < z.J; ++j) c[j * M + m] = K::first_lanes(c[j * M + m], count(block, m));
   }
 
   // f(j, G) with G output capsules at a time, so that sums do not wait for each other; G a constant.

@@ -83,9 +83,9 @@ struct CapsulesBackward : Capsules<Real> {
     if (keep_sums) shared_weight_gradient(parallel);
     if (!out.d_bias) return;
     for (int64_t n = 0; n < JDo; ++n) {
-      Real total = 0;
+      double total = 0;
       for (int64_t tb = t0 * z.B; tb < z.T * z.B; ++tb) total += ds[tb * JDo + n];
-      out.d_bias[n] = total;
+      out.d_bias[n] = Real(total);
     }
   }
 
@@ -280,15 +280,19 @@ struct CapsulesBackward : Capsules<Real> {
   // d W_j = sum_t,b ds_t r_t^T + V_t p_t^T, a task for every row of every matrix.
   void shared_weight_gradient(Parallel parallel) const {
     parallel_for(parallel, C::shared_size() / z.D_in, [&](int64_t row) {
-      Scratch<Real> sum(z.D_in);
+      Scratch<Real> sum(z.D_in), part(z.D_in);
       for (int64_t k = 0; k < z.D_in; ++k) sum[k] = 0;
       const int64_t j0 = in.stride_j ? row / z.D_out : 0, j1 = in.stride_j ? j0 + 1 : z.J, d = row % z.D_out;
-      for (int64_t tb = t0 * z.B; tb < z.T * z.B; ++tb)
-        for (int64_t j = j0; j < j1; ++j) {
-          const Real s = ds[tb * JDo + j * z.D_out + d], v = V[tb * JDo + j * z.D_out + d];
-          const Real *rj = r + tb * JD + j * D, *pj = p + tb * JD + j * D;
-          for (int64_t k = 0; k < z.D_in; ++k) sum[k] += s * rj[k] + v * pj[k];
-        }
+      for (int64_t first = t0 * z.B; first < z.T * z.B; first += 128) {  // in parts, as long sums lose digits
+        for (int64_t k = 0; k < z.D_in; ++k) part[k] = 0;
+        for (int64_t tb = first; tb < least(first + 128, z.T * z.B); ++tb)
+          for (int64_t j = j0; j < j1; ++j) {
+            const Real s = ds[tb * JDo + j * z.D_out + d], v = V[tb * JDo + j * z.D_out + d];
+            const Real *rj = r + tb * JD + j * D, *pj = p + tb * JD + j * D;
+            for (int64_t k = 0; k < z.D_in; ++k) part[k] += s * rj[k] + v * pj[k];
+          }
+        for (int64_t k = 0; k < z.D_in; ++k) sum[k] += part[k];
+      }
       narrow(in.stored, sum.data, z.D_in, out.d_weight, row * z.D_in);
     });
   }

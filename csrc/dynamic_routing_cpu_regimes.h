@@ -16,12 +16,15 @@ bool capsules_in_lanes(const Routing<Real>& in) {
   const int64_t lanes = ceil_div(in.size.I, block) * block;
   return (in.weight && !in.stride_i) || 8 * in.size.B * lanes <= 5 * Kernel<Real>::L * in.size.I;
 }
-// In the backward a block of capsules keeps the coefficients of all samples, in all iterations: so many fit.
+// In the backward a block of capsules keeps the coefficients of all samples, in all iterations, their poses and the
+// gradients of their votes: so many samples fit.
 template <class Real>
 bool coefficients_fit(const Routing<Real>& in) {
+  using C = Capsules<Real>;
   const Sizes& z = in.size;
-  return !in.weight || !in.stride_i || z.B <= 1 ||
-         z.B * z.T * z.J * int64_t(2 * Capsules<Real>::M * FASTCAPS_VECTOR_BYTES) <= (600 << 10);
+  const int64_t coefficients = 2 * z.T * z.J * C::M * FASTCAPS_VECTOR_BYTES, poses = 2 * (z.D_in + C::L) * sizeof(Real);
+  const int64_t votes = least(z.J * z.D_out * sizeof(Real), C::kNear);
+  return !in.weight || !in.stride_i || z.B <= 1 || z.B * (coefficients + C::kBlock * (poses + votes)) <= (800 << 10);
 }
 
 // f(N, kPairs): N vectors of samples share each broadcast entry of a weight as long as V and the sums of both stay in
@@ -37,7 +40,9 @@ void with_tiles(const Routing<Real>& in, const F& f) {
   const bool two = in.size.B > Kernel<Real>::L && bytes <= (16 << 10);
   const auto with_pairs = [&](auto N) {
     if constexpr (pairs)
-      if (in.stored == Stored::bfloat16 && in.weight && in.size.D_in % 2 == 0) return f(N, std::true_type{});
+      if (in.stored == Stored::bfloat16 && in.weight && in.size.D_in % 2 == 0 &&
+          ((uintptr_t)in.poses | (uintptr_t)in.weight) % 4 == 0)
+        return f(N, std::true_type{});
     f(N, std::false_type{});
   };
   if (two)

@@ -39,6 +39,7 @@ Capability capability() {
     if (const char* wanted = std::getenv("ATEN_CPU_CAPABILITY")) {
       if (!std::strcmp(wanted, "default")) best = Capability::baseline;
       if (!std::strcmp(wanted, "avx2")) best = std::min(best, Capability::avx2);
+      if (!std::strcmp(wanted, "avx512")) best = std::min(best, Capability::avx512);
     }
 #endif
     return best;
@@ -95,6 +96,7 @@ struct Inputs {
     const int64_t J_votes = weight ? weight->size(1) : poses.size(2);
     size = {poses.size(0), poses.size(1), J_votes, weight ? poses.size(2) : 0, weight ? weight->size(2) : poses.size(3),
             num_iterations};
+    require(J_votes > 0 && size.D_out > 0 && (!weight || size.D_in > 0), "J, D_out and D_in must be at least 1");
     if (prior) size.J = std::max(size.J, prior->size(prior->dim() - 1));
     if (bias) size.J = std::max(size.J, bias->size(0));
     require(J_votes == size.J || J_votes == 1, "weight (or votes), prior and bias disagree in J");

@@ -4,13 +4,18 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <new>
 #include <utility>
 
 namespace fastcaps {
 
+#ifdef FASTCAPS_CHECK  // every array on the heap, where sanitizers see its end, and full of NaN
+constexpr int64_t kScratchStack = 0;
+#else
 constexpr int64_t kScratchStack = 64 << 10;
+#endif
 inline thread_local int64_t scratch_used = 0;
-alignas(64) inline thread_local char scratch_stack[kScratchStack];
+alignas(64) inline thread_local char scratch_stack[kScratchStack + 64];
 
 namespace FASTCAPS_ISA {
 
@@ -150,6 +155,13 @@ struct Kernel {
     const ivec half = k >> 1, rest = k - half;  // in two steps, as 2^k alone may be subnormal or overflow
     p = p * (vec)((half + C::kBias) << C::kMantissa) * (vec)((rest + C::kBias) << C::kMantissa);
     return x == x ? p : x;
+  }
+
+  // Lanes 0 .. n - 1 of v, and 0 in the others.
+  static FASTCAPS_INLINE vec first_lanes(vec v, int64_t n) {
+    ivec there;
+    for (int l = 0; l < L; ++l) there[l] = l < n ? -1 : 0;
+    return there ? v : vec{};
   }
 
   // The vector whose lane n is lane index[n] of a, or lane index[n] - L of b.
@@ -344,7 +356,11 @@ struct Scratch {
     const int64_t bytes = (count * int64_t(sizeof(T)) + 64 * line + 127) / 64 * 64;
     near = scratch_used + bytes <= kScratchStack;
     raw = near ? scratch_stack + scratch_used : (char*)std::aligned_alloc(64, bytes);
+    if (!raw) throw std::bad_alloc();
     if (near) scratch_used += bytes;
+#ifdef FASTCAPS_CHECK
+    std::memset(raw, 0xff, bytes);
+#endif
     data = (T*)(raw + 64 * line);
   }
   ~Scratch() {

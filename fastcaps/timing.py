@@ -1,7 +1,7 @@
 """Timing one routing layer beside the best that plain PyTorch can do, correctness first.
 
-The alternatives are three forms of routing in plain PyTorch (votes by broadcasting, as most tutorials write it, votes by
-einsum, and no votes at all), run eager, in chunks of the batch (the votes then stay in the cache), compiled, and both.
+The alternatives are three forms of routing in plain PyTorch (votes by broadcasting, as most tutorials write it, votes
+by einsum, and no votes at all), run eager, in chunks of the batch (the votes then stay in the cache), compiled, and both.
 """
 
 import math
@@ -22,6 +22,7 @@ TOLERANCE = 1e-4  # relative, float32 against float64: who is further off is not
 
 SHORT = 5.0  # milliseconds that one measurement lasts at least
 HALF = "fastcaps, bfloat16"
+HALF_TOLERANCE = 2e-2  # against float64 on inputs that were not rounded
 
 Step = Callable[..., Tensor]
 
@@ -78,7 +79,7 @@ def broadcast_routing(poses: Tensor, weight: Tensor, num_iterations: int, prior:
 
 
 def absorbed_routing(poses: Tensor, weight: Tensor, num_iterations: int, prior: Tensor | None = None) -> Tensor:
-    """Routing without votes: ``<W x, V> = <x, W^T V>`` and ``sum c W x = W sum c x``; pays where ``weight`` is shared."""
+    """Routing without votes, as ``<W x, V> = <x, W^T V>`` and ``sum c W x = W sum c x``: pays where W is shared."""
     shared = weight.shape[0] == 1
     W, w = (weight[0], "jdk") if shared else (weight, "ijdk")
     logits = poses.new_zeros(*poses.shape[:2], weight.shape[1])
@@ -143,8 +144,15 @@ def contestants(
         def steps(poses: Tensor, weight: Tensor, grad: Tensor | None) -> Tensor:
             starts = range(0, len(poses), chunk)
             grads = [None] * len(starts) if grad is None else grad.split(chunk)
-            parts = zip(poses.split(chunk), grads, starts, strict=True)
-            return torch.cat([step(x, weight, g, start) for x, g, start in parts])
+            if grad is not None:
+                poses.grad = torch.empty_like(poses)
+            outs = []
+            for x, g, start in zip(poses.detach().split(chunk), grads, starts, strict=True):
+                # A leaf of its own: the gradient of a slice would be as large as all poses.
+                outs.append(step(x.requires_grad_(g is not None), weight, g, start))
+                if g is not None:
+                    poses.grad[start : start + chunk] = x.grad
+            return torch.cat(outs)
 
         return steps
 
@@ -162,7 +170,7 @@ def contestants(
 
     steps: dict[str, Step] = {}
     for form in forms:
-        compiled = torch.compile(plain(form), dynamic=False)
+        compiled = torch.compile(plain(form), dynamic=False, fullgraph=True)
         steps[form] = whole(plain(form))
         if form == "einsum":
             steps[f"{form}, chunks of {chunk}"] = chunked(plain(form))
@@ -172,6 +180,8 @@ def contestants(
     return {**steps, "fastcaps": whole(ours)}
 
 
+# Past the limit a frame runs eager without a word.
+@torch._dynamo.config.patch(recompile_limit=64)
 def compare(
     sizes: tuple[int, int, int, int, int],
     *,
@@ -236,11 +246,12 @@ def compare(
             timings[name] = Timing(name, None, None, math.inf, math.inf, None, f"{type(error).__name__}: {error}"[:200])
             continue
         errors = [relative_error(r[: len(e)], e) for r, e in zip(result, exact, strict=True)]
-        worst = max(errors)
-        refused = None if worst <= (TOLERANCE if dtype == torch.float32 else 0.1) else f"its error is {worst:.1e}"
+        allowed = TOLERANCE if dtype == torch.float32 else HALF_TOLERANCE
+        wrong = [e for e in errors if not e <= allowed]  # NaN is wrong too
+        refused = f"its error is {wrong[0]:.1e}" if wrong else None
         times: list[list[float] | None] = [None, None] if refused else [[], []]
         timings[name] = Timing(name, times[0], times[1], errors[0], max(errors[1:]), None, refused)
-    repeats: dict[str, tuple[int, ...]] = {name: (1, 1) for name in steps}
+    repeats: dict[str, tuple[int, ...]] = dict.fromkeys(steps, (1, 1))
     for n in range(rounds + 2):  # the first round only warms up, the second finds out how long a call takes
         for name, step in steps.items():
             if timings[name].forward is None:

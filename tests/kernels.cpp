@@ -1,6 +1,7 @@
 // The CPU kernels of one instruction set without Python or torch, to be built with sanitizers (make sanitize): random
 // sizes and options, every tensor on a heap block of exactly its size. Checks that outputs agree with a plain loop in
-// double, that gradients are finite, that the order in which parts run changes no bit, and that exp is within 2 ulp.
+// double, gradients with central differences of it, that everything is finite, that the order in which parts run changes
+// no bit, and that exp is within 2 ulp.
 //
 //   kernels [number of cases] [first seed]
 #include <algorithm>
@@ -148,8 +149,8 @@ static void one_case(unsigned seed) {
   const int64_t n_poses = c.votes ? z.B * z.I * J_w * z.D_out : z.B * z.I * z.D_in;
   const int64_t n_weight = c.votes ? 0 : (share_i ? 1 : z.I) * J_w * matrix, n_out = z.B * z.J * z.D_out;
   const int64_t n_prior = c.prior_stride_b ? z.B * z.I * z.J : z.I * z.J;
-  const Values poses(dice, n_poses, stored, bytes), weight(dice, n_weight, stored, bytes);
-  const Values prior(dice, n_prior, Stored::real, bytes), bias(dice, z.J * z.D_out, Stored::real, bytes);
+  Values poses(dice, n_poses, stored, bytes), weight(dice, n_weight, stored, bytes);
+  Values prior(dice, n_prior, Stored::real, bytes), bias(dice, z.J * z.D_out, Stored::real, bytes);
   const Values grad(dice, n_out, stored, bytes);
   if (c.votes) z.D_in = 0;
 
@@ -194,6 +195,33 @@ static void one_case(unsigned seed) {
       require(std::isfinite(x), "an entry is not finite, or was not written", seed);
     }
   }
+  if (sizeof(Real) == 8 && !detach) {
+    // Along a random direction of all wanted inputs, <gradient, direction> is what <grad, out> changes by.
+    Values* const inputs[] = {&poses, &weight, &prior, &bias};
+    std::vector<double> directions[4];
+    double by_gradient = 0, size = 0;
+    for (int n = 0; n < 4; ++n) {
+      directions[n].resize(inputs[n]->numbers.size());
+      if (!wanted[n + 2]) continue;
+      const Real* d = (const Real*)results[0][n + 2].get();
+      for (size_t e = 0; e < directions[n].size(); ++e) {
+        directions[n][e] = dice.value();
+        by_gradient += double(d[e]) * directions[n][e];
+        size += std::abs(double(d[e]) * directions[n][e]);
+      }
+    }
+    const double step = 1e-6;
+    double change = 0;
+    for (const double sign : {1.0, -1.0}) {
+      for (int n = 0; n < 4; ++n)
+        for (size_t e = 0; e < directions[n].size(); ++e) inputs[n]->numbers[e] += sign * step * directions[n][e];
+      const auto moved = routed(c, poses, weight, with_prior ? &prior : nullptr, with_bias ? &bias : nullptr);
+      for (size_t e = 0; e < moved.size(); ++e) change += sign * moved[e] * grad.numbers[e] / (2 * step);
+      for (int n = 0; n < 4; ++n)
+        for (size_t e = 0; e < directions[n].size(); ++e) inputs[n]->numbers[e] -= sign * step * directions[n][e];
+    }
+    require(std::abs(change - by_gradient) <= 1e-6 * (1 + size), "a gradient differs from a central difference", seed);
+  }
   const std::vector<double> exact = routed(c, poses, weight, with_prior ? &prior : nullptr, with_bias ? &bias : nullptr);
   double error = 0, norm = 0;
   for (int64_t e = 0; e < n_out; ++e) {
@@ -227,7 +255,8 @@ static double exp_error(uint32_t step) {
       const Real near = Real(exact);
       const long double ulp = std::max((long double)std::nextafter(near, Real(INFINITY)) - near,
                                        (long double)std::numeric_limits<Real>::denorm_min());
-      worst = std::max(worst, double(fabsl(y - exact) / ulp));
+      const double error = std::isnan(y) ? INFINITY : double(fabsl(y - exact) / ulp);
+      worst = std::max(worst, error);
     }
   };
   if (sizeof(Real) == 4)

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastcaps.ready import error_budget, relative_error
 from fastcaps.routing import dynamic_routing, route_votes
 
-# B, I, J, D_in, D_out: the paper's pose sizes, single capsules, odd and prime sizes, one to more samples than tiles hold.
+# B, I, J, D_in, D_out: the paper's pose sizes, single capsules, odd and prime sizes, few samples and more than a tile.
 SIZES = [(19, 40, 10, 8, 16), (3, 17, 5, 7, 11), (2, 1, 3, 4, 6), (8, 13, 2, 1, 1), (1, 33, 4, 5, 3), (37, 7, 6, 3, 2)]
 
 
@@ -287,7 +287,14 @@ def backend_op(backend: str) -> Callable[..., Tensor]:
     return op
 
 
-def small_inputs(device: str = "cpu", dtype: torch.dtype = torch.float64, grad: bool = True) -> dict[str, Tensor]:
-    """poses, weight, prior and bias of B=3, I=5, J=4, D_in=3, D_out=2."""
-    shapes = {"poses": (3, 5, 3), "weight": (5, 4, 2, 3), "prior": (3, 5, 4), "bias": (4, 2)}
+REGIMES = ["samples", "capsules", "shared"]  # what the native CPU kernels put into the lanes, or do without
+
+
+def small_inputs(
+    device: str = "cpu", dtype: torch.dtype = torch.float64, grad: bool = True, regime: str = "samples"
+) -> dict[str, Tensor]:
+    """poses, weight, prior and bias of B=3, I=5, J=4, D_in=3, D_out=2; few samples of many input capsules, B=2, I=69,
+    for the regime "capsules", one matrix for all input capsules for "shared"."""
+    B, I = (2, 69) if regime == "capsules" else (3, 5)
+    shapes = {"poses": (B, I, 3), "weight": (1 if regime == "shared" else I, 4, 2, 3), "prior": (B, I, 4), "bias": (4, 2)}
     return {n: (2 * torch.randn(s, dtype=dtype)).to(device).requires_grad_(grad) for n, s in shapes.items()}

@@ -170,7 +170,7 @@ def test_extension_knows_no_particular_torch():
     assert fastcaps.routing.backend.EXTENSION_BUILD.startswith("CPU")
 
 
-@pytest.mark.parametrize("capability", ["default", "avx2"])
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
 def test_numbers_of_the_lesser_instruction_sets(capability):
     """The best one that the processor has runs in all other tests; PyTorch's own variable asks for a lesser one."""
     command = [sys.executable, "-m", "pytest", "-x", "tests/test_dynamic_routing.py", "-k", "native and not gradgrad"]

@@ -51,7 +51,8 @@ def dynamic_routing(
         eps: as in :func:`fastcaps.squash`, for parity with published code only.
         backend: ``"triton"``, ``"native"``, ``"reference"``, or None for the fastest that can run here. Forward-mode
             differentiation and vmap over the weight need ``"reference"``; everything else works on all. Second
-            derivatives, and ``torch.func`` inside ``torch.compile``, are computed with the reference on any.
+            derivatives, gradients by ``torch.func`` or with ``create_graph=True``, and ``torch.func`` inside
+            ``torch.compile`` are computed with the reference on any, votes in memory.
 
     Returns:
         ``[B, J, D_out]`` in the dtype of ``poses``. J is the largest of weight's, prior's and bias's. A weight shared

@@ -139,13 +139,14 @@ def _differentiable_backward(
             full[n] = primal
         poses = full[0]
         assert poses is not None
-        out = dynamic_routing_reference(
-            *upcast(compute_dtype(poses.dtype), *full),
-            num_iterations=ctx.num_iterations,
-            leaky=ctx.leaky,
-            detach=ctx.detach,
-            eps=ctx.eps,
-        )
+        with torch.autocast(poses.device.type, enabled=False):  # as in the forward
+            out = dynamic_routing_reference(
+                *upcast(compute_dtype(poses.dtype), *full),
+                num_iterations=ctx.num_iterations,
+                leaky=ctx.leaky,
+                detach=ctx.detach,
+                eps=ctx.eps,
+            )
         return out.to(poses.dtype)
 
     vjp = torch.func.vjp(reference, *(inputs[n] for n in wanted))[1]

@@ -1,0 +1,136 @@
+"""The README's table and picture, from the committed results of ``pytest benchmarks/``.
+
+python benchmarks/report.py           # writes them
+python benchmarks/report.py --check   # exits 1 where they are not what the results say
+"""
+
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+MAIN = RESULTS / "cpu-avx512-2threads.json"
+README, PICTURE = ROOT / "README.md", RESULTS / "cpu-avx512-2threads.svg"
+BEGIN, END = "<!-- written by benchmarks/report.py: begin -->\n", "<!-- end -->\n"
+
+TITLES = {
+    "paper": "the paper's layer",
+    "one_sample": "one sample",
+    "four_samples": "four samples",
+    "odd_sizes": "odd sizes",
+    "hundred_classes": "100 classes",
+    "wide_outputs": "wide outputs",
+    "shared_matrix": "one matrix for all inputs, learned prior, mask",
+    "tiny": "tiny",
+}
+
+
+def load(path: Path) -> tuple[dict[str, Any], dict[tuple[str, str, str], dict[str, Any]], list[dict[str, Any]]]:
+    """The machine, the times by (row, mode, contestant), and the other measurements of a result file."""
+    content = json.loads(path.read_text())
+    timed = {(b["row"], b["mode"], b["contestant"]): b for b in content["benchmarks"] if "row" in b}
+    return content["machine_info"], timed, [b for b in content["benchmarks"] if "row" not in b]
+
+
+def milliseconds(x: float) -> str:
+    """Three significant digits, in ms."""
+    return f"{x:.3f}" if x < 1 else f"{x:.2f}" if x < 10 else f"{x:.1f}" if x < 100 else f"{x:.0f}"
+
+
+def table(machine: dict[str, Any], timed: dict[tuple[str, str, str], dict[str, Any]]) -> list[str]:
+    """A row for each size: times of the best alternative and of fastcaps, their ratio, the distance from the floor."""
+    lines = [
+        f"{machine['processor']}, {machine['instruction_set']}, {machine['threads']} threads, torch {machine['torch']};"
+        " float32, T = 3; ms, median (20th percentile) of rounds that take turns:",
+        "",
+        "| | | best plain PyTorch | fastcaps | ratio | of the floor |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row, title in TITLES.items():
+        for mode in ("forward", "training"):
+            if (row, mode, "fastcaps") not in timed:
+                continue
+            ours = timed[row, mode, "fastcaps"]
+            best = timed[row, mode, ours["best_alternative"]]
+            B, I, J, D_in, D_out = ours["sizes"]
+            name = ours["best_alternative"].replace("best chunk", f"chunks of {best.get('chunk')}")
+            label = f"{title}: B={B}, {I} -> {J}, {D_in} -> {D_out}" if mode == "forward" else ""
+            share = f"{100 * ours['share_of_floor']:.0f} %" if "share_of_floor" in ours else ""
+            times = (f"{milliseconds(t['median_ms'])} ({milliseconds(t['p20_ms'])})" for t in (best, ours))
+            theirs, mine = times
+            lines.append(f"| {label} | {mode} | {theirs} {name} | **{mine}** | **{ours['ratio']:.1f}** | {share} |")
+    return lines
+
+
+def text() -> str:
+    """What stands between the markers of the README."""
+    machine, timed, others = load(MAIN)
+    lines = table(machine, timed)
+    lines += ["", f"![speed against the best plain PyTorch]({PICTURE.relative_to(ROOT)})", ""]
+    half = {mode: timed["paper", mode, "fastcaps, bfloat16"] for mode in ("forward", "training")}
+    lines.append(
+        "On bfloat16 inputs the paper's layer is "
+        f"{half['forward']['ratio_to_float32']:.2f} (forward) and {half['training']['ratio_to_float32']:.2f} (training) "
+        "times as fast as in float32."
+    )
+    memory = {b["contestant"]: b["peak_beyond_tensors_MB"] for b in others if "peak_beyond_tensors_MB" in b}
+    lines.append(
+        f"A training step of it takes {memory['fastcaps']:.1f} MB beyond inputs, output and gradients; eager einsum takes "
+        f"{memory['einsum']:.0f} MB."
+    )
+    exponents = {b["letter"]: b["exponent"] for b in others if "exponent" in b}
+    grown = ", ".join(f"{letter}^{exponents[letter]:.2f}" for letter in "BIJT")
+    lines.append(f"Training time grows as {grown}.")
+    return "\n".join(lines) + "\n"
+
+
+def picture() -> str:
+    """Speed against the best plain PyTorch, forward and training, as SVG."""
+    _, timed, _ = load(MAIN)
+    rows = [row for row in TITLES if (row, "forward", "fastcaps") in timed]
+    settings = {"svg.hashsalt": "fastcaps", "svg.fonttype": "none"}
+    with matplotlib.rc_context(settings):
+        figure = Figure(figsize=(7, 0.5 * len(rows) + 1), layout="constrained")
+        axes = figure.subplots()
+        for shift, mode, color in ((-0.2, "forward", "tab:blue"), (0.2, "training", "tab:orange")):
+            ratios = [timed[row, mode, "fastcaps"]["ratio"] for row in rows]
+            bars = axes.barh([n + shift for n in range(len(rows))], ratios, height=0.38, color=color, label=mode)
+            axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
+        axes.axvline(1, color="black", linewidth=0.8)
+        axes.set_yticks(
+            range(len(rows)), [TITLES[row].replace(" for all inputs, learned prior, mask", "") for row in rows]
+        )
+        axes.invert_yaxis()
+        axes.set_xlabel("times as fast as the fastest form in plain PyTorch (1)")
+        axes.legend(loc="lower right")
+        stream = io.StringIO()
+        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
+    return stream.getvalue()
+
+
+def main() -> int:
+    """Write the README's part and the picture, or check them."""
+    readme = README.read_text()
+    before, rest = readme.split(BEGIN)
+    after = rest.split(END, 1)[1]
+    wanted = {README: before + BEGIN + "\n" + text() + "\n" + END + after, PICTURE: picture()}
+    if "--check" not in sys.argv:
+        for path, content in wanted.items():
+            path.write_text(content)
+        return 0
+    stale = [path for path, content in wanted.items() if not path.exists() or path.read_text() != content]
+    for path in stale:
+        print(
+            f"{path.relative_to(ROOT)} is not what {MAIN.name} says: run python benchmarks/report.py", file=sys.stderr
+        )
+    return bool(stale)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
