@@ -83,14 +83,19 @@ struct Pass : Kernel<Real> {
   // u[r] += sum_k w[r, k] x[k], for R rows: w [R, depth], x [depth, N].
   template <int R>
   FASTCAPS_INLINE void votes(const Real* w, const vec* x, vec* u) const {
-    for (int64_t k = 0; k < depth; ++k) {
+    const auto add = [&](int64_t k, int64_t row) FASTCAPS_LAMBDA {
       vec xk[N];
       unroll<N>([&](auto n) FASTCAPS_LAMBDA { xk[n] = x[k * N + n]; });
       unroll<R>([&](auto r) FASTCAPS_LAMBDA {
-        const vec wk = K::splat(w[r * depth + k]);
+        const vec wk = K::splat(w[r * row + k]);
         unroll<N>([&](auto n) FASTCAPS_LAMBDA { u[r * N + n] = K::template fma<kPairs>(wk, xk[n], u[r * N + n]); });
       });
-    }
+    };
+    constexpr int64_t kUsual = 8 / kEntries;  // the pose size of the paper, as a constant
+    if (depth == kUsual) return unroll<kUsual>([&](auto k) FASTCAPS_LAMBDA { add(k, kUsual); });
+    int64_t k = 0;
+    for (; k + 4 <= depth; k += 4) unroll<4>([&](auto n) FASTCAPS_LAMBDA { add(k + n, depth); });
+    for (; k < depth; ++k) add(k, depth);
   }
 
   // What the votes of input capsules come from: their poses in lanes, [count, depth, N], or their votes,
@@ -191,9 +196,10 @@ struct Pass : Kernel<Real> {
   // sum_i c u (forward, ds null) or sum_i db u (the sweep of the backward) over a slice; V null: logits are the prior.
   void routed_sum(int64_t g, int64_t i0, int64_t i1, const vec* V, const vec* ds, vec* sum) const {
     const int64_t rows = source_rows(), JN = z.J * N, matrix = in.stride_i / kEntries;
+    const int64_t next = width | 1;  // from the votes of one capsule to the next: starts 4 KB apart hinder each other
     const bool keep = int64_t(width * sizeof(vec)) <= kVotesLimit;  // else the sum computes the votes again
     const int64_t together = keep ? together_widened(least(K::kTogether, kVotesLimit / int64_t(width * sizeof(vec)))) : 1;
-    Scratch<vec> x(rows * N * together, 1), u(keep ? width * together : 1, 5), c(JN * together, 9),
+    Scratch<vec> x(rows * N * together, 1), u(keep ? next * together : 1, 5), c(JN * together, 9),
         dc(JN * together, 13);
     Scratch<Real> buffer(matrices_size(together));
     for (int64_t r = 0; r < width; ++r) sum[r] = vec{};
@@ -212,7 +218,7 @@ struct Pass : Kernel<Real> {
             rows_of_votes<R>(w ? w + m * matrix : w, j, d, x + m * rows * N, part);
             if (V) unroll<R * N>([&](auto r) FASTCAPS_LAMBDA { logit[r % N] += part[r] * V[row + r]; });
             if (ds) unroll<R * N>([&](auto r) FASTCAPS_LAMBDA { agreement[r % N] += part[r] * ds[row + r]; });
-            if (keep) unroll<R * N>([&](auto r) FASTCAPS_LAMBDA { u[m * width + row + r] = part[r]; });
+            if (keep) unroll<R * N>([&](auto r) FASTCAPS_LAMBDA { u[m * next + row + r] = part[r]; });
           });
           unroll<N>([&](auto n) FASTCAPS_LAMBDA {
             c[m * JN + j * N + n] += logit[n];
@@ -238,13 +244,13 @@ struct Pass : Kernel<Real> {
         } else if (count == 4) {
           for (int64_t r = begin; r < end; r += N)
             unroll<N>([&](auto n) FASTCAPS_LAMBDA {
-              sum[r + n] += (f[n] * u[r + n] + f[N + n] * u[width + r + n]) +
-                            (f[2 * N + n] * u[2 * width + r + n] + f[3 * N + n] * u[3 * width + r + n]);
+              sum[r + n] += (f[n] * u[r + n] + f[N + n] * u[next + r + n]) +
+                            (f[2 * N + n] * u[2 * next + r + n] + f[3 * N + n] * u[3 * next + r + n]);
             });
         } else {
           for (int64_t m = 0; m < count; ++m)
             for (int64_t r = begin; r < end; r += N)
-              unroll<N>([&](auto n) FASTCAPS_LAMBDA { sum[r + n] += f[m * N + n] * u[m * width + r + n]; });
+              unroll<N>([&](auto n) FASTCAPS_LAMBDA { sum[r + n] += f[m * N + n] * u[m * next + r + n]; });
         }
       }
     }
