@@ -16,7 +16,6 @@ if int(setuptools.__version__.split(".")[0]) < 77:  # without build isolation no
 
 from setuptools.command.bdist_wheel import bdist_wheel
 
-
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512bf16")
 
 

@@ -75,14 +75,13 @@ def text() -> str:
     lines += ["", f"![speed against the best plain PyTorch]({PICTURE.relative_to(ROOT)})", ""]
     half = {mode: timed["paper", mode, "fastcaps, bfloat16"] for mode in ("forward", "training")}
     lines.append(
-        "On bfloat16 inputs the paper's layer is "
-        f"{half['forward']['ratio_to_float32']:.2f} (forward) and {half['training']['ratio_to_float32']:.2f} (training) "
-        "times as fast as in float32."
+        f"On bfloat16 inputs the paper's layer is {half['forward']['ratio_to_float32']:.2f} (forward) and "
+        f"{half['training']['ratio_to_float32']:.2f} (training) times as fast as in float32."
     )
     memory = {b["contestant"]: b["peak_beyond_tensors_MB"] for b in others if "peak_beyond_tensors_MB" in b}
     lines.append(
-        f"A training step of it takes {memory['fastcaps']:.1f} MB beyond inputs, output and gradients; eager einsum takes "
-        f"{memory['einsum']:.0f} MB."
+        f"A training step of it takes {memory['fastcaps']:.1f} MB beyond inputs, output and gradients; eager einsum "
+        f"takes {memory['einsum']:.0f} MB."
     )
     exponents = {b["letter"]: b["exponent"] for b in others if "exponent" in b}
     grown = ", ".join(f"{letter}^{exponents[letter]:.2f}" for letter in "BIJT")

@@ -1,7 +1,8 @@
 """Timing one routing layer beside the best that plain PyTorch can do, correctness first.
 
 The alternatives are three forms of routing in plain PyTorch (votes by broadcasting, as most tutorials write it, votes
-by einsum, and no votes at all), run eager, in chunks of the batch (the votes then stay in the cache), compiled, and both.
+by einsum, and no votes at all), run eager, in chunks of the batch (the votes then stay in the cache), compiled, and
+both.
 """
 
 import math
@@ -144,14 +145,14 @@ def contestants(
         def steps(poses: Tensor, weight: Tensor, grad: Tensor | None) -> Tensor:
             starts = range(0, len(poses), chunk)
             grads = [None] * len(starts) if grad is None else grad.split(chunk)
-            if grad is not None:
-                poses.grad = torch.empty_like(poses)
+            into = None if grad is None else torch.empty_like(poses)
             outs = []
             for x, g, start in zip(poses.detach().split(chunk), grads, starts, strict=True):
                 # A leaf of its own: the gradient of a slice would be as large as all poses.
                 outs.append(step(x.requires_grad_(g is not None), weight, g, start))
-                if g is not None:
-                    poses.grad[start : start + chunk] = x.grad
+                if into is not None:
+                    into[start : start + chunk] = x.grad
+            poses.grad = into
             return torch.cat(outs)
 
         return steps

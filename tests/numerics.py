@@ -175,36 +175,29 @@ def oracle(
     detach: bool = False,
     eps: float = 0.0,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Sabour's procedure 1 capsule by capsule in numpy, written from the paper: output and last coupling."""
+    """Sabour's procedure 1 in numpy, written from the paper: output and last coupling."""
     if votes is None:
         assert poses is not None
         assert weight is not None
-        J, D_out = weight.shape[1:3]
-        votes = np.zeros((*poses.shape[:2], J, D_out))
-        for i in range(poses.shape[1]):
-            for j in range(J):
-                votes[:, i, j] = poses[:, i] @ weight[min(i, weight.shape[0] - 1), j].T
+        weight = np.broadcast_to(weight, (poses.shape[1], *weight.shape[1:]))
+        votes = np.einsum("bik,ijdk->bijd", poses, weight)
     if mask is not None:
         votes = np.where(mask[:, :, None, None], votes, 0.0)
     B, I, J, D_out = votes.shape
     J = max(J, *(x.shape[axis] for x, axis in ((prior, -1), (bias, 0)) if x is not None), 1)
     votes = np.broadcast_to(votes, (B, I, J, D_out))
-    out, coupling = np.zeros((B, J, D_out)), np.zeros((B, I, J))
-    for b in range(B):
-        logits = np.zeros((I, J))
-        if prior is not None:
-            logits = logits + (prior[b] if prior.ndim == 3 else prior)
-        for t in range(num_iterations):
-            shares = np.exp(np.c_[logits, np.zeros(I)]) if leaky else np.exp(logits)
-            coupling[b] = (shares / shares.sum(1, keepdims=True))[:, :J]
-            for j in range(J):
-                s = (coupling[b, :, j, None] * votes[b, :, j]).sum(0)
-                if bias is not None:
-                    s = s + bias[min(j, len(bias) - 1)]
-                n = math.sqrt((s**2).sum())
-                out[b, j] = n**2 / (1 + n**2) * s / (math.sqrt(n**2 + eps) or 1.0)
-            if t < num_iterations - 1:
-                logits = logits + np.einsum("ijd,jd->ij", votes[b], out[b])
+    logits = np.zeros((B, I, J)) if prior is None else np.zeros((B, I, J)) + prior
+    for t in range(num_iterations):
+        shares = np.exp(logits)
+        coupling = shares / (shares.sum(-1, keepdims=True) + (1.0 if leaky else 0.0))
+        s = np.einsum("bij,bijd->bjd", coupling, votes)
+        if bias is not None:
+            s = s + bias
+        n = np.sqrt((s**2).sum(-1, keepdims=True))
+        root = np.sqrt(n**2 + eps)
+        out = n**2 / (1 + n**2) * s / np.where(root > 0, root, 1.0)
+        if t < num_iterations - 1:
+            logits = logits + np.einsum("bijd,bjd->bij", votes, out)
     return out, coupling
 
 
@@ -296,5 +289,6 @@ def small_inputs(
     """poses, weight, prior and bias of B=3, I=5, J=4, D_in=3, D_out=2; few samples of many input capsules, B=2, I=69,
     for the regime "capsules", one matrix for all input capsules for "shared"."""
     B, I = (2, 69) if regime == "capsules" else (3, 5)
-    shapes = {"poses": (B, I, 3), "weight": (1 if regime == "shared" else I, 4, 2, 3), "prior": (B, I, 4), "bias": (4, 2)}
+    matrices = 1 if regime == "shared" else I
+    shapes = {"poses": (B, I, 3), "weight": (matrices, 4, 2, 3), "prior": (B, I, 4), "bias": (4, 2)}
     return {n: (2 * torch.randn(s, dtype=dtype)).to(device).requires_grad_(grad) for n, s in shapes.items()}
