@@ -29,10 +29,13 @@ struct Pass : Kernel<Real> {
   static constexpr int L = K::L, kGroup = N * K::L;  // samples in a group
   static constexpr int kEntries = kPairs ? 2 : 1;    // of a pose, in what is loaded and multiplied as one
   static constexpr int64_t kVotesLimit = 400 << 10;  // bytes of votes that are kept until the sum is taken
+  static constexpr int64_t kChunk = 96 << 10;        // bytes of the sums of some groups that are worked on together
+  static constexpr int64_t kNear = 128 << 10;        // bytes of matrices that these groups meet one after the other
   const Routing<Real>& in;
   const Sizes z;
   const Parallel parallel;
-  const int64_t JD, groups, slices, width;  // width: vectors of [J, D_out] of one group
+  const int64_t JD, width;         // width: vectors of [J, D_out] of one group
+  const int64_t groups, chunks, slices;  // of samples; of groups; of the input capsules
   const int64_t depth;                      // D_in, or pairs of them
   const Stored stored;
 
@@ -41,19 +44,23 @@ struct Pass : Kernel<Real> {
         z(in.size),
         parallel(parallel),
         JD(z.J * z.D_out),
-        groups(ceil_div(z.B, kGroup)),
-        slices(count_slices()),
         width(JD * N),
+        groups(ceil_div(z.B, kGroup)),
+        chunks(ceil_div(groups * width * sizeof(vec), kChunk)),
+        slices(count_slices()),
         depth(z.D_in / kEntries),
         stored(kPairs ? Stored::real : in.stored) {}
 
-  // At least 16 tasks, so that eight threads are busy; 32 while their partial sums stay below 1 MB.
+  // At least 16 tasks, so that eight threads are busy, even where their partial sums then take more than 1 MB.
   int64_t count_slices() const {
     if (!groups) return 1;
-    const int64_t bytes = groups * z.J * z.D_out * kGroup * sizeof(Real);
-    int64_t n = ceil_div(32, groups);
-    if (n * bytes > (1 << 20)) n = most(ceil_div(16, groups), (1 << 20) / bytes);
-    return most(1, least(n, z.I / 4));
+    const int64_t fit = (1 << 20) / (groups * width * int64_t(sizeof(vec)));
+    return most(1, least(z.I / 4, most(ceil_div(16, chunks), least(ceil_div(32, chunks), fit))));
+  }
+  // Input capsules that all groups of a chunk meet before the next ones: their matrices then come from the L2 cache.
+  int64_t met_together() const {
+    if (!in.weight || !in.stride_i) return most(1, z.I);
+    return most(1, kNear / int64_t(in.stride_i * sizeof(Real)) / K::kTogether) * K::kTogether;
   }
 
   // Samples of group g that are there, in all or in its vector n.
@@ -80,8 +87,17 @@ struct Pass : Kernel<Real> {
     for (; d < count; ++d) f(d, std::integral_constant<int, 1>{});
   }
 
+  // f(kDepth) with the pose size of the paper as a constant, 0 for any other, -1 where the votes are given: decided once
+  // for many rows, as a test in every block of them costs a tenth of the time.
+  static constexpr int kPaper = 8 / kEntries;
+  template <class F>
+  FASTCAPS_INLINE void with_depth(const F& f) const {
+    if (!in.weight) return f(std::integral_constant<int, -1>{});
+    if (depth == kPaper) return f(std::integral_constant<int, kPaper>{});
+    f(std::integral_constant<int, 0>{});
+  }
   // u[r] += sum_k w[r, k] x[k], for R rows: w [R, depth], x [depth, N].
-  template <int R>
+  template <int kDepth, int R>
   FASTCAPS_INLINE void votes(const Real* w, const vec* x, vec* u) const {
     const auto add = [&](int64_t k, int64_t row) FASTCAPS_LAMBDA {
       vec xk[N];
@@ -91,8 +107,7 @@ struct Pass : Kernel<Real> {
         unroll<N>([&](auto n) FASTCAPS_LAMBDA { u[r * N + n] = K::template fma<kPairs>(wk, xk[n], u[r * N + n]); });
       });
     };
-    constexpr int64_t kUsual = 8 / kEntries;  // the pose size of the paper, as a constant
-    if (depth == kUsual) return unroll<kUsual>([&](auto k) FASTCAPS_LAMBDA { add(k, kUsual); });
+    if constexpr (kDepth > 0) return unroll<kDepth>([&](auto k) FASTCAPS_LAMBDA { add(k, kDepth); });
     int64_t k = 0;
     for (; k + 4 <= depth; k += 4) unroll<4>([&](auto n) FASTCAPS_LAMBDA { add(k + n, depth); });
     for (; k < depth; ++k) add(k, depth);
@@ -104,6 +119,10 @@ struct Pass : Kernel<Real> {
   void load_source(int64_t g, int64_t i, int64_t count, vec* x) const {
     const int64_t rows = source_rows();
     gather(g, stored, in.poses, i * rows, z.I * rows, count * rows, x);
+    // The rows of other samples are far from each other, which no processor expects.
+    const int64_t entry = stored == Stored::real ? sizeof(Real) : 2, row = rows * entry, b0 = (g + 1) * kGroup;
+    for (int64_t b = b0; b < least(b0 + kGroup, z.B); ++b)
+      prefetch((const char*)in.poses + (b * z.I + i) * row, count * row);
   }
   // Their matrices, [count, J or 1, D_out, depth]; `buffer` is used where they must be widened.
   int64_t together_widened(int64_t count) const {
@@ -118,13 +137,13 @@ struct Pass : Kernel<Real> {
     return buffer;
   }
   // Votes of rows d .. d + R - 1 of output capsule j: w the matrices of the input capsule, x its source.
-  template <int R>
+  template <int kDepth, int R>
   FASTCAPS_INLINE void rows_of_votes(const Real* w, int64_t j, int64_t d, const vec* x, vec* u) const {
-    if (w) {
-      unroll<R * N>([&](auto r) FASTCAPS_LAMBDA { u[r] = vec{}; });
-      votes<R>(w + j * (in.stride_j / kEntries) + d * depth, x, u);
-    } else {
+    if constexpr (kDepth < 0) {
       unroll<R * N>([&](auto r) FASTCAPS_LAMBDA { u[r] = x[(j * in.stride_j + d) * N + r]; });
+    } else {
+      unroll<R * N>([&](auto r) FASTCAPS_LAMBDA { u[r] = vec{}; });
+      votes<kDepth, R>(w + j * (in.stride_j / kEntries) + d * (kDepth > 0 ? kDepth : depth), x, u);
     }
   }
 
@@ -172,37 +191,44 @@ struct Pass : Kernel<Real> {
     const int64_t rows = source_rows(), slab = most(1, least(together_widened(32), 2048 / rows));
     Scratch<vec> x(slab * rows * N, 3);
     Scratch<Real> buffer(matrices_size(slab));
-    for (int64_t r = 0; r < width; ++r) sum[r] = vec{};
     for (int64_t first = i0; first < i1; first += slab) {
       const int64_t count = least(slab, i1 - first), matrix = in.stride_i / kEntries;
       load_source(g, first, count, x);
       const Real* w = matrices(first, count, buffer);
-      for (int64_t j = 0; j < z.J; ++j)
-        for_rows(z.D_out, [&](int64_t d, auto R) FASTCAPS_LAMBDA {
-          vec u[R * N];
-          unroll<R * N>([&](auto r) FASTCAPS_LAMBDA { u[r] = vec{}; });
-          if (w) {
-            const Real* wj = w + j * (in.stride_j / kEntries) + d * depth;
-            for (int64_t m = 0; m < count; ++m) votes<R>(wj + m * matrix, x + m * rows * N, u);
-          } else {
+      with_depth([&](auto kDepth) FASTCAPS_LAMBDA {
+        for (int64_t j = 0; j < z.J; ++j)
+          for_rows(z.D_out, [&](int64_t d, auto R) FASTCAPS_LAMBDA {
+            vec u[R * N];
+            unroll<R * N>([&](auto r) FASTCAPS_LAMBDA { u[r] = vec{}; });
             for (int64_t m = 0; m < count; ++m)
-              unroll<R * N>([&](auto r) FASTCAPS_LAMBDA { u[r] += x[(m * rows + j * in.stride_j + d) * N + r]; });
-          }
-          unroll<R * N>([&](auto r) FASTCAPS_LAMBDA { sum[(j * z.D_out + d) * N + r] += u[r]; });
-        });
+              if constexpr (kDepth < 0)
+                unroll<R * N>([&](auto r) FASTCAPS_LAMBDA { u[r] += x[(m * rows + j * in.stride_j + d) * N + r]; });
+              else
+                votes<kDepth, R>(w + m * matrix + j * (in.stride_j / kEntries) + d * depth, x + m * rows * N, u);
+            unroll<R * N>([&](auto r) FASTCAPS_LAMBDA { sum[(j * z.D_out + d) * N + r] += u[r]; });
+          });
+      });
     }
   }
 
-  // sum_i c u (forward, ds null) or sum_i db u (the sweep of the backward) over a slice; V null: logits are the prior.
+  // Adds sum_i c u (forward, ds null) or sum_i db u (the sweep of the backward) over input capsules i0 .. i1 - 1.
   void routed_sum(int64_t g, int64_t i0, int64_t i1, const vec* V, const vec* ds, vec* sum) const {
-    const int64_t rows = source_rows(), JN = z.J * N, matrix = in.stride_i / kEntries;
+    if (ds)
+      routed_sum<true>(g, i0, i1, V, ds, sum);
+    else
+      routed_sum<false>(g, i0, i1, V, ds, sum);
+  }
+  template <bool kBackward>
+  void routed_sum(int64_t g, int64_t i0, int64_t i1, const vec* V, const vec* ds, vec* sum) const {
+    const int64_t rows = source_rows(), JN = z.J * N;
+    const int64_t matrix = in.stride_i / kEntries, entries = in.stride_j / kEntries;
+    const int64_t matrix_bytes = z.D_out * depth * sizeof(Real);
     const int64_t next = width | 1;  // from the votes of one capsule to the next: starts 4 KB apart hinder each other
     const bool keep = int64_t(width * sizeof(vec)) <= kVotesLimit;  // else the sum computes the votes again
     const int64_t together = keep ? together_widened(least(K::kTogether, kVotesLimit / int64_t(width * sizeof(vec)))) : 1;
     Scratch<vec> x(rows * N * together, 1), u(keep ? next * together : 1, 5), c(JN * together, 9),
         dc(JN * together, 13);
     Scratch<Real> buffer(matrices_size(together));
-    for (int64_t r = 0; r < width; ++r) sum[r] = vec{};
     for (int64_t first = i0; first < i1; first += together) {
       const int64_t count = least(together, i1 - first);
       load_source(g, first, count, x);
@@ -210,58 +236,90 @@ struct Pass : Kernel<Real> {
       const Real* w = matrices(first, count, buffer);
       for (int64_t j = 0; j < z.J; ++j)
         for (int64_t m = 0; m < count; ++m) {
-          vec logit[N], agreement[N];
-          unroll<N>([&](auto n) FASTCAPS_LAMBDA { logit[n] = agreement[n] = vec{}; });
-          for_rows(z.D_out, [&](int64_t d, auto R) FASTCAPS_LAMBDA {
-            const int64_t row = (j * z.D_out + d) * N;
-            vec part[R * N];
-            rows_of_votes<R>(w ? w + m * matrix : w, j, d, x + m * rows * N, part);
-            if (V) unroll<R * N>([&](auto r) FASTCAPS_LAMBDA { logit[r % N] += part[r] * V[row + r]; });
-            if (ds) unroll<R * N>([&](auto r) FASTCAPS_LAMBDA { agreement[r % N] += part[r] * ds[row + r]; });
-            if (keep) unroll<R * N>([&](auto r) FASTCAPS_LAMBDA { u[m * next + row + r] = part[r]; });
+          const int64_t row = j * z.D_out * N;
+          const vec* const dsj = kBackward ? ds + row : nullptr;
+          // What this input capsule meets next; for the last output capsule, another one's first matrix.
+          if (w) prefetch(w + (j + 1 < z.J ? m * matrix + (j + 1) * entries : (m + count) * matrix), matrix_bytes);
+          vec dots[2 * N];
+          unroll<2 * N>([&](auto n) FASTCAPS_LAMBDA { dots[n] = vec{}; });
+          const Real* const wm = w ? w + m * matrix : w;
+          const vec *const xm = x + m * rows * N, *const Vj = V + row;
+          with_depth([&](auto kDepth) FASTCAPS_LAMBDA {
+            if (keep)
+              agreement<kDepth, kBackward, true>(wm, j, xm, Vj, dsj, u + m * next + row, dots);
+            else
+              agreement<kDepth, kBackward, false>(wm, j, xm, Vj, dsj, nullptr, dots);
           });
           unroll<N>([&](auto n) FASTCAPS_LAMBDA {
-            c[m * JN + j * N + n] += logit[n];
-            dc[m * JN + j * N + n] = agreement[n];
+            c[m * JN + j * N + n] += dots[n];
+            dc[m * JN + j * N + n] = dots[N + n];
           });
         }
       for (int64_t m = 0; m < count; ++m) {
         K::template softmax<N>(c + m * JN, z.J, in.leaky);
-        if (ds) K::template softmax_backward<N>(c + m * JN, dc + m * JN, z.J);
+        if (kBackward) K::template softmax_backward<N>(c + m * JN, dc + m * JN, z.J);
       }
-      const vec* factor = ds ? dc : c;
-      for (int64_t j = 0; j < z.J; ++j) {
-        vec f[K::kTogether * N];
-        for (int64_t m = 0; m < count; ++m)
-          for (int n = 0; n < N; ++n) f[m * N + n] = factor[m * JN + j * N + n];
-        const int64_t begin = j * z.D_out * N, end = begin + z.D_out * N;
-        if (!keep) {
+      add_votes(kBackward ? dc : c, count, w, x, keep ? u.data : nullptr, next, sum);
+    }
+  }
+  // dots += <u, V> and, in the backward, <u, ds> of one input and one output capsule; `u` keeps the votes.
+  template <int kDepth, bool kBackward, bool kKeep>
+  FASTCAPS_INLINE void agreement(const Real* w, int64_t j, const vec* x, const vec* V, const vec* ds, vec* u,
+                                 vec* dots) const {
+    for_rows(z.D_out, [&](int64_t d, auto R) FASTCAPS_LAMBDA {
+      vec part[R * N];
+      rows_of_votes<kDepth, R>(w, j, d, x, part);
+      unroll<R * N>([&](auto r) FASTCAPS_LAMBDA {
+        dots[r % N] += part[r] * V[d * N + r];
+        if constexpr (kBackward) dots[N + r % N] += part[r] * ds[d * N + r];
+        if constexpr (kKeep) u[d * N + r] = part[r];
+      });
+    });
+  }
+  // sum += f u over `count` input capsules, f [count, J, N]; their votes are kept in `u`, or computed again.
+  void add_votes(const vec* f, int64_t count, const Real* w, const vec* x, const vec* u, int64_t next, vec* sum) const {
+    const int64_t JN = z.J * N;
+    for (int64_t j = 0; j < z.J; ++j) {
+      const int64_t begin = j * z.D_out * N, end = begin + z.D_out * N;
+      vec factor[K::kTogether * N];
+      for (int64_t m = 0; m < count; ++m)
+        for (int n = 0; n < N; ++n) factor[m * N + n] = f[m * JN + j * N + n];
+      if (!u) {
+        with_depth([&](auto kDepth) FASTCAPS_LAMBDA {
           for_rows(z.D_out, [&](int64_t d, auto R) FASTCAPS_LAMBDA {
             vec part[R * N];
-            rows_of_votes<R>(w, j, d, x, part);
-            unroll<R * N>([&](auto r) FASTCAPS_LAMBDA { sum[begin + d * N + r] += f[r % N] * part[r]; });
+            rows_of_votes<kDepth, R>(w, j, d, x, part);
+            unroll<R * N>([&](auto r) FASTCAPS_LAMBDA { sum[begin + d * N + r] += factor[r % N] * part[r]; });
           });
-        } else if (count == 4) {
+        });
+      } else if (count == 4) {
+        for (int64_t r = begin; r < end; r += N)
+          unroll<N>([&](auto n) FASTCAPS_LAMBDA {
+            const vec* ur = u + r + n;
+            sum[r + n] += (factor[n] * ur[0] + factor[N + n] * ur[next]) +
+                          (factor[2 * N + n] * ur[2 * next] + factor[3 * N + n] * ur[3 * next]);
+          });
+      } else {
+        for (int64_t m = 0; m < count; ++m)
           for (int64_t r = begin; r < end; r += N)
-            unroll<N>([&](auto n) FASTCAPS_LAMBDA {
-              sum[r + n] += (f[n] * u[r + n] + f[N + n] * u[next + r + n]) +
-                            (f[2 * N + n] * u[2 * next + r + n] + f[3 * N + n] * u[3 * next + r + n]);
-            });
-        } else {
-          for (int64_t m = 0; m < count; ++m)
-            for (int64_t r = begin; r < end; r += N)
-              unroll<N>([&](auto n) FASTCAPS_LAMBDA { sum[r + n] += f[m * N + n] * u[m * next + r + n]; });
-        }
+            unroll<N>([&](auto n) FASTCAPS_LAMBDA { sum[r + n] += factor[m * N + n] * u[m * next + r + n]; });
       }
     }
   }
 
-  // `each(g, i0, i1, sum)` for every slice of every group, then `done(g, sum)` with the sum over the slices in order.
+  // `each(g, i0, i1, sum)` adds input capsules i0 .. i1 - 1 to the sum of group g; `done(g, sum)` gets it over all of
+  // them, slice by slice in order.
   template <class Each, class Done>
   void over_slices(vec* partial, const Each& each, const Done& done) const {
-    parallel_for(parallel, groups * slices, [&](int64_t task) {
-      const int64_t g = task / slices, s = task % slices;
-      each(g, z.I * s / slices, z.I * (s + 1) / slices, partial + task * width);
+    parallel_for(parallel, chunks * slices, [&](int64_t task) {
+      const int64_t chunk = task / slices, s = task % slices, step = met_together();
+      const int64_t g0 = groups * chunk / chunks, g1 = groups * (chunk + 1) / chunks;
+      const int64_t i0 = z.I * s / slices, i1 = z.I * (s + 1) / slices;
+      for (int64_t g = g0; g < g1; ++g)
+        for (int64_t r = 0; r < width; ++r) partial[(g * slices + s) * width + r] = vec{};
+      for (int64_t first = i0; first < i1; first += step)
+        for (int64_t g = g0; g < g1; ++g)
+          each(g, first, least(i1, first + step), partial + (g * slices + s) * width);
     });
     parallel_for(parallel, groups, [&](int64_t g) {
       vec* sum = partial + g * slices * width;
@@ -275,6 +333,7 @@ struct Pass : Kernel<Real> {
 
   void forward(void* out, Real* sums) const {
     Scratch<vec> partial(groups * slices * width), V(groups * width, 7);
+    for (int64_t r = 0; r < groups * width; ++r) V[r] = vec{};
     for (int64_t t = 0; t < z.T; ++t) {
       const bool plain = t == 0 && !in.prior;
       over_slices(
@@ -283,7 +342,7 @@ struct Pass : Kernel<Real> {
             if (plain)
               plain_sum(g, i0, i1, sum);
             else
-              routed_sum(g, i0, i1, t ? V + g * width : nullptr, nullptr, sum);
+              routed_sum(g, i0, i1, V + g * width, nullptr, sum);
           },
           [&](int64_t g, vec* s) {
             for (int64_t r = 0; r < JD; ++r)
@@ -294,7 +353,7 @@ struct Pass : Kernel<Real> {
             scatter(g, s, JD, Stored::real, sums, t * z.B * JD, JD);
             squash(s, s);
             if (t == z.T - 1) scatter(g, s, JD, in.stored, out, 0, JD);
-            for (int64_t r = 0; r < width; ++r) V[g * width + r] = t ? V[g * width + r] + s[r] : s[r];
+            for (int64_t r = 0; r < width; ++r) V[g * width + r] += s[r];
           });
     }
   }

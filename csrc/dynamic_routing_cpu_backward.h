@@ -30,6 +30,7 @@ struct Backward : Pass<Real, N> {
   using P::squash_backward;
   using P::stored;
   using P::width;
+  using P::with_depth;
   using P::z;
   using typename K::vec;
   const Pass<Real, N, kPairs> sweeping;  // the sweeps need no gradients, which are products of single entries
@@ -157,37 +158,32 @@ struct Backward : Pass<Real, N> {
         load_prior(g, first + m, 1, c + (m * steps + t) * JN);
         for (int64_t r = 0; r < JN; ++r) db[(m * steps + t) * JN + r] = vec{};
       }
-    const int64_t first_dot = t0 == 0 && !prior ? 1 : 0;  // the step from which on dots with ds are needed
-    for (int64_t j = 0; j < z.J; ++j)
-      for (int64_t m = 0; m < count; ++m)
-        for_rows(z.D_out, [&](int64_t d, auto R) FASTCAPS_LAMBDA {
-          if (t0 == 0 && steps == 1 && !prior) return;
-          const int64_t row = g * width + (j * z.D_out + d) * N;
-          vec u[R * N];
-          this->template rows_of_votes<R>(w ? w + m * in.stride_i : w, j, d, x + m * x_size, u);
-          for (int64_t t = 0; t < steps; ++t) {
-            vec* logit = c + (m * steps + t) * JN + j * N;
-            vec* dot = db + (m * steps + t) * JN + j * N;
-            const vec *Vt = V + (t0 + t) * all + row, *dst = ds + (t0 + t) * all + row;
-            if (t0 + t > 0) {
-              vec sum[N];
-              unroll<N>([&](auto n) FASTCAPS_LAMBDA { sum[n] = logit[n]; });
-              unroll<R * N>([&](auto r) FASTCAPS_LAMBDA { sum[r % N] += u[r] * Vt[r]; });
-              unroll<N>([&](auto n) FASTCAPS_LAMBDA { logit[n] = sum[n]; });
-            }
-            if (!in.detach && t >= first_dot) {
-              vec sum[N];
-              unroll<N>([&](auto n) FASTCAPS_LAMBDA { sum[n] = dot[n]; });
-              unroll<R * N>([&](auto r) FASTCAPS_LAMBDA { sum[r % N] += u[r] * dst[r]; });
-              unroll<N>([&](auto n) FASTCAPS_LAMBDA { dot[n] = sum[n]; });
-            }
-          }
-        });
+    const int64_t first_dot = in.detach ? steps : t0 == 0 && !prior ? 1 : 0;  // from which step on dots are needed
+    const int64_t first_V = t0 == 0 ? 1 : 0;  // the step from which on there is a V
+    if (first_V < steps || first_dot < steps) with_depth([&](auto kDepth) FASTCAPS_LAMBDA {
+        for (int64_t j = 0; j < z.J; ++j)
+          for (int64_t m = 0; m < count; ++m)
+            for_rows(z.D_out, [&](int64_t d, auto R) FASTCAPS_LAMBDA {
+              const int64_t row = g * width + (j * z.D_out + d) * N;
+              vec u[R * N];
+              this->template rows_of_votes<kDepth, R>(w ? w + m * in.stride_i : w, j, d, x + m * x_size, u);
+              const auto add_dot = [&](const vec* with, vec* dot) FASTCAPS_LAMBDA {
+                vec sum[N];
+                unroll<N>([&](auto n) FASTCAPS_LAMBDA { sum[n] = dot[n]; });
+                unroll<R * N>([&](auto r) FASTCAPS_LAMBDA { sum[r % N] += u[r] * with[r]; });
+                unroll<N>([&](auto n) FASTCAPS_LAMBDA { dot[n] = sum[n]; });
+              };
+              const vec *Vt = V + t0 * all + row, *dst = ds + t0 * all + row;
+              vec *logit = c + m * steps * JN + j * N, *dot = db + m * steps * JN + j * N;
+              for (int64_t t = first_V; t < steps; ++t) add_dot(Vt + t * all, logit + t * JN);
+              for (int64_t t = first_dot; t < steps; ++t) add_dot(dst + t * all, dot + t * JN);
+            });
+      });
     for (int64_t m = 0; m < count; ++m)
       for (int64_t t = 0; t < steps; ++t) {
         vec *ct = c + (m * steps + t) * JN, *dbt = db + (m * steps + t) * JN;
         K::template softmax<N>(ct, z.J, in.leaky);
-        if (!in.detach && t >= first_dot) K::template softmax_backward<N>(ct, dbt, z.J);
+        if (t >= first_dot) K::template softmax_backward<N>(ct, dbt, z.J);
       }
   }
 

@@ -22,6 +22,10 @@ namespace FASTCAPS_ISA {
 #define FASTCAPS_INLINE inline __attribute__((always_inline))
 #define FASTCAPS_LAMBDA __attribute__((always_inline))
 
+inline void prefetch(const void* from, int64_t bytes) {  // into the L2 cache
+  for (int64_t n = 0; n < bytes; n += 64) __builtin_prefetch((const char*)from + n, 0, 2);
+}
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
