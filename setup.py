@@ -1,9 +1,12 @@
 """The compiled extension only; all metadata stands in pyproject.toml."""
 
 import glob
+import os
 import platform
 import shutil
 import sys
+from itertools import chain
+from multiprocessing.pool import ThreadPool
 
 import setuptools
 from setuptools import Extension, setup
@@ -31,7 +34,13 @@ class BuildOptional(build_ext):
         if self.compiler.compiler_type != "msvc" and not (compiler and shutil.which(compiler)):
             note(f"no C++ compiler ({compiler or 'g++'} not found): installing without the native backend")
             return
-        super().build_extensions()
+        # A file for every instruction set, and nobody else compiles them side by side.
+        compile_all = self.compiler.compile
+        with ThreadPool(os.cpu_count()) as pool:
+            self.compiler.compile = lambda sources, *args, **kwargs: [
+                *chain(*pool.map(lambda source: compile_all([source], *args, **kwargs), sources))
+            ]
+            super().build_extensions()
 
 
 class StableWheel(bdist_wheel):

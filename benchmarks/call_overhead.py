@@ -25,13 +25,13 @@ ROUNDS, CALLS = 15, 200
 @torch.library.custom_op("fastcaps_overhead::custom", mutates_args=())
 def custom(poses: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """The op as ``torch.library.custom_op`` would wrap it."""
-    return torch.ops.fastcaps.native_dynamic_routing_forward(poses, weight, None, None, T, False, False, 0.0)
+    return torch.ops.fastcaps.native_dynamic_routing_forward(poses, weight, None, None, None, T, False, False, 0.0)
 
 
 def _custom_backward(ctx, grad, _):
     poses, weight, sums = ctx.saved_tensors
     grads = torch.ops.fastcaps.native_dynamic_routing_backward(
-        grad, poses, weight, None, None, sums, False, False, 0.0, True, True, False, False
+        grad, poses, weight, None, None, None, sums, False, False, 0.0, True, True, False, False
     )
     return grads[0], grads[1]
 
@@ -49,7 +49,7 @@ def main() -> None:
     leaves = poses.clone().requires_grad_(), weight.clone().requires_grad_()
     grad = torch.randn(B, J, D_out)
     op = torch.ops.fastcaps.native_dynamic_routing_forward
-    options = (None, None, T, False, False, 0.0)
+    options = (None, None, None, T, False, False, 0.0)
 
     def op_below_autograd(x: Tensor) -> object:
         with torch._C._AutoDispatchBelowAutograd():

@@ -93,7 +93,8 @@ struct Pass : Kernel<Real> {
   template <class F>
   FASTCAPS_INLINE void with_depth(const F& f) const {
     if (!in.weight) return f(std::integral_constant<int, -1>{});
-    if (depth == kPaper) return f(std::integral_constant<int, kPaper>{});
+    if constexpr (sizeof(Real) == 4)
+      if (depth == kPaper) return f(std::integral_constant<int, kPaper>{});
     f(std::integral_constant<int, 0>{});
   }
   // u[r] += sum_k w[r, k] x[k], for R rows: w [R, depth], x [depth, N].
@@ -119,10 +120,21 @@ struct Pass : Kernel<Real> {
   void load_source(int64_t g, int64_t i, int64_t count, vec* x) const {
     const int64_t rows = source_rows();
     gather(g, stored, in.poses, i * rows, z.I * rows, count * rows, x);
+    clear_masked(g, i, count, rows, x);
     // The rows of other samples are far from each other, which no processor expects.
     const int64_t entry = stored == Stored::real ? sizeof(Real) : 2, row = rows * entry, b0 = (g + 1) * kGroup;
     for (int64_t b = b0; b < least(b0 + kGroup, z.B); ++b)
       prefetch((const char*)in.poses + (b * z.I + i) * row, count * row);
+  }
+  // What the mask leaves out of the rows [count, rows, N] of some input capsules becomes 0, whatever it is.
+  void clear_masked(int64_t g, int64_t i, int64_t count, int64_t rows, vec* x) const {
+    if (!in.mask) return;
+    for (int64_t m = 0; m < count; ++m, x += rows * N)
+      for (int n = 0; n < N; ++n) {
+        const int64_t b = g * kGroup + n * L;
+        const auto there = K::lanes_there(in.mask + b * z.I + i + m, z.I, samples(g, n));
+        for (int64_t r = n; r < rows * N; r += N) x[r] = there ? x[r] : vec{};
+      }
   }
   // Their matrices, [count, J or 1, D_out, depth]; `buffer` is used where they must be widened.
   int64_t together_widened(int64_t count) const {
@@ -211,7 +223,8 @@ struct Pass : Kernel<Real> {
     }
   }
 
-  // Adds sum_i c u (forward, ds null) or sum_i db u (the sweep of the backward) over input capsules i0 .. i1 - 1.
+  // Adds sum_i c u (forward, ds null) or sum_i db u (the sweep of the backward) over input capsules i0 .. i1 - 1; V null:
+  // the logits are the prior.
   void routed_sum(int64_t g, int64_t i0, int64_t i1, const vec* V, const vec* ds, vec* sum) const {
     if (ds)
       routed_sum<true>(g, i0, i1, V, ds, sum);
@@ -243,12 +256,9 @@ struct Pass : Kernel<Real> {
           vec dots[2 * N];
           unroll<2 * N>([&](auto n) FASTCAPS_LAMBDA { dots[n] = vec{}; });
           const Real* const wm = w ? w + m * matrix : w;
-          const vec *const xm = x + m * rows * N, *const Vj = V + row;
+          const vec *const xm = x + m * rows * N, *const Vj = V ? V + row : V;
           with_depth([&](auto kDepth) FASTCAPS_LAMBDA {
-            if (keep)
-              agreement<kDepth, kBackward, true>(wm, j, xm, Vj, dsj, u + m * next + row, dots);
-            else
-              agreement<kDepth, kBackward, false>(wm, j, xm, Vj, dsj, nullptr, dots);
+            agreement<kDepth, kBackward>(wm, j, xm, Vj, dsj, keep ? u + m * next + row : nullptr, dots);
           });
           unroll<N>([&](auto n) FASTCAPS_LAMBDA {
             c[m * JN + j * N + n] += dots[n];
@@ -262,18 +272,17 @@ struct Pass : Kernel<Real> {
       add_votes(kBackward ? dc : c, count, w, x, keep ? u.data : nullptr, next, sum);
     }
   }
-  // dots += <u, V> and, in the backward, <u, ds> of one input and one output capsule; `u` keeps the votes.
-  template <int kDepth, bool kBackward, bool kKeep>
+  // dots += <u, V>, if there is a V, and in the backward <u, ds> of one input and one output capsule; `u`, if any, keeps the votes.
+  template <int kDepth, bool kBackward>
   FASTCAPS_INLINE void agreement(const Real* w, int64_t j, const vec* x, const vec* V, const vec* ds, vec* u,
                                  vec* dots) const {
     for_rows(z.D_out, [&](int64_t d, auto R) FASTCAPS_LAMBDA {
       vec part[R * N];
       rows_of_votes<kDepth, R>(w, j, d, x, part);
-      unroll<R * N>([&](auto r) FASTCAPS_LAMBDA {
-        dots[r % N] += part[r] * V[d * N + r];
-        if constexpr (kBackward) dots[N + r % N] += part[r] * ds[d * N + r];
-        if constexpr (kKeep) u[d * N + r] = part[r];
-      });
+      if (V) unroll<R * N>([&](auto r) FASTCAPS_LAMBDA { dots[r % N] += part[r] * V[d * N + r]; });
+      if constexpr (kBackward)
+        unroll<R * N>([&](auto r) FASTCAPS_LAMBDA { dots[N + r % N] += part[r] * ds[d * N + r]; });
+      if (u) unroll<R * N>([&](auto r) FASTCAPS_LAMBDA { u[d * N + r] = part[r]; });
     });
   }
   // sum += f u over `count` input capsules, f [count, J, N]; their votes are kept in `u`, or computed again.
@@ -333,7 +342,6 @@ struct Pass : Kernel<Real> {
 
   void forward(void* out, Real* sums) const {
     Scratch<vec> partial(groups * slices * width), V(groups * width, 7);
-    for (int64_t r = 0; r < groups * width; ++r) V[r] = vec{};
     for (int64_t t = 0; t < z.T; ++t) {
       const bool plain = t == 0 && !in.prior;
       over_slices(
@@ -342,7 +350,7 @@ struct Pass : Kernel<Real> {
             if (plain)
               plain_sum(g, i0, i1, sum);
             else
-              routed_sum(g, i0, i1, V + g * width, nullptr, sum);
+              routed_sum(g, i0, i1, t ? V + g * width : nullptr, nullptr, sum);
           },
           [&](int64_t g, vec* s) {
             for (int64_t r = 0; r < JD; ++r)
@@ -353,7 +361,7 @@ struct Pass : Kernel<Real> {
             scatter(g, s, JD, Stored::real, sums, t * z.B * JD, JD);
             squash(s, s);
             if (t == z.T - 1) scatter(g, s, JD, in.stored, out, 0, JD);
-            for (int64_t r = 0; r < width; ++r) V[g * width + r] += s[r];
+            for (int64_t r = 0; r < width; ++r) V[g * width + r] = t ? V[g * width + r] + s[r] : s[r];
           });
     }
   }

@@ -138,6 +138,7 @@ struct Backward : Pass<Real, N> {
           }
         for (int64_t g = g0; g < g1; ++g) {
           const int64_t where = (g - g0) * together;
+          if (out.d_poses) P::clear_masked(g, first, count, rows, dx + where * x_size);
           if (out.d_poses)
             scatter(g, dx + where * x_size, count * rows, stored, out.d_poses, first * rows, z.I * rows);
           if (out.d_prior)

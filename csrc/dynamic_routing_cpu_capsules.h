@@ -46,6 +46,11 @@ struct Capsules : Matrices<Real> {
         rows(shared ? D : JD),
         blocks(ceil_div(z.I, kBlock)),
         at_once(least(z.J, most(4, kNear / int64_t(D * M * sizeof(vec))))) {}
+  // Where the mask starts for the input capsules of vector m of a block.
+  const bool* mask(int64_t b, int64_t block, int m) const {
+    return in.mask ? in.mask + b * z.I + block * kBlock + m * L : nullptr;
+  }
+  bool masked(int64_t b, int64_t i) const { return in.mask && !in.mask[b * z.I + i]; }
   // Input capsules of vector m of a block that are there.
   int64_t count(int64_t block, int m) const { return most(0, least(L, z.I - block * kBlock - m * L)); }
 
@@ -122,6 +127,7 @@ struct Capsules : Matrices<Real> {
       const int64_t i0 = block * kBlock + m * L, n = count(block, m);
       if (given || absorbed) {
         K::to_lanes(in.stored, in.poses, (b * z.I + i0) * rows + row0, rows, n, total, u + m, M);
+        clear_masked(b, block, m, total, u);
         continue;
       }
       for (int64_t l = 0; l < n; ++l) {
@@ -132,6 +138,12 @@ struct Capsules : Matrices<Real> {
       K::to_lanes(Stored::real, buffers.votes, 0, stride(), n, total, u + m, M);
     }
   }
+  // What the mask leaves out of [total, M] becomes 0, whatever it is.
+  void clear_masked(int64_t b, int64_t block, int m, int64_t total, vec* u) const {
+    if (!in.mask) return;
+    const auto there = K::lanes_there(mask(b, block, m), 1, count(block, m));
+    for (int64_t r = m; r < total * M; r += M) u[r] = there ? u[r] : vec{};
+  }
   // Ask for the poses of a block ahead of time: L rows read side by side are not what the processor expects.
   void prefetch(int64_t b, int64_t block) const {
     const int64_t entry = in.stored == Stored::real ? sizeof(Real) : 2, row = rows * entry, i = block * kBlock;
@@ -141,6 +153,10 @@ struct Capsules : Matrices<Real> {
   }
   void load_pose(int64_t b, int64_t i, vec* x) const {
     const int64_t first = (b * z.I + i) * z.D_in;
+    if (masked(b, i)) {
+      for (int64_t n = 0; n < pose_vectors(); ++n) x[n] = vec{};
+      return;
+    }
     if (in.stored == Stored::real) return repeat((const Real*)in.poses + first, x);
     Scratch<Real> wide(z.D_in);
     widen(in.stored, in.poses, first, z.D_in, wide.data);
@@ -163,8 +179,10 @@ struct Capsules : Matrices<Real> {
   // Lanes without an input capsule must add nothing, whatever not-a-number other lanes have led to.
   void clear_missing(int64_t block, vec* c) const {
     if ((block + 1) * kBlock <= z.I) return;
-    for (int m = 0; m < M; ++m)
-      for (int64_t j = 0; j < z.J; ++j) c[j * M + m] = K::first_lanes(c[j * M + m], count(block, m));
+    for (int m = 0; m < M; ++m) {
+      const auto there = K::lanes_there(nullptr, 1, count(block, m));
+      for (int64_t j = 0; j < z.J; ++j) c[j * M + m] = there ? c[j * M + m] : vec{};
+    }
   }
 
   // f(j, G) with G output capsules at a time, so that sums do not wait for each other; G a constant.

@@ -170,6 +170,7 @@ struct CapsulesBackward : Capsules<Real> {
         for (int m = 0; m < M; ++m) {
           const int64_t i0 = block * kBlock + m * L, n = count(block, m);
           if (!matrices) {
+            C::clear_masked(b0, block, m, total, du);
             K::from_lanes(du + m, M, n, total, in.stored, out.d_poses, (b0 * z.I + i0) * rows + row0, rows);
             continue;
           }
@@ -250,10 +251,11 @@ struct CapsulesBackward : Capsules<Real> {
 
   void store_pose_gradient(int64_t b, int64_t i, const vec* dx) const {
     Scratch<Real> sum(z.D_in);
+    const bool masked = C::masked(b, i);
     const Real* parts = (const Real*)dx;
     for (int64_t k = 0; k < z.D_in; ++k) {
       sum[k] = 0;
-      for (int64_t n = k; n < pose_vectors() * L; n += C::depth) sum[k] += parts[n];
+      for (int64_t n = k; n < pose_vectors() * L && !masked; n += C::depth) sum[k] += parts[n];
     }
     narrow(in.stored, sum.data, z.D_in, out.d_poses, (b * z.I + i) * z.D_in);
   }

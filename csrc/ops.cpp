@@ -74,16 +74,17 @@ void parallel(int64_t n, void* context, fastcaps::Body body) {
 // The inputs, contiguous and checked: a wrong call of an op must raise, not read past a tensor's end.
 struct Inputs {
   Tensor poses;
-  OptionalTensor weight, prior, bias;
+  OptionalTensor weight, prior, bias, mask;
   ScalarType dtype, computed;  // of poses and weight; of everything else
   fastcaps::Sizes size{};
 
   Inputs(const Tensor& poses_, const OptionalTensor& weight_, const OptionalTensor& prior_, const OptionalTensor& bias_,
-         int64_t num_iterations)
+         const OptionalTensor& mask_, int64_t num_iterations)
       : poses(torch::stable::contiguous(poses_)),
         weight(weight_),
         prior(prior_),
         bias(bias_),
+        mask(mask_),
         dtype(poses_.scalar_type()),
         computed(dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float) {
     require(dtype == computed || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
@@ -110,6 +111,11 @@ struct Inputs {
           "prior must be [I, J] or [B, I, J]");
     }
     if (bias) require(bias->size(0) == size.J && bias->size(1) == size.D_out, "bias must be [J, D_out]");
+    if (mask) {
+      require(mask->dim() == 2 && mask->size(0) == size.B && mask->size(1) == size.I, "mask must be [B, I]");
+      require(mask->scalar_type() == ScalarType::Bool, "mask must be bool");
+      mask = torch::stable::contiguous(*mask);
+    }
     require(!weight || weight->scalar_type() == dtype, "weight must have the dtype of poses");
     for (OptionalTensor* tensor : {&weight, &prior, &bias}) {
       if (!*tensor) continue;
@@ -138,6 +144,7 @@ struct Inputs {
       in.prior_stride_b = prior->dim() == 3 ? size.I * size.J : 0;
     }
     if (bias) in.bias = bias->const_data_ptr<Real>();
+    if (mask) in.mask = mask->const_data_ptr<bool>();
     in.leaky = leaky;
     in.detach = detach;
     in.eps = static_cast<Real>(eps);
@@ -151,9 +158,9 @@ void run_forward(const fastcaps::Routing<Real>& in, Tensor& out, Tensor& sums) {
 }
 
 std::tuple<Tensor, Tensor> dynamic_routing_forward(Tensor poses, OptionalTensor weight, OptionalTensor prior,
-                                                   OptionalTensor bias, int64_t num_iterations, bool leaky,
-                                                   bool /*detach: for the derivative only*/, double eps) {
-  const Inputs inputs(poses, weight, prior, bias, num_iterations);
+                                                   OptionalTensor bias, OptionalTensor mask, int64_t num_iterations,
+                                                   bool leaky, bool /*detach: for the derivative only*/, double eps) {
+  const Inputs inputs(poses, weight, prior, bias, mask, num_iterations);
   const fastcaps::Sizes& z = inputs.size;
   Tensor out = torch::stable::new_empty(inputs.poses, {z.B, z.J, z.D_out});
   Tensor sums = torch::stable::new_empty(inputs.poses, {z.T, z.B, z.J, z.D_out}, inputs.computed);
@@ -180,10 +187,10 @@ void run_backward(const Inputs& inputs, const Tensor& grad, const Tensor& sums, 
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> dynamic_routing_backward(Tensor grad, Tensor poses, OptionalTensor weight,
                                                                     OptionalTensor prior, OptionalTensor bias,
-                                                                    Tensor sums, bool leaky, bool detach, double eps,
-                                                                    bool need_poses, bool need_weight, bool need_prior,
-                                                                    bool need_bias) {
-  const Inputs inputs(poses, weight, prior, bias, sums.size(0));
+                                                                    OptionalTensor mask, Tensor sums, bool leaky,
+                                                                    bool detach, double eps, bool need_poses,
+                                                                    bool need_weight, bool need_prior, bool need_bias) {
+  const Inputs inputs(poses, weight, prior, bias, mask, sums.size(0));
   const fastcaps::Sizes& z = inputs.size;
   require(grad.dim() == 3 && grad.size(0) == z.B && grad.size(1) == z.J && grad.size(2) == z.D_out,
           "grad must be [B, J, D_out]");
@@ -213,11 +220,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dynamic_routing_backward(Tensor grad,
 // A weight of None says that `poses` are the votes [B, I, J or 1, D_out].
 STABLE_TORCH_LIBRARY(fastcaps, m) {
   m.def(
-      "native_dynamic_routing_forward(Tensor poses, Tensor? weight, Tensor? prior, Tensor? bias, int num_iterations, "
-      "bool leaky, bool detach, float eps) -> (Tensor out, Tensor sums)");
+      "native_dynamic_routing_forward(Tensor poses, Tensor? weight, Tensor? prior, Tensor? bias, Tensor? mask, "
+      "int num_iterations, bool leaky, bool detach, float eps) -> (Tensor out, Tensor sums)");
   m.def(
       "native_dynamic_routing_backward(Tensor grad, Tensor poses, Tensor? weight, Tensor? prior, Tensor? bias, "
-      "Tensor sums, bool leaky, bool detach, float eps, bool need_poses, bool need_weight, bool need_prior, "
+      "Tensor? mask, Tensor sums, bool leaky, bool detach, float eps, bool need_poses, bool need_weight, bool need_prior, "
       "bool need_bias) -> (Tensor d_poses, Tensor d_weight, Tensor d_prior, Tensor d_bias)");
 }
 

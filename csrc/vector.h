@@ -161,11 +161,11 @@ struct Kernel {
     return x == x ? p : x;
   }
 
-  // Lanes 0 .. n - 1 of v, and 0 in the others.
-  static FASTCAPS_INLINE vec first_lanes(vec v, int64_t n) {
-    ivec there;
-    for (int l = 0; l < L; ++l) there[l] = l < n ? -1 : 0;
-    return there ? v : vec{};
+  // All bits in lane l < n where there[l * stride], or where there is no such array; no bit in the other lanes.
+  static ivec lanes_there(const bool* there, int64_t stride, int64_t n) {
+    ivec lanes;
+    for (int l = 0; l < L; ++l) lanes[l] = l < n && (!there || there[l * stride]) ? -1 : 0;
+    return lanes;
   }
 
   // The vector whose lane n is lane index[n] of a, or lane index[n] - L of b.

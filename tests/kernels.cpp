@@ -72,6 +72,7 @@ struct Case {
   bool votes, leaky;
   int64_t stride_i, stride_j, prior_stride_b;
   double eps;
+  const bool* mask;
 };
 
 // Procedure 1 of the paper in double.
@@ -93,6 +94,7 @@ static std::vector<double> routed(const Case& c, const Values& poses, const Valu
             for (int64_t d = 0; d < z.D_out; ++d) {
               double& vote = u[j * z.D_out + d] = 0;
               const int64_t rows = c.stride_j ? z.J * z.D_out : z.D_out;
+              if (c.mask && !c.mask[b * z.I + i]) continue;
               if (c.votes) vote = poses.numbers[(b * z.I + i) * rows + j * c.stride_j + d];
               else
                 for (int64_t k = 0; k < z.D_in; ++k)
@@ -153,6 +155,13 @@ static void one_case(unsigned seed) {
   Values prior(dice, n_prior, Stored::real, bytes), bias(dice, z.J * z.D_out, Stored::real, bytes);
   const Values grad(dice, n_out, stored, bytes);
   if (c.votes) z.D_in = 0;
+  const bool with_mask = dice.up_to(3) == 1;
+  const auto mask = block<bool>(z.B * z.I);
+  for (int64_t n = 0; n < z.B * z.I; ++n) mask[n] = dice.up_to(3) > 1;
+  if (with_mask) c.mask = mask.get();
+  const int64_t row = z.B * z.I ? n_poses * (stored == Stored::real ? bytes : 2) / (z.B * z.I) : 0;
+  for (int64_t n = 0; n < z.B * z.I; ++n)  // what is left out may be NaN
+    if (c.mask && !mask[n]) std::memset(poses.bytes.get() + n * row, 0xff, row);
 
   Routing<Real> in{};
   in.size = z;
@@ -164,6 +173,7 @@ static void one_case(unsigned seed) {
   in.prior = with_prior ? (const Real*)prior.bytes.get() : nullptr;
   in.prior_stride_b = c.prior_stride_b;
   in.bias = with_bias ? (const Real*)bias.bytes.get() : nullptr;
+  in.mask = c.mask;
   in.leaky = c.leaky;
   in.detach = detach;
   in.eps = Real(c.eps);

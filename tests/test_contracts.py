@@ -297,22 +297,23 @@ def test_second_derivatives_are_not_lost_in_compilation(implementation):
 # --------------------------------------------------------------------------------------------------------------- op
 
 
-@pytest.mark.parametrize("given", ["weight", "votes", "prior and bias"])
+@pytest.mark.parametrize("given", ["weight", "votes", "prior, bias and mask"])
 def test_opcheck(given):
     from fastcaps.routing.backend import EXTENSION_BUILD
 
     assert EXTENSION_BUILD is not None
     x = small_inputs(grad=False)
     poses, weight, prior, bias = x["poses"], x["weight"], None, None
+    mask = None
     if given == "votes":
         poses, weight = torch.randn(3, 5, 4, 2, dtype=torch.float64), None
-    if given == "prior and bias":
-        prior, bias = x["prior"], x["bias"]
-    forward = (poses, weight, prior, bias, 3, False, False, 0.0)
+    if given == "prior, bias and mask":
+        prior, bias, mask = x["prior"], x["bias"], torch.rand(3, 5) < 0.5
+    forward = (poses, weight, prior, bias, mask, 3, False, False, 0.0)
     torch.library.opcheck(torch.ops.fastcaps.native_dynamic_routing_forward, forward)
     out, sums = torch.ops.fastcaps.native_dynamic_routing_forward(*forward)
     for needed in ([True] * 4, [True, False, False, True], [False, True, True, False]):
-        backward = (out, poses, weight, prior, bias, sums, False, False, 0.0, *needed)
+        backward = (out, poses, weight, prior, bias, mask, sums, False, False, 0.0, *needed)
         torch.library.opcheck(torch.ops.fastcaps.native_dynamic_routing_backward, backward)
 
 
@@ -320,26 +321,28 @@ def test_op_refuses_wrong_sizes_instead_of_reading_past_a_tensor():
     x = small_inputs(grad=False)
     op = torch.ops.fastcaps.native_dynamic_routing_forward
     bad = [
-        (x["poses"], x["weight"][:3], None, None),
-        (x["poses"], x["weight"][..., :2], None, None),
-        (x["poses"], x["weight"].float(), None, None),
-        (x["poses"], x["weight"][:, :2], x["prior"], None),
-        (x["poses"], x["weight"], x["prior"][:2], None),
-        (x["poses"], x["weight"], None, x["bias"][:, :1]),
-        (x["poses"], None, None, None),
-        (x["poses"].half(), x["weight"].half(), x["prior"].half(), None),
-        (x["poses"].int(), x["weight"].int(), None, None),
+        (x["poses"], x["weight"][:3], None, None, None),
+        (x["poses"], x["weight"][..., :2], None, None, None),
+        (x["poses"], x["weight"].float(), None, None, None),
+        (x["poses"], x["weight"][:, :2], x["prior"], None, None),
+        (x["poses"], x["weight"], x["prior"][:2], None, None),
+        (x["poses"], x["weight"], None, x["bias"][:, :1], None),
+        (x["poses"], x["weight"], None, None, torch.ones(3, 4, dtype=torch.bool)),
+        (x["poses"], x["weight"], None, None, torch.ones(3, 5)),
+        (x["poses"], None, None, None, None),
+        (x["poses"].half(), x["weight"].half(), x["prior"].half(), None, None),
+        (x["poses"].int(), x["weight"].int(), None, None, None),
     ]
     for arguments in bad:
         with pytest.raises(RuntimeError, match="native_dynamic_routing: "):
             op(*arguments, 3, False, False, 0.0)
-    out, sums = op(x["poses"], x["weight"], x["prior"], x["bias"], 3, False, False, 0.0)
+    out, sums = op(x["poses"], x["weight"], x["prior"], x["bias"], None, 3, False, False, 0.0)
     backward = torch.ops.fastcaps.native_dynamic_routing_backward
     for grad, saved in ((out[:2], sums), (out, sums[:, :2]), (out[..., :1], sums), (out.float(), sums)):
         with pytest.raises(RuntimeError, match="native_dynamic_routing: "):
-            backward(grad, *x.values(), saved, False, False, 0.0, True, True, True, True)
+            backward(grad, *x.values(), None, saved, False, False, 0.0, True, True, True, True)
     with pytest.raises(RuntimeError, match="num_iterations"):
-        op(x["poses"], x["weight"], None, None, 0, False, False, 0.0)
+        op(x["poses"], x["weight"], None, None, None, 0, False, False, 0.0)
 
 
 # ------------------------------------------------------------------------------------------------------------- memory

@@ -45,10 +45,10 @@ LARGE = [
     Case(sizes=(3, 40, 210, 3, 16), num_iterations=2),
     Case(sizes=(17, 9, 420, 2, 16), num_iterations=2),
     Case(sizes=(4, 20, 3, 40, 5)),
-    Case(sizes=(3, 33, 5, 16, 32)),
-    Case(sizes=(20, 70, 4, 64, 48), share="inputs", prior="IJ"),
+    Case(sizes=(3, 33, 5, 16, 32), mask=True),
+    Case(sizes=(20, 70, 4, 64, 48), share="inputs", prior="IJ", mask=True),
     Case(sizes=(3, 70, 110, 20, 9), share="inputs", prior="BIJ"),
-    Case(sizes=(3, 40, 210, 9, 16), votes=True),
+    Case(sizes=(3, 40, 210, 9, 16), votes=True, mask=True),
 ]
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from fastcaps.functional import check_number, compute_dtype
 from fastcaps.routing import backend as _backend
 from fastcaps.routing.dynamic_ops import native_dynamic_routing, upcast
-from fastcaps.routing.dynamic_reference import dynamic_routing_reference, output_capsules
+from fastcaps.routing.dynamic_reference import dynamic_routing_reference, masked, output_capsules
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -69,7 +69,7 @@ def dynamic_routing(
         torch.Size([2, 3, 8])
     """
     poses, weight = _check_dynamic_routing(poses, weight, num_iterations, prior, bias, mask, leaky, detach, eps)
-    return _route(poses, weight, prior, bias, num_iterations, leaky, detach, eps, backend)
+    return _route(poses, weight, prior, bias, mask, num_iterations, leaky, detach, eps, backend)
 
 
 def route_votes(
@@ -114,9 +114,7 @@ def route_votes(
     if 0 in votes.shape[2:]:
         raise ValueError(f"J and D_out must be at least 1, got votes {tuple(votes.shape)}")
     _check_extras(votes, None, prior, bias, mask, D_out=votes.shape[3])
-    if mask is not None:
-        votes = votes.masked_fill(~mask[..., None, None], 0)
-    return _route(votes, None, prior, bias, num_iterations, leaky, detach, eps, backend)
+    return _route(votes, None, prior, bias, mask, num_iterations, leaky, detach, eps, backend)
 
 
 # ---------------------------------------------------------------------------------------------------------- checks
@@ -142,7 +140,7 @@ def _check_dynamic_routing(
     detach: bool,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """Check the arguments of dynamic_routing; poses, cast by autocast and masked, and weight, cast by autocast."""
+    """Check the arguments of dynamic_routing; poses and weight, cast by autocast."""
     _check_tensor("poses", poses, "[B, I, D_in]", 3)
     _check_tensor("weight", weight, "[I or 1, J or 1, D_out, D_in]", 4)
     _check_options(num_iterations, leaky, detach, eps)
@@ -159,8 +157,6 @@ def _check_dynamic_routing(
     if shape[3] != D_in:
         raise ValueError(f"weight must have D_in = {D_in} on its last axis, as poses have, got {shape}")
     _check_extras(poses, weight, prior, bias, mask, D_out=shape[2])
-    if mask is not None:
-        poses = poses.masked_fill(~mask[..., None], 0)
     return poses, weight
 
 
@@ -243,6 +239,7 @@ def _route(
     weight: Tensor | None,  # [I or 1, J or 1, D_out, D_in]
     prior: Tensor | None,  # broadcastable to [B, I, J]
     bias: Tensor | None,  # [J or 1, D_out]
+    mask: Tensor | None,  # [B, I]
     num_iterations: int,
     leaky: bool,
     detach: bool,
@@ -252,7 +249,7 @@ def _route(
     kind = poses.device.type
     if _autocast_is_on(kind):  # everything inside is float32 at least
         with torch.autocast(kind, enabled=False):
-            return _route(poses, weight, prior, bias, num_iterations, leaky, detach, eps, backend)
+            return _route(poses, weight, prior, bias, mask, num_iterations, leaky, detach, eps, backend)
     chosen = _backend.choose_backend(backend, poses.device)
     if detach and prior is not None:
         prior = prior.detach()  # constant coupling: nothing reaches the prior
@@ -261,7 +258,7 @@ def _route(
     traced = torch.compiler.is_compiling()
     # torch.func inside torch.compile would take the op for a constant in a second derivative.
     if chosen == "reference" or (traced and torch._C._are_functorch_transforms_active()):
-        inputs = upcast(compute, poses, weight, prior, bias)
+        inputs = upcast(compute, masked(poses, mask), weight, prior, bias)
         out = dynamic_routing_reference(*inputs, num_iterations=num_iterations, leaky=leaky, detach=detach, eps=eps)
         return out.to(poses.dtype)
     B, I = poses.shape[:2]
@@ -273,4 +270,4 @@ def _route(
             prior = prior.to(compute).reshape(prior.shape[-len(shape) :]).expand(shape)
     if bias is not None:
         bias = bias.to(compute).expand(J, -1)
-    return native_dynamic_routing(poses, weight, prior, bias, num_iterations, leaky, detach, eps)
+    return native_dynamic_routing(poses, weight, prior, bias, mask, num_iterations, leaky, detach, eps)

@@ -1,6 +1,6 @@
 """The native ops of dynamic routing as PyTorch sees them: derivatives, vmap, shapes for tracing, registration.
 
-Tensors are as in ``dynamic_reference.py``; checks, masks and the choice of the backend are in ``dynamic.py``.
+Tensors are as in ``dynamic_reference.py``; checks and the choice of the backend are in ``dynamic.py``.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastcaps.functional import compute_dtype
 from fastcaps.routing.backend import EXTENSION_BUILD
-from fastcaps.routing.dynamic_reference import dynamic_routing_reference, output_capsules
+from fastcaps.routing.dynamic_reference import dynamic_routing_reference, masked, output_capsules
 
 
 def upcast(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Any, ...]:
@@ -20,7 +20,12 @@ def upcast(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Any, ...]:
 
 
 def native_dynamic_routing(
-    poses: Tensor, weight: Tensor | None, prior: Tensor | None, bias: Tensor | None, *options: Any
+    poses: Tensor,
+    weight: Tensor | None,
+    prior: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    *options: Any,
 ) -> Tensor:
     """The output ``[B, J, D_out]`` of the native op, by the cheapest way that keeps every derivative.
 
@@ -30,12 +35,12 @@ def native_dynamic_routing(
         # A traced call is the op alone, whose derivatives are registered: tracing an autograd.Function would cut
         # a second derivative off without a word.
         prior, bias = upcast(compute_dtype(poses.dtype), prior, bias)
-        return torch.ops.fastcaps.native_dynamic_routing_forward(poses, weight, prior, bias, *options)[0]
+        return torch.ops.fastcaps.native_dynamic_routing_forward(poses, weight, prior, bias, mask, *options)[0]
     if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
-        return DynamicRouting.apply(poses, weight, prior, bias, *options)[0]
+        return DynamicRouting.apply(poses, weight, prior, bias, mask, *options)[0]
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (poses, weight, prior, bias)):
-        return EagerDynamicRouting.apply(poses, weight, prior, bias, *options)
-    return DynamicRouting.forward(poses, weight, prior, bias, *options)[0]
+        return EagerDynamicRouting.apply(poses, weight, prior, bias, mask, *options)
+    return DynamicRouting.forward(poses, weight, prior, bias, mask, *options)[0]
 
 
 class DynamicRouting(torch.autograd.Function):
@@ -47,6 +52,7 @@ class DynamicRouting(torch.autograd.Function):
         weight: Tensor | None,
         prior: Tensor | None,
         bias: Tensor | None,
+        mask: Tensor | None,
         num_iterations: int,
         leaky: bool,
         detach: bool,
@@ -56,32 +62,32 @@ class DynamicRouting(torch.autograd.Function):
         prior, bias = upcast(compute_dtype(poses.dtype), prior, bias)
         with torch._C._AutoDispatchBelowAutograd():  # the registered derivatives are for traced calls
             return torch.ops.fastcaps.native_dynamic_routing_forward.default(
-                poses, weight, prior, bias, num_iterations, leaky, detach, eps
+                poses, weight, prior, bias, mask, num_iterations, leaky, detach, eps
             )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         """Save the inputs and the sums; serves the registered op too, whose arguments are the same."""
-        ctx.save_for_backward(*inputs[:4], output[1])
+        ctx.save_for_backward(*inputs[:5], output[1])
         ctx.mark_non_differentiable(output[1])
-        ctx.num_iterations, ctx.leaky, ctx.detach, ctx.eps = inputs[4:]
+        ctx.num_iterations, ctx.leaky, ctx.detach, ctx.eps = inputs[5:]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         """By the op, or differentiably where a second derivative may be wanted."""
         if torch.is_grad_enabled():
-            inputs, needed = ctx.saved_tensors[:4], ctx.needs_input_grad[:4]
-            return *_differentiable_backward(ctx, inputs, grad, needed), None, None, None, None
+            *inputs, mask, _ = ctx.saved_tensors
+            return *_differentiable_backward(ctx, inputs, mask, grad, ctx.needs_input_grad[:4]), *[None] * 5
         return _native_backward(ctx, grad, _)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-        """Fold the mapped axis into the batch, which gives every sample its own poses and prior, but no weight."""
-        poses, weight, prior, bias, *options = args
+        """Fold the mapped axis into the batch, which gives every sample poses, prior and mask of its own, no weight."""
+        poses, weight, prior, bias, mask, *options = args
         if in_dims[1] is not None or in_dims[3] is not None:
             raise NotImplementedError(
                 "vmap over the weight or bias of dynamic_routing: the native backend has one of each per call; "
-                "pass backend='reference', or map over poses and prior only"
+                "pass backend='reference', or map over poses, prior and mask only"
             )
         N = info.batch_size
 
@@ -95,7 +101,9 @@ class DynamicRouting(torch.autograd.Function):
             if prior.dim() == 3:
                 prior = prior[:, None].expand(-1, B, -1, -1)
             prior = prior.flatten(0, 1)
-        out, sums = DynamicRouting.apply(poses.flatten(0, 1), weight, prior, bias, *options)
+        if mask is not None:
+            mask = stack(mask, in_dims[4]).flatten(0, 1)
+        out, sums = DynamicRouting.apply(poses.flatten(0, 1), weight, prior, bias, mask, *options)
         return (out.unflatten(0, (N, B)), sums.unflatten(1, (N, B))), (0, 1)
 
 
@@ -106,8 +114,8 @@ class EagerDynamicRouting(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> Tensor:
         """Output ``[B, J, D_out]``."""
         out, sums = DynamicRouting.forward(*args)
-        ctx.save_for_backward(*args[:4], sums)
-        ctx.num_iterations, ctx.leaky, ctx.detach, ctx.eps = args[4:]
+        ctx.save_for_backward(*args[:5], sums)
+        ctx.num_iterations, ctx.leaky, ctx.detach, ctx.eps = args[5:]
         return out
 
     @staticmethod
@@ -118,17 +126,17 @@ class EagerDynamicRouting(torch.autograd.Function):
 
 def _native_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients by the backward op; eager and traced calls share it."""
-    *inputs, sums = ctx.saved_tensors
+    *inputs, mask, sums = ctx.saved_tensors
     needed = [bool(need) for need in ctx.needs_input_grad[:4]]
     grads = torch.ops.fastcaps.native_dynamic_routing_backward(
-        grad, *inputs[:2], *upcast(sums.dtype, *inputs[2:]), sums, ctx.leaky, ctx.detach, ctx.eps, *needed
+        grad, *inputs[:2], *upcast(sums.dtype, *inputs[2:]), mask, sums, ctx.leaky, ctx.detach, ctx.eps, *needed
     )
     returned = (g.to(x.dtype) if need else None for g, x, need in zip(grads, inputs, needed, strict=True))
-    return *returned, None, None, None, None
+    return *returned, *[None] * 5
 
 
 def _differentiable_backward(
-    ctx: Any, inputs: Sequence[Tensor | None], grad: Tensor, needed: Sequence[bool]
+    ctx: Any, inputs: Sequence[Tensor | None], mask: Tensor | None, grad: Tensor, needed: Sequence[bool]
 ) -> list[Tensor | None]:
     """The gradients as differentiable functions of inputs and grad: rebuild the reference and differentiate it."""
     wanted = [n for n in range(4) if needed[n]]
@@ -141,7 +149,7 @@ def _differentiable_backward(
         assert poses is not None
         with torch.autocast(poses.device.type, enabled=False):  # as in the forward
             out = dynamic_routing_reference(
-                *upcast(compute_dtype(poses.dtype), *full),
+                *upcast(compute_dtype(poses.dtype), masked(poses, mask), *full[1:]),
                 num_iterations=ctx.num_iterations,
                 leaky=ctx.leaky,
                 detach=ctx.detach,
@@ -164,6 +172,7 @@ def _forward_fake(
     weight: Tensor | None,
     prior: Tensor | None,
     bias: Tensor | None,
+    mask: Tensor | None,
     num_iterations: int,
     leaky: bool,
     detach: bool,
@@ -181,6 +190,7 @@ def _backward_fake(
     weight: Tensor | None,
     prior: Tensor | None,
     bias: Tensor | None,
+    mask: Tensor | None,
     sums: Tensor,
     leaky: bool,
     detach: bool,
@@ -196,15 +206,15 @@ def _backward_fake(
 
 
 def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:5])
-    ctx.num_iterations = inputs[5].shape[0]
-    ctx.leaky, ctx.detach, ctx.eps = inputs[6:9]
-    ctx.needed = inputs[9:]
+    ctx.save_for_backward(*inputs[:6])
+    ctx.num_iterations = inputs[6].shape[0]
+    ctx.leaky, ctx.detach, ctx.eps = inputs[7:10]
+    ctx.needed = inputs[10:]
 
 
 def _backward_backward(ctx: Any, *seconds: Tensor) -> tuple[Tensor | None, ...]:
     """The second derivative of a traced call: the reference differentiated twice."""
-    grad, *inputs = ctx.saved_tensors
+    grad, *inputs, mask = ctx.saved_tensors
     needed = [need and x is not None for need, x in zip(ctx.needed, inputs, strict=True)]
     wanted = [n for n in range(4) if needed[n]]
 
@@ -212,7 +222,7 @@ def _backward_backward(ctx: Any, *seconds: Tensor) -> tuple[Tensor | None, ...]:
         full = list(inputs)
         for n, primal in zip(wanted, primals, strict=True):
             full[n] = primal
-        found = _differentiable_backward(ctx, full, grad, needed)
+        found = _differentiable_backward(ctx, full, mask, grad, needed)
         return tuple(found[n] for n in wanted)
 
     vjp = torch.func.vjp(gradients, grad, *(inputs[n] for n in wanted))[1]
@@ -220,7 +230,7 @@ def _backward_backward(ctx: Any, *seconds: Tensor) -> tuple[Tensor | None, ...]:
     result: list[Tensor | None] = [None] * 4
     for n, gradient in zip(wanted, d_inputs, strict=True):
         result[n] = gradient
-    return d_grad, *result, *([None] * 8)
+    return d_grad, *result, *([None] * 9)
 
 
 if EXTENSION_BUILD is not None:  # the schemas stand in csrc/ops.cpp

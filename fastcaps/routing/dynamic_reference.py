@@ -1,13 +1,18 @@
 """Dynamic routing in plain PyTorch: the definition of correct, and the twin of every kernel.
 
 Letters: B batch, I input capsules, J output capsules, D_in and D_out pose sizes, T iterations. Tensors have their
-compute dtype (float32 or float64); checks, masks and half types are the business of ``dynamic.py``.
+compute dtype (float32 or float64); checks and half types are the business of ``dynamic.py``.
 """
 
 import torch
 from torch import Tensor
 
 from fastcaps.functional import squash
+
+
+def masked(poses: Tensor, mask: Tensor | None) -> Tensor:
+    """Poses ``[B, I, D_in]``, or votes ``[B, I, J, D_out]``, with 0 where ``mask`` ``[B, I]`` is False."""
+    return poses if mask is None else poses.masked_fill(~mask.reshape(*mask.shape, *[1] * (poses.dim() - 2)), 0)
 
 
 def transform(poses: Tensor, weight: Tensor | None) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastcaps.functional import compute_dtype, squash
 from fastcaps.routing.dynamic import _check_dynamic_routing
-from fastcaps.routing.dynamic_reference import coupling, output_capsules, transform
+from fastcaps.routing.dynamic_reference import coupling, masked, output_capsules, transform
 
 _VOTES_AT_ONCE = 4_000_000  # entries; 16 MB in float32
 
@@ -72,7 +72,7 @@ def routing_trace(
     """
     poses, weight = _check_dynamic_routing(poses, weight, num_iterations, prior, bias, mask, leaky, False, eps)
     compute = compute_dtype(poses.dtype)
-    poses, weight = poses.to(compute), weight.to(compute)
+    poses, weight = masked(poses, mask).to(compute), weight.to(compute)
     prior, bias = (x if x is None else x.to(compute) for x in (prior, bias))
     kind = poses.device.type
     with torch.autocast(kind, enabled=False) if kind != "meta" else contextlib.nullcontext():
