@@ -123,9 +123,12 @@ struct Capsules : Matrices<Real> {
   // Votes, or poses, of a block of input capsules for output capsules j0 .. j1 - 1: [j1 - j0 or 1, D, M].
   void source(int64_t b, int64_t block, int64_t j0, int64_t j1, vec* u, const Buffers& buffers) const {
     const int64_t row0 = shared ? 0 : j0 * D, total = shared ? D : (j1 - j0) * D;
+    const int64_t entry = in.stored == Stored::real ? sizeof(Real) : 2;
     for (int m = 0; m < M; ++m) {
       const int64_t i0 = block * kBlock + m * L, n = count(block, m);
       if (given || absorbed) {
+        // The next rows, one after the other: read side by side they would be waited for one by one.
+        prefetch<3>((const char*)in.poses + (b * z.I + i0 + L) * rows * entry, least(L * rows * entry, 4 << 10));
         K::to_lanes(in.stored, in.poses, (b * z.I + i0) * rows + row0, rows, n, total, u + m, M);
         clear_masked(b, block, m, total, u);
         continue;
@@ -143,13 +146,6 @@ struct Capsules : Matrices<Real> {
     if (!in.mask) return;
     const auto there = K::lanes_there(mask(b, block, m), 1, count(block, m));
     for (int64_t r = m; r < total * M; r += M) u[r] = there ? u[r] : vec{};
-  }
-  // Ask for the poses of a block ahead of time: L rows read side by side are not what the processor expects.
-  void prefetch(int64_t b, int64_t block) const {
-    const int64_t entry = in.stored == Stored::real ? sizeof(Real) : 2, row = rows * entry, i = block * kBlock;
-    if (b >= z.B || row > 1024) return;
-    const char* from = (const char*)in.poses + (b * z.I + i) * row;
-    for (int64_t n = 0; n < least(kBlock, z.I - i) * row; n += 64) __builtin_prefetch(from + n, 0, 2);
   }
   void load_pose(int64_t b, int64_t i, vec* x) const {
     const int64_t first = (b * z.I + i) * z.D_in;
@@ -278,7 +274,6 @@ struct Capsules : Matrices<Real> {
     for (int64_t block = block0; block < block1; ++block) {
       vec* kept = cache ? cache + block * rows * M : nullptr;
       if (kept && fill) for_outputs([&](int64_t j0, int64_t j1) { source(b, block, j0, j1, at(kept, j0), buffers); });
-      if (kept && !fill && (given || absorbed)) prefetch(b + 1, block);
       bool fresh = false;  // whether `local` holds all votes of this block
       const auto votes = [&](int64_t j0, int64_t j1) -> const vec* {
         if (kept) return at(kept, j0);

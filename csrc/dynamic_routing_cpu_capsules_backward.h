@@ -279,24 +279,44 @@ struct CapsulesBackward : Capsules<Real> {
     }
   }
 
-  // d W_j = sum_t,b ds_t r_t^T + V_t p_t^T, a task for every row of every matrix.
+  // d W_j = sum_t,b ds_t r_t^T + V_t p_t^T, a task for four rows of a matrix at a time.
   void shared_weight_gradient(Parallel parallel) const {
-    parallel_for(parallel, C::shared_size() / z.D_in, [&](int64_t row) {
-      Scratch<Real> sum(z.D_in), part(z.D_in);
-      for (int64_t k = 0; k < z.D_in; ++k) sum[k] = 0;
-      const int64_t j0 = in.stride_j ? row / z.D_out : 0, j1 = in.stride_j ? j0 + 1 : z.J, d = row % z.D_out;
+    constexpr int kRows = 4;
+    const int64_t matrices = in.stride_j ? z.J : 1, blocks_of_rows = ceil_div(z.D_out, kRows);
+    parallel_for(parallel, matrices * blocks_of_rows, [&](int64_t task) {
+      const int64_t matrix = task / blocks_of_rows, d0 = task % blocks_of_rows * kRows;
+      const int64_t j0 = in.stride_j ? matrix : 0, j1 = in.stride_j ? j0 + 1 : z.J, count = least(kRows, z.D_out - d0);
+      Scratch<Real> sum(kRows * z.D_in), part(kRows * z.D_in);
+      std::memset(sum, 0, kRows * z.D_in * sizeof(Real));
       for (int64_t first = t0 * z.B; first < z.T * z.B; first += 128) {  // in parts, as long sums lose digits
-        for (int64_t k = 0; k < z.D_in; ++k) part[k] = 0;
+        std::memset(part, 0, kRows * z.D_in * sizeof(Real));
         for (int64_t tb = first; tb < least(first + 128, z.T * z.B); ++tb)
           for (int64_t j = j0; j < j1; ++j) {
-            const Real s = ds[tb * JDo + j * z.D_out + d], v = V[tb * JDo + j * z.D_out + d];
-            const Real *rj = r + tb * JD + j * D, *pj = p + tb * JD + j * D;
-            for (int64_t k = 0; k < z.D_in; ++k) part[k] += s * rj[k] + v * pj[k];
+            const int64_t from = tb * JDo + j * z.D_out + d0;
+            Real s[kRows], v[kRows];
+            unroll<kRows>([&](auto n) FASTCAPS_LAMBDA {  // not a loop, which becomes a call of memcpy
+              s[n] = n < count ? ds[from + n] : 0;
+              v[n] = n < count ? V[from + n] : 0;
+            });
+            add_rows(s, v, r + tb * JD + j * D, p + tb * JD + j * D, part);
           }
-        for (int64_t k = 0; k < z.D_in; ++k) sum[k] += part[k];
+        for (int64_t n = 0; n < kRows * z.D_in; ++n) sum[n] += part[n];
       }
-      narrow(in.stored, sum.data, z.D_in, out.d_weight, row * z.D_in);
+      narrow(in.stored, sum.data, count * z.D_in, out.d_weight, (matrix * z.D_out + d0) * z.D_in);
     });
+  }
+  // Row n of `to` [4, D_in] += s[n] r + v[n] p.
+  void add_rows(const Real* s, const Real* v, const Real* rj, const Real* pj, Real* to) const {
+    int64_t k = 0;
+    for (; k + L <= z.D_in; k += L) {
+      const vec rk = K::load(rj + k), pk = K::load(pj + k);
+      unroll<4>([&](auto n) FASTCAPS_LAMBDA {
+        Real* row = to + n * z.D_in + k;
+        K::store(row, K::load(row) + (K::splat(s[n]) * rk + K::splat(v[n]) * pk));
+      });
+    }
+    for (; k < z.D_in; ++k)
+      for (int n = 0; n < 4; ++n) to[n * z.D_in + k] += s[n] * rj[k] + v[n] * pj[k];
   }
 };
 

@@ -22,8 +22,9 @@ namespace FASTCAPS_ISA {
 #define FASTCAPS_INLINE inline __attribute__((always_inline))
 #define FASTCAPS_LAMBDA __attribute__((always_inline))
 
-inline void prefetch(const void* from, int64_t bytes) {  // into the L2 cache
-  for (int64_t n = 0; n < bytes; n += 64) __builtin_prefetch((const char*)from + n, 0, 2);
+template <int kLocality = 2>
+inline void prefetch(const void* from, int64_t bytes) {  // into the L2 cache; with 3, into L1
+  for (int64_t n = 0; n < bytes; n += 64) __builtin_prefetch((const char*)from + n, 0, kLocality);
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -260,15 +261,18 @@ struct Kernel {
             ((Real*)(to + c * step))[l] = get<s.value, Real>(from, first + l * stride + c);
         return;
       }
-      for (int64_t block = 0; block < count; block += L) {
-        const int64_t c = least(block, count - L);  // the last one may overlap the one before
-        vec v[L];
-        unroll<L>([&](auto l) FASTCAPS_LAMBDA {
-          v[l] = l < n ? load_as<s.value>(from, first + l * stride + c) : vec{};
-        });
-        transpose(v);
-        unroll<L>([&](auto l) FASTCAPS_LAMBDA { to[(c + l) * step] = v[l]; });
-      }
+      const auto blocks = [&](auto all) FASTCAPS_LAMBDA {  // all: whether every lane has a row
+        for (int64_t block = 0; block < count; block += L) {
+          const int64_t c = least(block, count - L);  // the last one may overlap the one before
+          vec v[L];
+          unroll<L>([&](auto l) FASTCAPS_LAMBDA {
+            v[l] = all || l < n ? load_as<s.value>(from, first + l * stride + c) : vec{};
+          });
+          transpose(v);
+          unroll<L>([&](auto l) FASTCAPS_LAMBDA { to[(c + l) * step] = v[l]; });
+        }
+      };
+      n == L ? blocks(std::true_type{}) : blocks(std::false_type{});
     });
   }
   // And back.
@@ -281,15 +285,18 @@ struct Kernel {
             put<s.value, Real>(to, first + l * stride + c, ((const Real*)(from + c * step))[l]);
         return;
       }
-      for (int64_t block = 0; block < count; block += L) {
-        const int64_t c = least(block, count - L);
-        vec v[L];
-        unroll<L>([&](auto l) FASTCAPS_LAMBDA { v[l] = from[(c + l) * step]; });
-        transpose(v);
-        unroll<L>([&](auto l) FASTCAPS_LAMBDA {
-          if (l < n) store_as<s.value>(to, first + l * stride + c, v[l]);
-        });
-      }
+      const auto blocks = [&](auto all) FASTCAPS_LAMBDA {
+        for (int64_t block = 0; block < count; block += L) {
+          const int64_t c = least(block, count - L);
+          vec v[L];
+          unroll<L>([&](auto l) FASTCAPS_LAMBDA { v[l] = from[(c + l) * step]; });
+          transpose(v);
+          unroll<L>([&](auto l) FASTCAPS_LAMBDA {
+            if (all || l < n) store_as<s.value>(to, first + l * stride + c, v[l]);
+          });
+        }
+      };
+      n == L ? blocks(std::true_type{}) : blocks(std::false_type{});
     });
   }
 
