@@ -46,13 +46,15 @@ struct Gradients {
 using Body = void (*)(void* context, int64_t begin, int64_t end);
 using Parallel = void (*)(int64_t n, void* context, Body body);
 
-// `out` is [B, J, D_out], stored as the poses.
+// `out` is [B, J, D_out], stored as the poses; capsules_in_lanes: whether not the samples fill the lanes.
 #define FASTCAPS_DECLARE(isa)                                            \
   namespace isa {                                                        \
   template <class Real>                                                  \
   void forward(const Routing<Real>&, void* out, Real* sums, Parallel);   \
   template <class Real>                                                  \
   void backward(const Routing<Real>&, const Gradients<Real>&, Parallel); \
+  template <class Real>                                                  \
+  bool capsules_in_lanes(const Routing<Real>&);                          \
   }
 FASTCAPS_DECLARE(baseline)
 FASTCAPS_DECLARE(avx2)

@@ -27,9 +27,10 @@ struct Pass : Kernel<Real> {
   using K = Kernel<Real>;
   using typename K::vec;
   static constexpr int L = K::L, kGroup = N * K::L;  // samples in a group
+  static constexpr int kRows = N == 1 || FASTCAPS_VECTOR_BYTES == 64 ? 8 : 4;  // whose votes share the registers
   static constexpr int kEntries = kPairs ? 2 : 1;    // of a pose, in what is loaded and multiplied as one
   static constexpr int64_t kVotesLimit = 400 << 10;  // bytes of votes that are kept until the sum is taken
-  static constexpr int64_t kChunk = 96 << 10;        // bytes of the sums of some groups that are worked on together
+  static constexpr int64_t kChunk = 256 << 10;       // bytes of the sums of some groups that are worked on together
   static constexpr int64_t kNear = 128 << 10;        // bytes of matrices that these groups meet one after the other
   const Routing<Real>& in;
   const Sizes z;
@@ -46,7 +47,7 @@ struct Pass : Kernel<Real> {
         JD(z.J * z.D_out),
         width(JD * N),
         groups(ceil_div(z.B, kGroup)),
-        chunks(ceil_div(groups * width * sizeof(vec), kChunk)),
+        chunks(least(groups, ceil_div(groups * width * sizeof(vec), kChunk))),
         slices(count_slices()),
         depth(z.D_in / kEntries),
         stored(kPairs ? Stored::real : in.stored) {}
@@ -81,8 +82,8 @@ struct Pass : Kernel<Real> {
   template <class F>
   static FASTCAPS_INLINE void for_rows(int64_t count, const F& f) {
     int64_t d = 0;
-    for (; d + K::kRows <= count; d += K::kRows) f(d, std::integral_constant<int, K::kRows>{});
-    if constexpr (K::kRows > 4)
+    for (; d + kRows <= count; d += kRows) f(d, std::integral_constant<int, kRows>{});
+    if constexpr (kRows > 4)
       for (; d + 4 <= count; d += 4) f(d, std::integral_constant<int, 4>{});
     for (; d < count; ++d) f(d, std::integral_constant<int, 1>{});
   }

@@ -64,9 +64,11 @@ void backward(const Routing<Real>& in, const Gradients<Real>& out, Parallel para
 }
 template void forward(const Routing<float>&, void*, float*, Parallel);
 template void backward(const Routing<float>&, const Gradients<float>&, Parallel);
+template bool capsules_in_lanes(const Routing<float>&);
 #ifndef FASTCAPS_PAIRS
 template void forward(const Routing<double>&, void*, double*, Parallel);
 template void backward(const Routing<double>&, const Gradients<double>&, Parallel);
+template bool capsules_in_lanes(const Routing<double>&);
 #endif
 
 }  // namespace FASTCAPS_ISA

@@ -125,7 +125,6 @@ struct Kernel {
   using vec = typename Lanes<Real>::vec;
   using ivec = typename Lanes<Real>::ivec;
   static constexpr int L = FASTCAPS_VECTOR_BYTES / sizeof(Real);
-  static constexpr int kRows = FASTCAPS_VECTOR_BYTES == 64 ? 8 : 4;  // rows of a matrix whose votes share the registers
   static constexpr int kTogether = 4;                                // input capsules whose votes are kept at a time
 
   static FASTCAPS_INLINE vec splat(Real x) { return x - vec{}; }
