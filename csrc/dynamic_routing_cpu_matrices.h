@@ -12,26 +12,12 @@ struct Matrices : Kernel<Real> {
   static constexpr int L = K::L;
   const Routing<Real>& in;
   const Sizes z;
-  const bool absorbed;       // one matrix for all input capsules
-  const int64_t depth;       // of a row: D_in, padded to a power of two or to whole vectors
-  Scratch<Real> own_weight;  // the shared matrices, where they must be widened
-  const void* const weight;
-  const Stored weight_stored;
+  const int64_t depth;  // of a row: D_in, padded to a power of two or to whole vectors
 
-  explicit Matrices(const Routing<Real>& in)
-      : in(in),
-        z(in.size),
-        absorbed(in.weight && !in.stride_i),
-        depth(padded(z.D_in)),
-        own_weight(widened() ? shared_size() : 1),
-        weight(widened() ? own_weight.data : in.weight),
-        weight_stored(widened() ? Stored::real : in.stored) {
-    if (widened()) widen(in.stored, in.weight, 0, shared_size(), own_weight.data);
-  }
-  bool widened() const { return absorbed && in.stored != Stored::real; }
-  int64_t shared_size() const { return (in.stride_j ? z.J : 1) * z.D_out * z.D_in; }
+  explicit Matrices(const Routing<Real>& in) : in(in), z(in.size), depth(padded(z.D_in)) {}
+  static int64_t whole(int64_t n) { return ceil_div(n, L) * L; }  // entries, in whole vectors
   static int64_t padded(int64_t n) {
-    if (n >= L) return ceil_div(n, L) * L;
+    if (n >= L) return whole(n);
     int64_t power = 1;
     while (power < n) power *= 2;
     return power;
@@ -59,24 +45,31 @@ struct Matrices : Kernel<Real> {
       for (int64_t k = 0; k < depth; ++k) to[first + k] = k < z.D_in ? x[k] : 0;
   }
   // Whether L rows, from one that starts at `count` rows before the end, can be used where they lie.
-  bool in_place(int64_t count) const { return weight_stored == Stored::real && depth == z.D_in && count >= L; }
+  bool lies_as_used(int64_t count) const { return in.stored == Stored::real && depth == z.D_in && count >= L; }
   const Real* block_of_rows(int64_t first, int64_t count, Real* buffer) const {
-    if (in_place(count)) return (const Real*)weight + first;
+    if (lies_as_used(count)) return (const Real*)in.weight + first;
+    const int64_t there = least(L, count);
     std::memset(buffer, 0, L * depth * sizeof(Real));
-    for (int64_t r = 0; r < least(L, count); ++r)
-      widen(weight_stored, weight, first + r * z.D_in, z.D_in, buffer + r * depth);
+    if (depth == z.D_in)
+      widen(in.stored, in.weight, first, there * depth, buffer);
+    else
+      for (int64_t r = 0; r < there; ++r) widen(in.stored, in.weight, first + r * z.D_in, z.D_in, buffer + r * depth);
     return buffer;
   }
-  // out[r] = <row r, x> for `count` rows of the weight from entry `first` on; x repeated. Writes whole vectors.
-  void transform(int64_t first, int64_t count, const vec* x, Real* out, Real* buffer) const {
-    const bool direct = in_place(count);
+  // out[b, r] = <row r, x[b]> for `count` rows of the weight from entry `first` on and some samples; x [samples,
+  // pose_vectors] repeated, out [samples, stride]. Writes whole vectors.
+  void transform(int64_t first, int64_t count, int64_t samples, const vec* x, Real* out, int64_t stride,
+                 Real* buffer) const {
+    const int64_t X = pose_vectors();
+    const bool direct = lies_as_used(count);
     with_depth([&](auto P) FASTCAPS_LAMBDA {
+      const auto block = [&](const Real* w, int64_t r) FASTCAPS_LAMBDA {
+        for (int64_t b = 0; b < samples; ++b) K::store(out + b * stride + r, products<P>(w, x + b * X));
+      };
       int64_t r = 0;
       if (direct)
-        for (const Real* w = (const Real*)weight + first; r + L <= count; r += L, w += L * depth)
-          K::store(out + r, products<P>(w, x));
-      for (; r < count; r += L)
-        K::store(out + r, products<P>(block_of_rows(first + r * z.D_in, count - r, buffer), x));
+        for (const Real* w = (const Real*)in.weight + first; r + L <= count; r += L, w += L * depth) block(w, r);
+      for (; r < count; r += L) block(block_of_rows(first + r * z.D_in, count - r, buffer), r);
     });
   }
   // <row, x> for the L rows of a block, as the lanes of one vector.
@@ -85,8 +78,8 @@ struct Matrices : Kernel<Real> {
     if constexpr (P > 0) {
       vec product[P];
       unroll<P>([&](auto n) FASTCAPS_LAMBDA { product[n] = K::load(w + n * L) * x[0]; });
-      K::template sum_neighbours<P / 2>(product);
-      return product[0];
+      K::template sum_groups<P>(product);
+      return K::template permute<LaneOf<P>>(product[0], product[0]);
     } else {
       vec product[L];
       unroll<L>([&](auto n) FASTCAPS_LAMBDA { product[n] = vec{}; });
@@ -95,6 +88,11 @@ struct Matrices : Kernel<Real> {
       return K::sum_lanes(product);
     }
   }
+  // Where sum_groups leaves row r.
+  template <int P>
+  struct LaneOf {
+    static constexpr int of(int r) { return r % (L / P) * P + r / (L / P); }
+  };
 
   // Lane l of vector n: the row that entry n * L + l of a block belongs to, P entries a row.
   template <int P, int n>
@@ -103,38 +101,38 @@ struct Matrices : Kernel<Real> {
   };
   // For `count` rows from entry `first` on, with x repeated [samples, pose_vectors] and du [samples, stride_du]:
   // d_weight = sum_b du x^T, and dx [samples, pose_vectors] += w^T du, still in parts where the pose was repeated.
-  void transform_backward(int64_t first, int64_t count, int64_t samples, const vec* x, int64_t stride_x, const Real* du,
+  void transform_backward(int64_t first, int64_t count, int64_t samples, const vec* x, const Real* du,
                           int64_t stride_du, void* d_weight, vec* dx, Real* buffer) const {
-    const int64_t V = pose_vectors();
+    const int64_t X = pose_vectors();
     with_depth([&](auto P) FASTCAPS_LAMBDA {
       for (int64_t r = 0; r < count; r += L) {
         const int64_t entry = first + r * z.D_in;
-        const bool direct = in_place(count - r);
+        const bool direct = lies_as_used(count - r);
         const Real* w = block_of_rows(entry, count - r, buffer);
         Real* dw = direct ? (Real*)d_weight + entry : buffer + L * depth;
         if constexpr (P > 0) {
           vec sum[P];
           unroll<P>([&](auto n) FASTCAPS_LAMBDA { sum[n] = vec{}; });
           for (int64_t b = 0; b < samples; ++b) {
-            const vec d = K::load(du + b * stride_du + r), xb = x[b * stride_x];
+            const vec d = K::load(du + b * stride_du + r), xb = x[b * X];
             vec part = {};
             unroll<P>([&](auto n) FASTCAPS_LAMBDA {
               const vec dn = K::template permute<RowOf<P, n>>(d, d);
               sum[n] += dn * xb;
               part += dn * K::load(w + n * L);
             });
-            dx[b * stride_x] += part;
+            dx[b * X] += part;
           }
           if (d_weight) unroll<P>([&](auto n) FASTCAPS_LAMBDA { K::store(dw + n * L, sum[n]); });
         } else {
           for (int64_t n = 0; n < least(L, count - r); ++n)
-            for (int64_t v = 0; v < V; ++v) {
+            for (int64_t v = 0; v < X; ++v) {
               const vec wn = K::load(w + n * depth + v * L);
               vec sum = {};
               for (int64_t b = 0; b < samples; ++b) {
                 const vec dn = K::splat(du[b * stride_du + r + n]);
-                sum += dn * x[b * stride_x + v];
-                dx[b * stride_x + v] += dn * wn;
+                sum += dn * x[b * X + v];
+                dx[b * X + v] += dn * wn;
               }
               if (d_weight) K::store(dw + n * depth + v * L, sum);
             }

@@ -1,7 +1,8 @@
 // Which kernel serves which sizes, for one instruction set; each dynamic_routing_<isa>.cpp includes this once.
 //
-//   one matrix for all input capsules        input capsules in the lanes, poses routed instead of votes
-//   up to about ten samples of 16 lanes      input capsules in the lanes, votes kept in the cache
+//   one matrix for all input capsules        a sample at a time, poses routed instead of votes
+//   votes in whole vectors, given            a sample at a time, votes read where they lie
+//   up to about 12 samples of 16 lanes       a sample at a time, votes kept in the cache
 //   more samples                             samples in the lanes, votes computed again in every pass
 #include "dynamic_routing_cpu_capsules_backward.h"
 
@@ -9,22 +10,25 @@ namespace fastcaps {
 namespace FASTCAPS_ISA {
 
 template <class Real>
-bool capsules_in_lanes(const Routing<Real>& in) {
-  // With samples in the lanes 1 to L of them take the same time; with capsules they meet at about 10 of 16, or earlier
-  // where lanes are left without a capsule.
-  constexpr int64_t block = Capsules<Real>::kBlock;
-  const int64_t lanes = ceil_div(in.size.I, block) * block;
-  return (in.weight && !in.stride_i) || 8 * in.size.B * lanes <= 5 * Kernel<Real>::L * in.size.I;
-}
-// In the backward a block of capsules keeps the coefficients of all samples, in all iterations, their poses and the
-// gradients of their votes: so many samples fit.
-template <class Real>
-bool coefficients_fit(const Routing<Real>& in) {
+bool sample_by_sample(const Routing<Real>& in) {
   using C = Capsules<Real>;
   const Sizes& z = in.size;
-  const int64_t coefficients = 2 * z.T * z.J * C::M * FASTCAPS_VECTOR_BYTES, poses = 2 * (z.D_in + C::L) * sizeof(Real);
-  const int64_t votes = least(z.J * z.D_out * sizeof(Real), C::kNear);
-  return !in.weight || !in.stride_i || z.B <= 1 || z.B * (coefficients + C::kBlock * (poses + votes)) <= (800 << 10);
+  if (in.weight ? !in.stride_i : in.stored == Stored::real && z.D_out % C::L == 0) return true;
+  // With samples in the lanes 1 to L of them take the same time; one at a time they meet at 12 of 16, or earlier: where
+  // lanes are left without an entry or an input capsule, or rows of a matrix must be copied to fit into vectors. The
+  // votes of a block must fit into the cache.
+  const int64_t row = C::whole(z.D_out), lanes = ceil_div(z.I, C::L) * C::L;
+  const int64_t votes = C::L * (in.stride_j ? z.J : 1) * row * int64_t(sizeof(Real));
+  const int64_t some = in.weight && C::padded(z.D_in) != z.D_in ? 1 : 6;  // eighths of the lanes
+  return 8 * z.B * lanes * row <= some * C::L * z.I * z.D_out && votes <= C::kLocal;
+}
+// In the backward a block of input capsules keeps the votes of all samples, their gradients, poses and those of these.
+template <class Real>
+bool votes_fit(const Routing<Real>& in) {
+  using C = Capsules<Real>;
+  const Sizes& z = in.size;
+  const int64_t votes = 2 * (in.stride_j ? z.J : 1) * C::whole(z.D_out), poses = 2 * Matrices<Real>::padded(most(z.D_in, C::L));
+  return !in.weight || !in.stride_i || z.B <= 1 || z.B * C::L * (votes + poses) * int64_t(sizeof(Real)) <= C::kLocal;
 }
 
 // f(N, kPairs): N vectors of samples share each broadcast entry of a weight as long as V and the sums of both stay in
@@ -54,21 +58,21 @@ void with_tiles(const Routing<Real>& in, const F& f) {
 template <class Real>
 void forward(const Routing<Real>& in, void* out, Real* sums, Parallel parallel) {
   if (!in.size.B) return;
-  if (capsules_in_lanes(in)) return Capsules<Real>(in).forward(out, sums, parallel);
+  if (sample_by_sample(in)) return Capsules<Real>(in).forward(out, sums, parallel);
   with_tiles(in, [&](auto N, auto pairs) { Pass<Real, N, pairs>(in, parallel).forward(out, sums); });
 }
 template <class Real>
 void backward(const Routing<Real>& in, const Gradients<Real>& out, Parallel parallel) {
-  if (capsules_in_lanes(in) && coefficients_fit(in)) return CapsulesBackward<Real>(in, out).run(parallel);
+  if (sample_by_sample(in) && votes_fit(in)) return CapsulesBackward<Real>(in, out).run(parallel);
   with_tiles(in, [&](auto N, auto pairs) { Backward<Real, N, pairs>(in, parallel).run(out); });
 }
 template void forward(const Routing<float>&, void*, float*, Parallel);
 template void backward(const Routing<float>&, const Gradients<float>&, Parallel);
-template bool capsules_in_lanes(const Routing<float>&);
+template bool sample_by_sample(const Routing<float>&);
 #ifndef FASTCAPS_PAIRS
 template void forward(const Routing<double>&, void*, double*, Parallel);
 template void backward(const Routing<double>&, const Gradients<double>&, Parallel);
-template bool capsules_in_lanes(const Routing<double>&);
+template bool sample_by_sample(const Routing<double>&);
 #endif
 
 }  // namespace FASTCAPS_ISA

@@ -67,7 +67,7 @@ Kernels<Real> kernels(const fastcaps::Routing<Real>& in) {
       return {fastcaps::avx512bf16::forward, fastcaps::avx512bf16::backward};
 #endif
   // Samples that leave half of the wider lanes empty take half the time in the narrower ones, or the same.
-  const bool half_empty = in.size.B * int64_t(sizeof(Real)) <= 32 && !fastcaps::avx512::capsules_in_lanes(in);
+  const bool half_empty = in.size.B * int64_t(sizeof(Real)) <= 32 && !fastcaps::avx512::sample_by_sample(in);
   if (capability() >= Capability::avx512 && !half_empty)
     return {fastcaps::avx512::forward, fastcaps::avx512::backward};
   if (capability() >= Capability::avx2) return {fastcaps::avx2::forward, fastcaps::avx2::backward};

@@ -23,7 +23,7 @@ namespace FASTCAPS_ISA {
 #define FASTCAPS_LAMBDA __attribute__((always_inline))
 
 template <int kLocality = 2>
-inline void prefetch(const void* from, int64_t bytes) {  // into the L2 cache; with 3, into L1
+FASTCAPS_INLINE void prefetch(const void* from, int64_t bytes) {  // into L2; with 3, into L1. GCC drops a call of it
   for (int64_t n = 0; n < bytes; n += 64) __builtin_prefetch((const char*)from + n, 0, kLocality);
 }
 
@@ -187,26 +187,29 @@ struct Kernel {
     return shuffle(a, b, decltype(map_lanes<F>(std::make_integer_sequence<int, L>{})){});
   }
 
-  struct Even {
-    static constexpr int of(int n) { return 2 * n; }
+  // Of vectors a and b, lanes in groups of `step` by turns.
+  template <int step>
+  struct Own {
+    static constexpr int of(int n) { return n & step ? n + L : n; }
   };
-  struct Odd {
-    static constexpr int of(int n) { return 2 * n + 1; }
+  template <int step>
+  struct Other {
+    static constexpr int of(int n) { return n & step ? (n ^ step) + L : n ^ step; }
   };
-  // v[0] .. v[n - 1] become the sums of neighbouring lanes of v[0] .. v[2 n - 1], then half as many, down to one:
-  // with L vectors, the sums of the lanes of each.
-  template <int n>
-  static FASTCAPS_INLINE void sum_neighbours(vec* v) {
-    if constexpr (n > 0) {
-      unroll<n>([&](auto m) FASTCAPS_LAMBDA {
-        const vec a = v[2 * m], b = v[2 * m + 1];
-        v[m] = permute<Even>(a, b) + permute<Odd>(a, b);
+  // Sums over P lanes side by side in P vectors -> one vector: lane n + m P has the sum of group m of vector n.
+  template <int P, int step = 1>
+  static FASTCAPS_INLINE void sum_groups(vec* v) {
+    if constexpr (step < P) {
+      unroll<P / (2 * step)>([&](auto n) FASTCAPS_LAMBDA {
+        const vec a = v[2 * n], b = v[2 * n + 1];
+        v[n] = permute<Own<step>>(a, b) + permute<Other<step>>(a, b);
       });
-      sum_neighbours<n / 2>(v);
+      sum_groups<P, 2 * step>(v);
     }
   }
+  // Lane n: the sum of the lanes of v[n], n < L.
   static FASTCAPS_INLINE vec sum_lanes(vec* v) {
-    sum_neighbours<L / 2>(v);
+    sum_groups<L>(v);
     return v[0];
   }
 
