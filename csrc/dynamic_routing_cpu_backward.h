@@ -153,7 +153,7 @@ struct Backward : Pass<Real, N> {
   // c_t and db_t [steps, J, N] of `count` input capsules; db_0 only where the prior wants it.
   void coefficients(int64_t g, int64_t first, int64_t count, const Real* w, const vec* V, const vec* ds, int64_t t0,
                     const vec* x, vec* c, vec* db, bool prior) const {
-    const int64_t steps = z.T - t0, JN = z.J * N, all = groups * width, x_size = source_rows() * N;
+    const int64_t steps = z.T - t0, JN = z.J * N, all = groups * width;
     for (int64_t m = 0; m < count; ++m)
       for (int64_t t = 0; t < steps; ++t) {
         load_prior(g, first + m, 1, c + (m * steps + t) * JN);
@@ -161,25 +161,18 @@ struct Backward : Pass<Real, N> {
       }
     const int64_t first_dot = in.detach ? steps : t0 == 0 && !prior ? 1 : 0;  // from which step on dots are needed
     const int64_t first_V = t0 == 0 ? 1 : 0;  // the step from which on there is a V
-    if (first_V < steps || first_dot < steps) with_depth([&](auto kDepth) FASTCAPS_LAMBDA {
-        for (int64_t j = 0; j < z.J; ++j)
-          for (int64_t m = 0; m < count; ++m)
-            for_rows(z.D_out, [&](int64_t d, auto R) FASTCAPS_LAMBDA {
-              const int64_t row = g * width + (j * z.D_out + d) * N;
-              vec u[R * N];
-              this->template rows_of_votes<kDepth, R>(w ? w + m * in.stride_i : w, j, d, x + m * x_size, u);
-              const auto add_dot = [&](const vec* with, vec* dot) FASTCAPS_LAMBDA {
-                vec sum[N];
-                unroll<N>([&](auto n) FASTCAPS_LAMBDA { sum[n] = dot[n]; });
-                unroll<R * N>([&](auto r) FASTCAPS_LAMBDA { sum[r % N] += u[r] * with[r]; });
-                unroll<N>([&](auto n) FASTCAPS_LAMBDA { dot[n] = sum[n]; });
-              };
-              const vec *Vt = V + t0 * all + row, *dst = ds + t0 * all + row;
-              vec *logit = c + m * steps * JN + j * N, *dot = db + m * steps * JN + j * N;
-              for (int64_t t = first_V; t < steps; ++t) add_dot(Vt + t * all, logit + t * JN);
-              for (int64_t t = first_dot; t < steps; ++t) add_dot(dst + t * all, dot + t * JN);
-            });
-      });
+    const int64_t dots = most(0, steps - first_V) + most(0, steps - first_dot);
+    const auto row = [&](const vec* of, int64_t t) { return of + (t0 + t) * all + g * width; };
+    if (dots == 4 && first_V == first_dot)  // three iterations, without a prior to differentiate: all at once
+      dots_of<4>(count, w, x, {row(V, 1), row(V, 2), row(ds, 1), row(ds, 2)},
+                 {c + JN, c + 2 * JN, db + JN, db + 2 * JN}, steps * JN);
+    else
+      for (int64_t t = 0; t < steps; ++t) {
+        if (t >= first_V && t >= first_dot)
+          dots_of<2>(count, w, x, {row(V, t), row(ds, t)}, {c + t * JN, db + t * JN}, steps * JN);
+        else if (t >= first_V || t >= first_dot)
+          dots_of<1>(count, w, x, {row(t >= first_V ? V : ds, t)}, {(t >= first_V ? c : db) + t * JN}, steps * JN);
+      }
     for (int64_t m = 0; m < count; ++m)
       for (int64_t t = 0; t < steps; ++t) {
         vec *ct = c + (m * steps + t) * JN, *dbt = db + (m * steps + t) * JN;
@@ -188,26 +181,49 @@ struct Backward : Pass<Real, N> {
       }
   }
 
+  // to[n][j] += <u_j, with[n][j]> for `count` input capsules, `next` vectors from one to the next in `to`.
+  template <int M>
+  void dots_of(int64_t count, const Real* w, const vec* x, const vec* const (&with)[M], vec* const (&to)[M],
+               int64_t next) const {
+    const int64_t x_size = source_rows() * N;
+    with_depth([&](auto kDepth) FASTCAPS_LAMBDA {
+      for (int64_t j = 0; j < z.J; ++j)
+        for (int64_t m = 0; m < count; ++m) {
+          vec sum[M * N];
+          unroll<M * N>([&](auto n) FASTCAPS_LAMBDA { sum[n] = vec{}; });
+          for_rows(z.D_out, [&](int64_t d, auto R) FASTCAPS_LAMBDA {
+            vec u[R * N];
+            this->template rows_of_votes<kDepth, R>(w ? w + m * in.stride_i : w, j, d, x + m * x_size, u);
+            unroll<M>([&](auto k) FASTCAPS_LAMBDA {
+              const vec* row = with[k] + (j * z.D_out + d) * N;
+              unroll<R * N>([&](auto r) FASTCAPS_LAMBDA { sum[k * N + r % N] += u[r] * row[r]; });
+            });
+          });
+          unroll<M * N>([&](auto n) FASTCAPS_LAMBDA { to[n / N][m * next + j * N + n % N] += sum[n]; });
+        }
+    });
+  }
+
   // du = sum_t c_t ds_t + db_t V_t, [D_out, N].
   void vote_gradient(int64_t g, int64_t j, const vec* V, const vec* ds, int64_t t0, const vec* c, const vec* db,
                      vec* du) const {
-    const int64_t steps = z.T - t0, all = groups * width, JN = z.J * N;
-    for (int64_t t = 0; t < steps; ++t) {
-      const vec *Vt = V + (t0 + t) * all + g * width + j * z.D_out * N,
-                *dst = ds + (t0 + t) * all + g * width + j * z.D_out * N;
-      vec ct[N], dbt[N];
-      unroll<N>([&](auto n) FASTCAPS_LAMBDA {
-        ct[n] = c[t * JN + j * N + n];
-        dbt[n] = db[t * JN + j * N + n];
-      });
-      const bool moved = t0 + t > 0 && !in.detach;
-      for (int64_t r = 0; r < z.D_out * N; r += N)
-        unroll<N>([&](auto n) FASTCAPS_LAMBDA {
-          vec sum = ct[n] * dst[r + n];
-          if (moved) sum += dbt[n] * Vt[r + n];
-          du[r + n] = t ? du[r + n] + sum : sum;
-        });
-    }
+    const int64_t steps = z.T - t0, all = groups * width, JN = z.J * N, first = g * width + j * z.D_out * N;
+    const int64_t moved = t0 == 0 || in.detach ? 1 : 0;  // step from which on V moves the logits
+    for_rows(z.D_out, [&](int64_t d, auto R) FASTCAPS_LAMBDA {
+      vec sum[R * N];
+      unroll<R * N>([&](auto r) FASTCAPS_LAMBDA { sum[r] = vec{}; });
+      for (int64_t t = 0; t < steps; ++t) {
+        const auto add = [&](const vec* factor, const vec* with) FASTCAPS_LAMBDA {
+          vec f[N];
+          unroll<N>([&](auto n) FASTCAPS_LAMBDA { f[n] = factor[t * JN + j * N + n]; });
+          with += (t0 + t) * all + first + d * N;
+          unroll<R * N>([&](auto r) FASTCAPS_LAMBDA { sum[r] += f[r % N] * with[r]; });
+        };
+        add(c, ds);
+        if (t >= moved) add(db, V);
+      }
+      unroll<R * N>([&](auto r) FASTCAPS_LAMBDA { du[d * N + r] = sum[r]; });
+    });
   }
 
   // dx[k] += sum_d w[d, k] du[d]; without a weight the source is the votes themselves.
@@ -231,30 +247,36 @@ struct Backward : Pass<Real, N> {
     });
   }
 
+  // The same in blocks of kWide entries of x and as many rows of du as share their loads.
+  template <int kWide>
+  void add_weight_blocks(const vec* x, int64_t stride_g, const vec* du, int64_t count, Real* d_weight) const {
+    constexpr int kHigh = L / kWide;
+    for (int64_t d = 0; d < z.D_out; d += kHigh)
+      for (int64_t k = 0; k < z.D_in; k += kWide) {
+        vec sum[L];
+        unroll<L>([&](auto p) FASTCAPS_LAMBDA { sum[p] = vec{}; });
+        for (int64_t g = 0; g < count; ++g)
+          for (int n = 0; n < N; ++n) {
+            const vec *left = du + (g * z.D_out + d) * N + n, *right = x + g * stride_g + k * N + n;
+            vec rows[kHigh];
+            unroll<kHigh>([&](auto r) FASTCAPS_LAMBDA { rows[r] = left[r * N]; });
+            unroll<kWide>([&](auto q) FASTCAPS_LAMBDA {
+              const vec xq = right[q * N];
+              unroll<kHigh>([&](auto r) FASTCAPS_LAMBDA { sum[r * kWide + q] += rows[r] * xq; });
+            });
+          }
+        const vec total = K::sum_lanes(sum);
+        for (int r = 0; r < kHigh; ++r)
+          for (int q = 0; q < kWide; ++q) d_weight[(d + r) * z.D_in + k + q] += total[r * kWide + q];
+      }
+  }
   // d_weight[d, k] += sum_b du[b, d] x[b, k]: L entries at a time in the lanes of as many vectors, summed at the end.
   void add_weight_gradient(const vec* x, int64_t stride_g, const vec* du, int64_t count, Real* d_weight) const {
-    constexpr int kWide = L < 8 ? L : 8, kHigh = L / kWide;  // entries of x and rows of du that share their loads
-    if (z.D_in % kWide == 0 && z.D_out % kHigh == 0) {
-      for (int64_t d = 0; d < z.D_out; d += kHigh)
-        for (int64_t k = 0; k < z.D_in; k += kWide) {
-          vec sum[L];
-          unroll<L>([&](auto p) FASTCAPS_LAMBDA { sum[p] = vec{}; });
-          for (int64_t g = 0; g < count; ++g)
-            for (int n = 0; n < N; ++n) {
-              const vec *left = du + (g * z.D_out + d) * N + n, *right = x + g * stride_g + k * N + n;
-              vec rows[kHigh];
-              unroll<kHigh>([&](auto r) FASTCAPS_LAMBDA { rows[r] = left[r * N]; });
-              unroll<kWide>([&](auto q) FASTCAPS_LAMBDA {
-                const vec xq = right[q * N];
-                unroll<kHigh>([&](auto r) FASTCAPS_LAMBDA { sum[r * kWide + q] += rows[r] * xq; });
-              });
-            }
-          const vec total = K::sum_lanes(sum);
-          for (int r = 0; r < kHigh; ++r)
-            for (int q = 0; q < kWide; ++q) d_weight[(d + r) * z.D_in + k + q] += total[r * kWide + q];
-        }
-      return;
-    }
+    constexpr int kWide = L < 8 ? L : 8, kSquare = L < 16 ? L / 2 : 4;
+    if (z.D_in % kWide == 0 && z.D_out % (L / kWide) == 0)
+      return add_weight_blocks<kWide>(x, stride_g, du, count, d_weight);
+    if (z.D_in % kSquare == 0 && z.D_out % (L / kSquare) == 0)
+      return add_weight_blocks<kSquare>(x, stride_g, du, count, d_weight);
     const int64_t entries = z.D_out * z.D_in;
     for (int64_t first = 0; first < entries; first += L) {
       const vec *left[L], *right[L];
