@@ -31,7 +31,8 @@ format: $(READY)
 
 # Every contestant at every size: about half an hour, on a machine that does nothing else.
 bench: $(READY)
-	$(BIN)/python -m pytest benchmarks --timeout 3600 --benchmark-json=benchmarks/results/cpu-avx512-2threads.json
+	$(BIN)/python -m pytest benchmarks --timeout 3600 \
+	  --benchmark-json=benchmarks/results/cpu-$$($(BIN)/python benchmarks/machine.py)-2threads.json
 	$(BIN)/python benchmarks/report.py
 
 # 10,000 random cases through the CPU kernels, built without Python under the address and undefined-behaviour sanitizers.
@@ -40,7 +41,7 @@ sanitize: $(INSTRUCTION_SETS:%=$(SANITIZE)/%)
 
 $(SANITIZE)/%: tests/kernels.cpp $(wildcard csrc/dynamic_routing*) csrc/vector.h
 	@mkdir -p $(@D)
-	$(CXX) -std=c++20 -O1 -g1 -Wno-psabi -fsanitize=address,undefined -fno-sanitize-recover=all -DFASTCAPS_CHECK -Icsrc \
+	$(CXX) -std=c++20 -O0 -g1 -Wno-psabi -fsanitize=address,undefined -fno-sanitize-recover=all -DFASTCAPS_CHECK -Icsrc \
 	  -DFASTCAPS_SOURCE='"dynamic_routing_$*.cpp"' $< -o $@
 
 # On a machine with a GPU, offline, with the Python that is there (it needs torch, numpy and pytest).

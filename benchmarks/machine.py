@@ -77,3 +77,7 @@ def description() -> dict[str, Any]:
         "torch": torch.__version__,
         "fastcaps": fastcaps.__version__,
     }
+
+
+if __name__ == "__main__":
+    print(instruction_set())

@@ -19,8 +19,13 @@ alignas(64) inline thread_local char scratch_stack[kScratchStack + 64];
 
 namespace FASTCAPS_ISA {
 
+#ifdef FASTCAPS_CHECK  // sanitizers make so much of code put inline that it compiles for minutes
+#define FASTCAPS_INLINE inline
+#define FASTCAPS_LAMBDA
+#else
 #define FASTCAPS_INLINE inline __attribute__((always_inline))
 #define FASTCAPS_LAMBDA __attribute__((always_inline))
+#endif
 
 template <int kLocality = 2>
 FASTCAPS_INLINE void prefetch(const void* from, int64_t bytes) {  // into L2; with 3, into L1. GCC drops a call of it
