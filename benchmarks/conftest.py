@@ -1,11 +1,17 @@
 """Options and results of ``pytest benchmarks/``: what a result file holds, and the comparison with a committed one."""
 
 import json
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 from machine import description
+
+# A cache of compiled code of its own: PyTorch's does not tell apart what ATEN_CPU_CAPABILITY changes, and code that was
+# compiled for other vectors gives NaN.
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,4 +1,4 @@
-"""The README's table and picture, from the committed results of ``pytest benchmarks/``.
+"""The README's tables and pictures, from the committed results of ``pytest benchmarks/``.
 
 python benchmarks/report.py           # writes them
 python benchmarks/report.py --check   # exits 1 where they are not what the results say
@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-MAIN = RESULTS / "cpu-avx512-2threads.json"
-README, PICTURE = ROOT / "README.md", RESULTS / "cpu-avx512-2threads.svg"
+FILES = sorted(RESULTS.glob("*.json"), key=lambda path: "avx512" not in path.name)  # the widest vectors first
+README = ROOT / "README.md"
 BEGIN, END = "<!-- written by benchmarks/report.py: begin -->\n", "<!-- end -->\n"
 
 TITLES = {
@@ -32,10 +32,11 @@ TITLES = {
 
 
 def load(path: Path) -> tuple[dict[str, Any], dict[tuple[str, str, str], dict[str, Any]], list[dict[str, Any]]]:
-    """The machine, the times by (row, mode, contestant), and the other measurements of a result file."""
+    """The conditions, the times by (row, mode, contestant), and the other measurements of a result file."""
     content = json.loads(path.read_text())
     timed = {(b["row"], b["mode"], b["contestant"]): b for b in content["benchmarks"] if "row" in b}
-    return content["machine_info"], timed, [b for b in content["benchmarks"] if "row" not in b]
+    conditions = {**content["machine_info"], "commit": content["commit_info"]["id"][:7]}
+    return conditions, timed, [b for b in content["benchmarks"] if "row" not in b]
 
 
 def milliseconds(x: float) -> str:
@@ -46,8 +47,8 @@ def milliseconds(x: float) -> str:
 def table(machine: dict[str, Any], timed: dict[tuple[str, str, str], dict[str, Any]]) -> list[str]:
     """A row for each size: times of the best alternative and of fastcaps, their ratio, the distance from the floor."""
     lines = [
-        f"{machine['processor']}, {machine['instruction_set']}, {machine['threads']} threads, torch {machine['torch']};"
-        " float32, T = 3; ms, median (20th percentile) of rounds that take turns:",
+        f"{machine['processor']}, {machine['instruction_set']}, {machine['threads']} threads, torch {machine['torch']},"
+        f" commit {machine['commit']}; float32, T = 3; ms, median (20th percentile) of rounds that take turns:",
         "",
         "| | | best plain PyTorch | fastcaps | ratio | of the floor |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -68,31 +69,39 @@ def table(machine: dict[str, Any], timed: dict[tuple[str, str, str], dict[str, A
     return lines
 
 
-def text() -> str:
-    """What stands between the markers of the README."""
-    machine, timed, others = load(MAIN)
+def text(path: Path) -> str:
+    """What the README says of one result file."""
+    machine, timed, others = load(path)
     lines = table(machine, timed)
-    lines += ["", f"![speed against the best plain PyTorch]({PICTURE.relative_to(ROOT)})", ""]
+    if len(rows_of(timed)) > 1:
+        lines += ["", f"![speed against the best plain PyTorch]({path.with_suffix('.svg').relative_to(ROOT)})"]
     half = {mode: timed["paper", mode, "fastcaps, bfloat16"] for mode in ("forward", "training")}
-    lines.append(
+    lines += [
+        "",
         f"On bfloat16 inputs the paper's layer is {half['forward']['ratio_to_float32']:.2f} (forward) and "
-        f"{half['training']['ratio_to_float32']:.2f} (training) times as fast as in float32."
-    )
+        f"{half['training']['ratio_to_float32']:.2f} (training) times as fast as in float32.",
+    ]
     memory = {b["contestant"]: b["peak_beyond_tensors_MB"] for b in others if "peak_beyond_tensors_MB" in b}
-    lines.append(
-        f"A training step of it takes {memory['fastcaps']:.1f} MB beyond inputs, output and gradients; eager einsum "
-        f"takes {memory['einsum']:.0f} MB."
-    )
+    if memory:
+        lines.append(
+            f"A training step of it takes {memory['fastcaps']:.1f} MB beyond inputs, output and gradients; eager "
+            f"einsum takes {memory['einsum']:.0f} MB."
+        )
     exponents = {b["letter"]: b["exponent"] for b in others if "exponent" in b}
-    grown = ", ".join(f"{letter}^{exponents[letter]:.2f}" for letter in "BIJT")
-    lines.append(f"Training time grows as {grown}.")
+    if exponents:
+        lines.append("Training time grows as " + ", ".join(f"{n}^{exponents[n]:.2f}" for n in "BIJT") + ".")
     return "\n".join(lines) + "\n"
 
 
-def picture() -> str:
+def rows_of(timed: dict[tuple[str, str, str], dict[str, Any]]) -> list[str]:
+    """The rows that a result file has."""
+    return [row for row in TITLES if (row, "forward", "fastcaps") in timed]
+
+
+def picture(path: Path) -> str:
     """Speed against the best plain PyTorch, forward and training, as SVG."""
-    _, timed, _ = load(MAIN)
-    rows = [row for row in TITLES if (row, "forward", "fastcaps") in timed]
+    _, timed, _ = load(path)
+    rows = rows_of(timed)
     settings = {"svg.hashsalt": "fastcaps", "svg.fonttype": "none"}
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=(7, 0.5 * len(rows) + 1), layout="constrained")
@@ -118,16 +127,15 @@ def main() -> int:
     readme = README.read_text()
     before, rest = readme.split(BEGIN)
     after = rest.split(END, 1)[1]
-    wanted = {README: before + BEGIN + "\n" + text() + "\n" + END + after, PICTURE: picture()}
+    wanted = {path.with_suffix(".svg"): picture(path) for path in FILES if len(rows_of(load(path)[1])) > 1}
+    wanted[README] = before + BEGIN + "\n" + "\n".join(text(path) for path in FILES) + "\n" + END + after
     if "--check" not in sys.argv:
         for path, content in wanted.items():
             path.write_text(content)
         return 0
     stale = [path for path, content in wanted.items() if not path.exists() or path.read_text() != content]
     for path in stale:
-        print(
-            f"{path.relative_to(ROOT)} is not what {MAIN.name} says: run python benchmarks/report.py", file=sys.stderr
-        )
+        print(f"{path.relative_to(ROOT)} is not what the results say: run python benchmarks/report.py", file=sys.stderr)
     return bool(stale)
 
 

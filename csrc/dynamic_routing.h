@@ -46,7 +46,7 @@ struct Gradients {
 using Body = void (*)(void* context, int64_t begin, int64_t end);
 using Parallel = void (*)(int64_t n, void* context, Body body);
 
-// `out` is [B, J, D_out], stored as the poses; sample_by_sample: whether the samples do not fill the lanes.
+// `out` is [B, J, D_out], stored as the poses; sample_by_sample: whether samples go one at a time.
 #define FASTCAPS_DECLARE(isa)                                            \
   namespace isa {                                                        \
   template <class Real>                                                  \
@@ -54,7 +54,7 @@ using Parallel = void (*)(int64_t n, void* context, Body body);
   template <class Real>                                                  \
   void backward(const Routing<Real>&, const Gradients<Real>&, Parallel); \
   template <class Real>                                                  \
-  bool sample_by_sample(const Routing<Real>&);                          \
+  bool sample_by_sample(const Routing<Real>&);                           \
   }
 FASTCAPS_DECLARE(baseline)
 FASTCAPS_DECLARE(avx2)

@@ -2,7 +2,7 @@
 // knows no torch type; each dynamic_routing_<isa>.cpp includes it once, with FASTCAPS_VECTOR_BYTES set and the compiler
 // told what it may use.
 //
-// Samples lie in the lanes of the vectors: kTiles vectors side by side are one group. Votes are computed again in every
+// Samples lie in the lanes of the vectors: N vectors side by side are one group. Votes are computed again in every
 // pass and live in the cache for a few input capsules at a time. Everything that crosses input capsules (the weighted
 // sums, dV, and gradients of what is shared over I) is summed per slice of I, and the slices in a fixed order: slices
 // depend on sizes only, so threads change no bit of the result.
@@ -26,7 +26,7 @@ template <class Real, int N, bool kPairs = false>
 struct Pass : Kernel<Real> {
   using K = Kernel<Real>;
   using typename K::vec;
-  static constexpr int L = K::L, kGroup = N * K::L;  // samples in a group
+  static constexpr int L = K::L, kGroup = N * K::L;                            // samples in a group
   static constexpr int kRows = N == 1 || FASTCAPS_VECTOR_BYTES == 64 ? 8 : 4;  // whose votes share the registers
   static constexpr int kEntries = kPairs ? 2 : 1;    // of a pose, in what is loaded and multiplied as one
   static constexpr int64_t kVotesLimit = 400 << 10;  // bytes of votes that are kept until the sum is taken
@@ -35,9 +35,9 @@ struct Pass : Kernel<Real> {
   const Routing<Real>& in;
   const Sizes z;
   const Parallel parallel;
-  const int64_t JD, width;         // width: vectors of [J, D_out] of one group
+  const int64_t JD, width;               // width: vectors of [J, D_out] of one group
   const int64_t groups, chunks, slices;  // of samples; of groups; of the input capsules
-  const int64_t depth;                      // D_in, or pairs of them
+  const int64_t depth;                   // D_in, or pairs of them
   const Stored stored;
 
   Pass(const Routing<Real>& in, Parallel parallel)
@@ -88,8 +88,8 @@ struct Pass : Kernel<Real> {
     for (; d < count; ++d) f(d, std::integral_constant<int, 1>{});
   }
 
-  // f(kDepth) with the pose size of the paper as a constant, 0 for any other, -1 where the votes are given: decided once
-  // for many rows, as a test in every block of them costs a tenth of the time.
+  // f(kDepth) with the pose size of the paper as a constant, 0 for any other, -1 where the votes are given: decided
+  // once for many rows, as a test in every block of them costs a tenth of the time.
   static constexpr int kPaper = 8 / kEntries;
   template <class F>
   FASTCAPS_INLINE void with_depth(const F& f) const {
@@ -224,8 +224,8 @@ struct Pass : Kernel<Real> {
     }
   }
 
-  // Adds sum_i c u (forward, ds null) or sum_i db u (the sweep of the backward) over input capsules i0 .. i1 - 1; V null:
-  // the logits are the prior.
+  // Adds sum_i c u (forward, ds null) or sum_i db u (the sweep of the backward) over input capsules i0 .. i1 - 1; V
+  // null: the logits are the prior.
   void routed_sum(int64_t g, int64_t i0, int64_t i1, const vec* V, const vec* ds, vec* sum) const {
     if (ds)
       routed_sum<true>(g, i0, i1, V, ds, sum);
@@ -239,7 +239,8 @@ struct Pass : Kernel<Real> {
     const int64_t matrix_bytes = z.D_out * depth * sizeof(Real);
     const int64_t next = width | 1;  // from the votes of one capsule to the next: starts 4 KB apart hinder each other
     const bool keep = int64_t(width * sizeof(vec)) <= kVotesLimit;  // else the sum computes the votes again
-    const int64_t together = keep ? together_widened(least(K::kTogether, kVotesLimit / int64_t(width * sizeof(vec)))) : 1;
+    const int64_t together =
+        keep ? together_widened(least(K::kTogether, kVotesLimit / int64_t(width * sizeof(vec)))) : 1;
     Scratch<vec> x(rows * N * together, 1), u(keep ? next * together : 1, 5), c(JN * together, 9),
         dc(JN * together, 13);
     Scratch<Real> buffer(matrices_size(together));
@@ -273,7 +274,8 @@ struct Pass : Kernel<Real> {
       add_votes(kBackward ? dc : c, count, w, x, keep ? u.data : nullptr, next, sum);
     }
   }
-  // dots += <u, V>, if there is a V, and in the backward <u, ds> of one input and one output capsule; `u`, if any, keeps the votes.
+  // dots += <u, V>, if there is a V, and in the backward <u, ds>, of one input and one output capsule; `u`, if any,
+  // keeps the votes.
   template <int kDepth, bool kBackward>
   FASTCAPS_INLINE void agreement(const Real* w, int64_t j, const vec* x, const vec* V, const vec* ds, vec* u,
                                  vec* dots) const {
@@ -328,8 +330,7 @@ struct Pass : Kernel<Real> {
       for (int64_t g = g0; g < g1; ++g)
         for (int64_t r = 0; r < width; ++r) partial[(g * slices + s) * width + r] = vec{};
       for (int64_t first = i0; first < i1; first += step)
-        for (int64_t g = g0; g < g1; ++g)
-          each(g, first, least(i1, first + step), partial + (g * slices + s) * width);
+        for (int64_t g = g0; g < g1; ++g) each(g, first, least(i1, first + step), partial + (g * slices + s) * width);
     });
     parallel_for(parallel, groups, [&](int64_t g) {
       vec* sum = partial + g * slices * width;

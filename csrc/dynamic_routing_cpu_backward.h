@@ -139,8 +139,7 @@ struct Backward : Pass<Real, N> {
         for (int64_t g = g0; g < g1; ++g) {
           const int64_t where = (g - g0) * together;
           if (out.d_poses) P::clear_masked(g, first, count, rows, dx + where * x_size);
-          if (out.d_poses)
-            scatter(g, dx + where * x_size, count * rows, stored, out.d_poses, first * rows, z.I * rows);
+          if (out.d_poses) scatter(g, dx + where * x_size, count * rows, stored, out.d_poses, first * rows, z.I * rows);
           if (out.d_prior)
             for (int64_t m = 0; m < count; ++m)
               prior_gradient(g, g == 0, first + m, steps, db + (where + m) * steps * JN, out.d_prior);
@@ -160,10 +159,10 @@ struct Backward : Pass<Real, N> {
         for (int64_t r = 0; r < JN; ++r) db[(m * steps + t) * JN + r] = vec{};
       }
     const int64_t first_dot = in.detach ? steps : t0 == 0 && !prior ? 1 : 0;  // from which step on dots are needed
-    const int64_t first_V = t0 == 0 ? 1 : 0;  // the step from which on there is a V
-    const int64_t dots = most(0, steps - first_V) + most(0, steps - first_dot);
+    const int64_t first_V = t0 == 0 ? 1 : 0;                                  // the step from which on there is a V
     const auto row = [&](const vec* of, int64_t t) { return of + (t0 + t) * all + g * width; };
-    if (dots == 4 && first_V == first_dot)  // three iterations, without a prior to differentiate: all at once
+    if (steps == 3 && first_V == 1 &&
+        first_dot == 1)  // three iterations, without a prior to differentiate: all at once
       dots_of<4>(count, w, x, {row(V, 1), row(V, 2), row(ds, 1), row(ds, 2)},
                  {c + JN, c + 2 * JN, db + JN, db + 2 * JN}, steps * JN);
     else
@@ -208,7 +207,6 @@ struct Backward : Pass<Real, N> {
   void vote_gradient(int64_t g, int64_t j, const vec* V, const vec* ds, int64_t t0, const vec* c, const vec* db,
                      vec* du) const {
     const int64_t steps = z.T - t0, all = groups * width, JN = z.J * N, first = g * width + j * z.D_out * N;
-    const int64_t moved = t0 == 0 || in.detach ? 1 : 0;  // step from which on V moves the logits
     for_rows(z.D_out, [&](int64_t d, auto R) FASTCAPS_LAMBDA {
       vec sum[R * N];
       unroll<R * N>([&](auto r) FASTCAPS_LAMBDA { sum[r] = vec{}; });
@@ -220,7 +218,7 @@ struct Backward : Pass<Real, N> {
           unroll<R * N>([&](auto r) FASTCAPS_LAMBDA { sum[r] += f[r % N] * with[r]; });
         };
         add(c, ds);
-        if (t >= moved) add(db, V);
+        if (t > 0) add(db, V);  // V_0 is 0, and with detach there is one step
       }
       unroll<R * N>([&](auto r) FASTCAPS_LAMBDA { du[d * N + r] = sum[r]; });
     });
@@ -247,7 +245,7 @@ struct Backward : Pass<Real, N> {
     });
   }
 
-  // The same in blocks of kWide entries of x and as many rows of du as share their loads.
+  // add_weight_gradient in blocks of kWide entries of x and as many rows of du as share their loads.
   template <int kWide>
   void add_weight_blocks(const vec* x, int64_t stride_g, const vec* du, int64_t count, Real* d_weight) const {
     constexpr int kHigh = L / kWide;

@@ -1,11 +1,12 @@
 // Dynamic routing on the CPU one sample at a time, for one instruction set: a few samples, whose votes then stay in the
 // cache through all iterations, votes that the caller gives, and matrices that all input capsules share.
 //
-// What is routed is a row of numbers for an input capsule (and an output capsule): its vote. Where one matrix serves all
-// input capsules it is the pose itself, since with y_j = W_j^T V_j
+// What is routed is a row of numbers for an input capsule (and an output capsule): its vote. Where one matrix serves
+// all input capsules it is the pose itself, since with y_j = W_j^T V_j
 //     <W_j x_i, V_j> = <x_i, y_j>   and   sum_i c_ij W_j x_i = W_j sum_i c_ij x_i,
 // so that no vote exists at all ("absorbed"). Rows lie in the lanes as they lie in memory, padded to whole vectors; the
-// input capsules of a block, as many as there are lanes, fill them where there is one number each: logits, coefficients.
+// input capsules of a block, as many as there are lanes, fill them where there is one number each: logits,
+// coefficients.
 #include "dynamic_routing_cpu_matrices.h"
 
 namespace fastcaps {
@@ -27,29 +28,32 @@ struct Capsules : Matrices<Real> {
   using Base::z;
   using typename K::vec;
   static constexpr int kWide = FASTCAPS_VECTOR_BYTES == 64 ? 4 : 2;  // vectors of a row that are worked on together
-  static constexpr int64_t kCache = 1500 << 10;  // bytes of rows kept from pass to pass, of all threads together
-  static constexpr int64_t kLocal = 1 << 20;     // bytes of rows of one block
+  static constexpr int64_t kCache = 1500 << 10;      // bytes of rows kept from pass to pass, of all threads together
+  static constexpr int64_t kLocal = 1 << 20;         // bytes of rows of one block, or kept by one thread alone
+  static constexpr int64_t kSums = 2 << 20;          // bytes of the sums of all slices
   static constexpr int64_t kMany = 16, kTasks = 32;  // samples from which on they go side by side; in so many tasks
   static constexpr int kSamples = 4;                 // of a task that go together, as they meet the shared matrices
-  const bool given;                // votes come from the caller
-  const bool absorbed;             // one matrix for all input capsules
-  const bool shared;               // one row serves all output capsules
-  const bool in_place;             // rows can be read where they lie
-  const int64_t D, row, out_row;   // entries of what is routed; of its row; of a row of [J, D_out]
-  const int64_t JD, JO;            // J * row, J * out_row
-  const int64_t rows;              // entries of one input capsule: row, or JD
-  const int64_t blocks;            // of L input capsules
-  const bool keep_prior;           // all samples have the same, which lies in lanes once
-  Scratch<Real> own_weight;        // the shared matrices [J or 1, D_out, row], where they do not lie so
-  Scratch<vec> transposed;         // and [J or 1, D_in, out_row]
+  const bool given;                                  // votes come from the caller
+  const bool absorbed;                               // one matrix for all input capsules
+  const bool own;                                    // or one for each
+  const bool shared;                                 // one row serves all output capsules
+  const bool in_place;                               // rows can be read where they lie
+  const int64_t D, row, out_row;                     // entries of what is routed; of its row; of a row of [J, D_out]
+  const int64_t JD, JO;                              // J * row, J * out_row
+  const int64_t rows;                                // entries of one input capsule: row, or JD
+  const int64_t blocks;                              // of L input capsules
+  const bool keep_prior;                             // all samples have the same, which lies in lanes once
+  Scratch<Real> own_weight;          // the shared matrices [J or 1, D_out, row], where they do not lie so
+  Scratch<vec> transposed;           // and [J or 1, D_in, out_row]
   Scratch<Real> zeros, padded_bias;  // [rows]; [J, out_row]
-  Scratch<vec> prior_lanes;        // [blocks, J]
+  Scratch<vec> prior_lanes;          // [blocks, J]
   const Real* const w_rows;
 
   explicit Capsules(const Routing<Real>& in)
       : Base(in),
         given(!in.weight),
         absorbed(in.weight && !in.stride_i),
+        own(in.weight && in.stride_i),
         shared(absorbed || !in.stride_j),
         in_place((given || absorbed) && in.stored == Stored::real && (absorbed ? z.D_in : z.D_out) % L == 0),
         D(absorbed ? z.D_in : z.D_out),
@@ -60,8 +64,8 @@ struct Capsules : Matrices<Real> {
         rows(shared ? row : JD),
         blocks(ceil_div(z.I, L)),
         keep_prior(in.prior && !in.prior_stride_b && z.B > 1 && blocks * z.J * int64_t(sizeof(vec)) <= kLocal),
-        own_weight(absorbed && !in_place ? matrices() * z.D_out * row : 1),
-        transposed(absorbed ? matrices() * z.D_in * out_row / L : 1),
+        own_weight(absorbed && !in_place ? shared_matrices() * z.D_out * row : 1),
+        transposed(absorbed ? shared_matrices() * z.D_in * out_row / L : 1),
         zeros(rows),
         padded_bias(JO),
         prior_lanes(keep_prior ? blocks * z.J : 1),
@@ -69,16 +73,15 @@ struct Capsules : Matrices<Real> {
     std::memset(zeros, 0, rows * sizeof(Real));
     std::memset(padded_bias, 0, JO * sizeof(Real));
     if (in.bias) pad(Stored::real, in.bias, 0, z.J, z.D_out, padded_bias);
-    for (int64_t block = 0; keep_prior && block < blocks; ++block)
-      prior_to_lanes(0, block, prior_lanes + block * z.J);
+    for (int64_t block = 0; keep_prior && block < blocks; ++block) prior_to_lanes(0, block, prior_lanes + block * z.J);
     if (!absorbed) return;
-    if (!in_place) pad(in.stored, in.weight, 0, matrices() * z.D_out, z.D_in, own_weight);
-    for (int64_t n = 0; n < matrices(); ++n)
+    if (!in_place) pad(in.stored, in.weight, 0, shared_matrices() * z.D_out, z.D_in, own_weight);
+    for (int64_t n = 0; n < shared_matrices(); ++n)
       for (int64_t d = 0; d < z.D_out; d += L)
         K::to_lanes(in.stored, in.weight, (n * z.D_out + d) * z.D_in, z.D_in, least(L, z.D_out - d), z.D_in,
                     transposed + (n * z.D_in * out_row + d) / L, out_row / L);
   }
-  int64_t matrices() const { return in.stride_j ? z.J : 1; }
+  int64_t shared_matrices() const { return in.stride_j ? z.J : 1; }
   bool masked(int64_t b, int64_t i) const { return in.mask && !in.mask[b * z.I + i]; }
   int64_t count(int64_t block) const { return least(L, z.I - block * L); }  // input capsules of a block
 
@@ -99,17 +102,18 @@ struct Capsules : Matrices<Real> {
   // What rows are multiplied with: y_j = W_j^T V_j, or V itself.
   void to_query(int64_t samples, const Real* V, Real* y) const {
     for (int64_t j = 0; j < z.J; ++j)
-      products(samples, w_rows + (in.stride_j ? j : 0) * z.D_out * row, z.D_out, row, V + j * out_row, JO, y + j * row, JD);
+      multiply(samples, w_rows + (in.stride_j ? j : 0) * z.D_out * row, z.D_out, row, V + j * out_row, JO, y + j * row,
+               JD);
   }
   // s_j = W_j r_j, or r itself.
   void from_sum(int64_t samples, const Real* r, Real* s) const {
     if (!absorbed) return (void)std::memcpy(s, r, samples * JO * sizeof(Real));
     for (int64_t j = 0; j < z.J; ++j)
-      products(samples, (const Real*)transposed.data + (in.stride_j ? j : 0) * z.D_in * out_row, z.D_in, out_row,
+      multiply(samples, (const Real*)transposed.data + (in.stride_j ? j : 0) * z.D_in * out_row, z.D_in, out_row,
                r + j * row, JD, s + j * out_row, JO);
   }
   // to[b] = sum_n x[b, n] w[n], with w [count, width].
-  static void products(int64_t samples, const Real* w, int64_t count, int64_t width, const Real* x, int64_t stride_x,
+  static void multiply(int64_t samples, const Real* w, int64_t count, int64_t width, const Real* x, int64_t stride_x,
                        Real* to, int64_t stride_to) {
     const auto some = [&](auto S, auto W, int64_t b, int64_t k) FASTCAPS_LAMBDA {
       vec sum[S * W];
@@ -168,10 +172,12 @@ struct Capsules : Matrices<Real> {
 
   struct Buffers {
     Buffers(const Capsules& in, int64_t samples)
-        : x(samples * in.pose_vectors()), matrix(2 * L * in.depth), packed(samples * in.packed()) {}
-    Scratch<vec> x;         // [samples, pose_vectors]
-    Scratch<Real> matrix;   // a block of rows, and of their gradients
-    Scratch<Real> packed;   // [samples, packed]: votes of an input capsule, or their gradients, one after the other
+        : x(samples * in.pose_vectors()),
+          matrix(2 * L * in.depth),
+          packed(in.own && in.D != in.row ? samples * in.packed() : 1) {}
+    Scratch<vec> x;        // [samples, pose_vectors]
+    Scratch<Real> matrix;  // a block of rows, and of their gradients
+    Scratch<Real> packed;  // [samples, packed]: votes of an input capsule, or their gradients, one after the other
   };
   int64_t packed() const { return whole((shared ? 1 : z.J) * D); }
   // Rows that cannot be used where they lie, of a block of input capsules: [samples, L, rows].
@@ -179,7 +185,7 @@ struct Capsules : Matrices<Real> {
     const int64_t J = shared ? 1 : z.J, next = L * rows;
     for (int64_t l = 0; l < count(block); ++l, to += rows) {
       const int64_t i = block * L + l;
-      if (given || absorbed) {
+      if (!own) {
         for (int64_t b = 0; b < samples; ++b)
           if (!masked(b0 + b, i)) pad(in.stored, in.poses, ((b0 + b) * z.I + i) * J * D, J, D, to + b * next);
         continue;
@@ -199,7 +205,7 @@ struct Capsules : Matrices<Real> {
   Rows rows_of(int64_t b, int64_t block, const Real* filled) const {
     const Real* first = in_place ? (const Real*)in.poses + (b * z.I + block * L) * rows : filled;
     if (in_place) prefetch<3>(first + L * rows, least(L * rows * sizeof(Real), 4 << 10));
-    const bool* there = in.mask ? in.mask + b * z.I + block * L : nullptr;
+    const bool* there = in.mask && !own ? in.mask + b * z.I + block * L : nullptr;
     Rows found;
     const int64_t n = count(block);
     for (int64_t l = 0; l < n; ++l) found.of[l] = first + l * rows;
@@ -261,9 +267,8 @@ struct Capsules : Matrices<Real> {
             const Real* ul = u.of[l] + first;
             unroll<G>([&](auto g) FASTCAPS_LAMBDA {
               const vec fl = K::splat(factor[(j + g) * L + l]);
-              unroll<W>([&](auto m) FASTCAPS_LAMBDA {
-                s[g * W + m] += fl * K::load(ul + (one ? 0 : g * row) + m * L);
-              });
+              unroll<W>([&](auto m)
+                            FASTCAPS_LAMBDA { s[g * W + m] += fl * K::load(ul + (one ? 0 : g * row) + m * L); });
             });
           }
           unroll<G * W>([&](auto m) FASTCAPS_LAMBDA { K::store(to + m / W * row + m % W * L, s[m]); });
@@ -274,10 +279,10 @@ struct Capsules : Matrices<Real> {
 
   // ------------------------------------------------------------------------------------------------------- one pass
 
-  struct Step {       // [samples, J, row] each, or null
-    const Real* q;    // V or y; null: the logits are the prior
-    const Real* h;    // ds or W^T ds; null in the forward
-    bool plain;       // no logits at all: every coupling coefficient is 1, to be scaled by who asked
+  struct Step {          // [samples, J, row] each, or null
+    const Real* q;       // V or y; null: the logits are the prior
+    const Real* h;       // ds or W^T ds; null in the forward
+    bool plain;          // no logits at all: every coupling coefficient is 1, to be scaled by who asked
     bool sum_c, sum_db;  // whether sum_i c u and sum_i db u are wanted
   };
 
@@ -290,8 +295,8 @@ struct Capsules : Matrices<Real> {
     Scratch<Real> local(cache || in_place ? 1 : block_size, 1);
     Scratch<vec> c(samples * z.J, 3), dc(step.h ? samples * z.J : 1, 5);
     Scratch<Rows> u(samples);
-    for (Real* sum : {c_sum, db_sum})
-      if (sum) std::memset(sum, 0, samples * JD * sizeof(Real));
+    if (c_sum) std::memset(c_sum, 0, samples * JD * sizeof(Real));
+    if (db_sum) std::memset(db_sum, 0, samples * JD * sizeof(Real));
     if (step.plain)
       for (int64_t n = 0; n < samples * z.J; ++n) c[n] = K::splat(1);
     const int64_t J_sums = step.plain && shared ? 1 : z.J;  // all output capsules have the same sum
@@ -322,13 +327,13 @@ struct Capsules : Matrices<Real> {
 
   // Some samples from b0 on, in slices of the input capsules: the rows that are kept, and the sums of the slices.
   struct Chunk {
-    Chunk(const Capsules& of, int64_t most_samples, int64_t slices, Parallel parallel)
+    Chunk(const Capsules& of, int64_t most_samples, int64_t slices, bool backward, Parallel parallel)
         : of(of),
           slices(slices),
           parallel(parallel),
-          keep(!of.in_place && most_samples * of.cache_bytes() <= kCache),
+          keep(!of.in_place && most_samples * of.cache_bytes() <= (slices > 1 ? kCache : kLocal)),
           cache(keep ? most_samples * of.blocks * L * of.rows : 1, 15),
-          partial(2 * slices * most_samples * of.JD) {}
+          partial((1 + backward) * slices * most_samples * of.JD) {}
     void start(int64_t b0_, int64_t samples_) {
       b0 = b0_;
       samples = samples_;
@@ -341,7 +346,7 @@ struct Capsules : Matrices<Real> {
     int64_t b0 = 0, samples = 0;
     bool fresh = true;
     Scratch<Real> cache;    // [blocks, samples, L, rows]
-    Scratch<Real> partial;  // [2, slices, samples, J, row]
+    Scratch<Real> partial;  // [1 or 2, slices, samples, J, row]
     Real* kept() const { return keep ? cache.data : nullptr; }
 
     // One pass; done(sum_i c u, sum_i db u) gets the sums, [samples, J, row].
@@ -364,11 +369,11 @@ struct Capsules : Matrices<Real> {
 
   // body(chunk, task) for all samples: many of them side by side, each by one thread, or a few at a time in slices.
   template <class F>
-  void for_samples(bool side_by_side, Parallel parallel, const F& body) const {
+  void for_samples(bool side_by_side, bool backward, Parallel parallel, const F& body) const {
     if (side_by_side) {
       const int64_t tasks = least(z.B, kTasks);
       parallel_for(parallel, tasks, [&](int64_t task) {
-        Chunk chunk(*this, kSamples, 1, serial);
+        Chunk chunk(*this, kSamples, 1, backward, serial);
         const int64_t end = z.B * (task + 1) / tasks;
         for (int64_t b = z.B * task / tasks; b < end; b += kSamples) {
           chunk.start(b, least(kSamples, end - b));
@@ -377,11 +382,11 @@ struct Capsules : Matrices<Real> {
       });
       return;
     }
-    // As many as can be kept, or else as many as fit beside each other for one block.
+    // As many as can be kept, or else as many as fit beside each other for one block, and their sums.
     const int64_t kept = kCache / most(1, cache_bytes()), local = kLocal / int64_t(L * rows * sizeof(Real));
-    const int64_t together = most(1, least(least(z.B, kMany), in_place ? kMany : kept ? kept : local));
-    const int64_t slices = most(1, least(blocks, 16));
-    Chunk chunk(*this, together, slices, parallel);
+    const int64_t slices = most(1, least(blocks, 16)), summed = kSums / int64_t(2 * slices * JD * sizeof(Real));
+    const int64_t together = most(1, least(least(z.B, summed), in_place ? z.B : kept ? kept : local));
+    Chunk chunk(*this, together, slices, backward, parallel);
     for (int64_t b = 0; b < z.B; b += together) {
       chunk.start(b, least(together, z.B - b));
       body(chunk, 0);
@@ -391,7 +396,7 @@ struct Capsules : Matrices<Real> {
   Real uniform() const { return Real(1) / (z.J + in.leaky); }
 
   void forward(void* out, Real* sums, Parallel parallel) const {
-    for_samples(z.B >= kMany, parallel, [&](Chunk& chunk, int64_t) {
+    for_samples(z.B >= kMany, false, parallel, [&](Chunk& chunk, int64_t) {
       const int64_t samples = chunk.samples, JDo = z.J * z.D_out;
       Scratch<Real> V(samples * JO), y(absorbed ? samples * JD : 1), s(samples * JO);
       for (int64_t t = 0; t < z.T; ++t) {

@@ -22,6 +22,7 @@ struct CapsulesBackward : Capsules<Real> {
   using C::JO;
   using C::L;
   using C::out_row;
+  using C::own;
   using C::pose_vectors;
   using C::row;
   using C::rows;
@@ -30,12 +31,11 @@ struct CapsulesBackward : Capsules<Real> {
 
   static constexpr int kRows = L < 4 ? L : 4;  // that are worked on together
   const Gradients<Real>& out;
-  const int64_t t0, steps;     // the iterations that are differentiated: t0 .. T - 1
-  const bool own_matrices;     // one for every input capsule
-  const bool keep_sums;        // r and p, for the gradient of shared matrices
-  Scratch<Real> s, V, ds, rest;  // [T, B, J, out_row]; rest [B, J, out_row]: dV_{t+1} + ... + dV_{T-1}
-  Scratch<Real> y_own, g_own;  // [T, B, J, row] where absorbed: W^T V and W^T ds
-  Scratch<Real> r, p;          // [T, B, J, row]: sum_i c x and sum_i db x
+  const int64_t t0, steps;        // the iterations that are differentiated: t0 .. T - 1
+  const bool keep_sums;           // r and p, for the gradient of shared matrices
+  Scratch<Real> s, V, ds, rest;   // [T, B, J, out_row]; rest [B, J, out_row]: dV_{t+1} + ... + dV_{T-1}
+  Scratch<Real> y_own, g_own;     // [T, B, J, row] where absorbed: W^T V and W^T ds
+  Scratch<Real> r, p;             // [T, B, J, row]: sum_i c x and sum_i db x
   const Real *const y, *const g;  // what rows are multiplied with: [T, B, J, row]
 
   CapsulesBackward(const Routing<Real>& in, const Gradients<Real>& out)
@@ -43,7 +43,6 @@ struct CapsulesBackward : Capsules<Real> {
         out(out),
         t0(in.detach ? z.T - 1 : 0),
         steps(z.T - t0),
-        own_matrices(in.weight && !absorbed),
         keep_sums(absorbed && out.d_weight),
         s(z.T * z.B * JO),
         V(z.T * z.B * JO, 1),
@@ -61,24 +60,26 @@ struct CapsulesBackward : Capsules<Real> {
     const bool sum_prior = out.d_prior && !in.prior_stride_b;
     const int64_t IJ = z.I * z.J, tasks = least(z.B, C::kTasks);
     const bool side_by_side =
-        z.B >= C::kMany && !own_matrices && (!sum_prior || tasks * IJ * int64_t(sizeof(Real)) <= (2 << 20));
+        z.B >= C::kMany && !own && (!sum_prior || tasks * IJ * int64_t(sizeof(Real)) <= (2 << 20));
     Scratch<Real> parts(sum_prior && side_by_side ? tasks * IJ : 1);
     if (sum_prior) std::memset(side_by_side ? parts : out.d_prior, 0, (side_by_side ? tasks : 1) * IJ * sizeof(Real));
-    bool done = false;
-    C::for_samples(side_by_side, parallel, [&](Chunk& chunk, int64_t task) {
+    const bool by_block = out.d_poses || out.d_prior || (own && out.d_weight);
+    bool done = !by_block;
+    C::for_samples(side_by_side, true, parallel, [&](Chunk& chunk, int64_t task) {
       sweeps(chunk);
+      if (!by_block) return;
       if (side_by_side) {
         Real* d_prior = sum_prior ? parts + task * IJ : out.d_prior;
         for (int64_t block = 0; block < blocks; ++block)
           final_block(block, chunk.b0, chunk.samples, chunk.kept(), chunk.fresh, d_prior);
       } else if (chunk.keep && chunk.samples == z.B) {
-        parallel_for(parallel, blocks, [&](int64_t block) {
-          final_block(block, 0, z.B, chunk.kept(), chunk.fresh, out.d_prior);
-        });
+        parallel_for(parallel, blocks,
+                     [&](int64_t block) { final_block(block, 0, z.B, chunk.kept(), chunk.fresh, out.d_prior); });
         done = true;
       }
     });
-    const int64_t together = own_matrices ? most(1, z.B) : C::kSamples;
+    const int64_t local = most(1, C::kLocal / int64_t(L * rows * sizeof(Real)));
+    const int64_t together = own ? most(1, z.B) : in_place ? C::kSamples : least(C::kSamples, local);
     if (!side_by_side && !done)
       parallel_for(parallel, blocks, [&](int64_t block) {
         for (int64_t b = 0; b < most(1, z.B); b += together)
@@ -147,35 +148,36 @@ struct CapsulesBackward : Capsules<Real> {
     }
   }
 
-  // ----------------------------------------------------------------------------- gradients of a block of input capsules
+  // ----------------------------------------------------------------------------- gradients of a block of input
+  // capsules
 
   // Those of some samples: all of them where each input capsule has matrices of its own.
   void final_block(int64_t block, int64_t b0, int64_t samples, Real* cache, bool fresh, Real* d_prior) const {
     const int64_t size = steps * z.J, n = count(block), X = pose_vectors(), block_size = samples * L * rows;
-    const int64_t here = own_matrices ? samples : 1;  // samples whose gradients are worked on together
+    const int64_t here = own ? samples : 1;  // samples whose gradients are worked on together
     const typename C::Buffers buffers(*this, samples);
     Scratch<Real> local(cache || in_place ? 1 : block_size, 1), du(here * L * rows, 7);
     Scratch<vec> c(size, 3), db(size, 5);
-    Scratch<vec> x(own_matrices ? L * samples * X : 1, 9), dx(own_matrices ? L * samples * X : 1, 11);
+    Scratch<vec> x(own ? L * samples * X : 1, 9), dx(own ? L * samples * X : 1, 11);
     Real* filled = cache ? cache + block * block_size : local.data;
     if (!in_place && (!cache || fresh)) C::fill(b0, samples, block, filled, buffers);
     for (int64_t b = 0; b < samples; ++b) {
       coefficients(b0 + b, block, C::rows_of(b0 + b, block, filled + b * L * rows), d_prior != nullptr, c, db);
       if (d_prior) prior_gradient(b0 + b, block, db, d_prior);
       const int64_t J = shared ? 1 : z.J;
-      const bool direct = !own_matrices && in.stored == Stored::real && D == row && n % kRows == 0;
+      const bool direct = !own && in.stored == Stored::real && D == row && n % kRows == 0;
       Real* const grads = (Real*)out.d_poses + ((b0 + b) * z.I + block * L) * rows;
-      Real* const to = direct ? grads : du + (own_matrices ? b * L * rows : 0);
-      if (own_matrices || out.d_poses) row_gradients(b0 + b, n, c, db, to);
+      Real* const to = direct ? grads : du + (own ? b * L * rows : 0);
+      if (out.d_poses || (own && out.d_weight)) row_gradients(b0 + b, n, c, db, to);
       for (int64_t l = 0; l < n; ++l) {
         const int64_t i = block * L + l;
-        if (own_matrices) C::load_pose(b0 + b, i, x + (l * samples + b) * X);
-        if (own_matrices || !out.d_poses) continue;
+        if (own) C::load_pose(b0 + b, i, x + (l * samples + b) * X);
+        if (own || !out.d_poses) continue;
         if (C::masked(b0 + b, i)) std::memset(to + l * rows, 0, rows * sizeof(Real));
         if (!direct) C::trim(to + l * rows, J, D, in.stored, out.d_poses, ((b0 + b) * z.I + i) * J * D);
       }
     }
-    if (!own_matrices || !(out.d_poses || out.d_weight)) return;
+    if (!own || !(out.d_poses || out.d_weight)) return;
     for (int64_t m = 0; m < L * samples * X; ++m) dx[m] = vec{};
     for (int64_t l = 0; l < n; ++l) {
       const int64_t i = block * L + l, J = shared ? 1 : z.J, packed = C::packed();
@@ -212,7 +214,6 @@ struct CapsulesBackward : Capsules<Real> {
   void row_gradients(int64_t b, int64_t n, const vec* c, const vec* db, Real* du) const {
     constexpr int R = kRows;
     const Real *ct = (const Real*)c, *dbt = (const Real*)db;
-    const int64_t first = t0 == 0 || in.detach ? 1 : 0;  // step from which on V moves the logits
     for (int64_t j = 0; j < z.J; j += shared ? z.J : 1)
       for_vectors(row / L, [&](int64_t v, auto W) FASTCAPS_LAMBDA {
         for (int64_t l = 0; l < n; l += R) {
@@ -222,7 +223,7 @@ struct CapsulesBackward : Capsules<Real> {
             for (int64_t k = j; k < (shared ? z.J : j + 1); ++k) {
               const int64_t at = index(t0 + t, b) * JD + k * row + v * L, lanes = (t * z.J + k) * L + l;
               add_outer<R, W>(ct + lanes, g + at, sum);
-              if (t >= first) add_outer<R, W>(dbt + lanes, y + at, sum);
+              if (t > 0) add_outer<R, W>(dbt + lanes, y + at, sum);
             }
           unroll<R * W>([&](auto m) FASTCAPS_LAMBDA {
             K::store(du + (l + m / W) * rows + (shared ? 0 : j * row) + (v + m % W) * L, sum[m]);
@@ -260,7 +261,8 @@ struct CapsulesBackward : Capsules<Real> {
       for (int64_t t = 1; t < steps; ++t) sum[j] += db[t * z.J + j];
     }
     const int64_t n = count(block), first = block * L * z.J;
-    if (in.prior_stride_b) return K::from_lanes(sum, 1, n, z.J, Stored::real, d_prior, b * in.prior_stride_b + first, z.J);
+    if (in.prior_stride_b)
+      return K::from_lanes(sum, 1, n, z.J, Stored::real, d_prior, b * in.prior_stride_b + first, z.J);
     K::from_lanes(sum, 1, n, z.J, Stored::real, rows_of_block, 0, z.J);
     for (int64_t e = 0; e < n * z.J; ++e) d_prior[first + e] += rows_of_block[e];
   }
@@ -269,7 +271,7 @@ struct CapsulesBackward : Capsules<Real> {
   void shared_weight_gradient(Parallel parallel) const {
     constexpr int R = kRows;
     const int64_t blocks_of_rows = ceil_div(z.D_out, R);
-    parallel_for(parallel, C::matrices() * blocks_of_rows, [&](int64_t task) {
+    parallel_for(parallel, C::shared_matrices() * blocks_of_rows, [&](int64_t task) {
       const int64_t matrix = task / blocks_of_rows, d = task % blocks_of_rows * R;
       const int64_t j0 = in.stride_j ? matrix : 0, j1 = in.stride_j ? j0 + 1 : z.J;
       Scratch<Real> sum(R * row);

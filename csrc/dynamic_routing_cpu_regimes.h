@@ -27,7 +27,8 @@ template <class Real>
 bool votes_fit(const Routing<Real>& in) {
   using C = Capsules<Real>;
   const Sizes& z = in.size;
-  const int64_t votes = 2 * (in.stride_j ? z.J : 1) * C::whole(z.D_out), poses = 2 * Matrices<Real>::padded(most(z.D_in, C::L));
+  const int64_t votes = 2 * (in.stride_j ? z.J : 1) * C::whole(z.D_out),
+                poses = 2 * Matrices<Real>::padded(most(z.D_in, C::L));
   return !in.weight || !in.stride_i || z.B <= 1 || z.B * C::L * (votes + poses) * int64_t(sizeof(Real)) <= C::kLocal;
 }
 

@@ -67,8 +67,8 @@ Kernels<Real> kernels(const fastcaps::Routing<Real>& in) {
       return {fastcaps::avx512bf16::forward, fastcaps::avx512bf16::backward};
 #endif
   // Samples that leave half of the wider lanes empty take half the time in the narrower ones, or the same.
-  const bool half_empty = in.size.B * int64_t(sizeof(Real)) <= 32 && !fastcaps::avx512::sample_by_sample(in);
-  if (capability() >= Capability::avx512 && !half_empty)
+  if (capability() >= Capability::avx512 &&
+      (in.size.B * int64_t(sizeof(Real)) > 32 || fastcaps::avx512::sample_by_sample(in)))
     return {fastcaps::avx512::forward, fastcaps::avx512::backward};
   if (capability() >= Capability::avx2) return {fastcaps::avx2::forward, fastcaps::avx2::backward};
 #endif
@@ -224,7 +224,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dynamic_routing_backward(Tensor grad,
   Tensor* gradients[4];
   for (int n = 0; n < 4; ++n) {
     const bool wanted = needed[n] && sources[n];
-    results[n] = wanted ? in_large_pages(torch::stable::empty_like(*sources[n])) : torch::stable::new_empty(inputs.poses, {0});
+    results[n] =
+        wanted ? in_large_pages(torch::stable::empty_like(*sources[n])) : torch::stable::new_empty(inputs.poses, {0});
     gradients[n] = wanted ? &*results[n] : nullptr;
   }
   if (inputs.computed == ScalarType::Float)
@@ -243,7 +244,8 @@ STABLE_TORCH_LIBRARY(fastcaps, m) {
       "int num_iterations, bool leaky, bool detach, float eps) -> (Tensor out, Tensor sums)");
   m.def(
       "native_dynamic_routing_backward(Tensor grad, Tensor poses, Tensor? weight, Tensor? prior, Tensor? bias, "
-      "Tensor? mask, Tensor sums, bool leaky, bool detach, float eps, bool need_poses, bool need_weight, bool need_prior, "
+      "Tensor? mask, Tensor sums, bool leaky, bool detach, float eps, bool need_poses, bool need_weight, bool "
+      "need_prior, "
       "bool need_bias) -> (Tensor d_poses, Tensor d_weight, Tensor d_prior, Tensor d_bias)");
 }
 

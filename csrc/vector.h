@@ -1,5 +1,6 @@
 // Vectors for one instruction set: as many lanes as FASTCAPS_VECTOR_BYTES hold, the exponential, sums over lanes,
-// transposition from and to rows in memory, half types, scratch memory. Everything is in the namespace FASTCAPS_ISA, as the same header is compiled for several of them.
+// transposition from and to rows in memory, half types, scratch memory. Everything is in the namespace FASTCAPS_ISA, as
+// the same header is compiled for several of them.
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -28,7 +29,8 @@ namespace FASTCAPS_ISA {
 #endif
 
 template <int kLocality = 2>
-FASTCAPS_INLINE void prefetch(const void* from, int64_t bytes) {  // into L2; with 3, into L1. GCC drops a call of it
+FASTCAPS_INLINE void prefetch(const void* from,
+                              int64_t bytes) {  // into L2; with 3, into L1; a call, not inline, GCC drops
   for (int64_t n = 0; n < bytes; n += 64) __builtin_prefetch((const char*)from + n, 0, kLocality);
 }
 
@@ -55,8 +57,9 @@ inline uint16_t narrow_bfloat16(float x) {
 inline float widen_float16(uint16_t h) {
   const uint32_t sign = uint32_t(h & 0x8000) << 16, bits = uint32_t(h & 0x7fff) << 13;
   // Subnormal: its bits as an integer, times the smallest step, 2^-24.
-  const float value = (h & 0x7c00) ? __builtin_bit_cast(float, bits + ((h & 0x7c00) == 0x7c00 ? 0x70000000 : 0x38000000))
-                                   : int32_t(h & 0x3ff) * 0x1p-24f;
+  const float value = (h & 0x7c00)
+                          ? __builtin_bit_cast(float, bits + ((h & 0x7c00) == 0x7c00 ? 0x70000000 : 0x38000000))
+                          : int32_t(h & 0x3ff) * 0x1p-24f;
   return __builtin_bit_cast(float, __builtin_bit_cast(uint32_t, value) | sign);
 }
 inline uint16_t narrow_float16(float x) {
@@ -130,7 +133,7 @@ struct Kernel {
   using vec = typename Lanes<Real>::vec;
   using ivec = typename Lanes<Real>::ivec;
   static constexpr int L = FASTCAPS_VECTOR_BYTES / sizeof(Real);
-  static constexpr int kTogether = 4;                                // input capsules whose votes are kept at a time
+  static constexpr int kTogether = 4;  // input capsules whose votes are kept at a time
 
   static FASTCAPS_INLINE vec splat(Real x) { return x - vec{}; }
   // a b + c; of pairs: both products of each lane, added to c.
@@ -258,8 +261,8 @@ struct Kernel {
   }
 
   // Rows [n, count] in memory, n <= L, to count vectors `step` apart: row l in lane l, lanes from n on 0.
-  static void to_lanes(Stored stored, const void* from, int64_t first, int64_t stride, int64_t n, int64_t count, vec* to,
-                       int64_t step) {
+  static void to_lanes(Stored stored, const void* from, int64_t first, int64_t stride, int64_t n, int64_t count,
+                       vec* to, int64_t step) {
     with_stored<Real>(stored, [&](auto s) {
       if (count < L) {
         for (int64_t c = 0; c < count; ++c) to[c * step] = vec{};
@@ -283,8 +286,8 @@ struct Kernel {
     });
   }
   // And back.
-  static void from_lanes(const vec* from, int64_t step, int64_t n, int64_t count, Stored stored, void* to, int64_t first,
-                         int64_t stride) {
+  static void from_lanes(const vec* from, int64_t step, int64_t n, int64_t count, Stored stored, void* to,
+                         int64_t first, int64_t stride) {
     with_stored<Real>(stored, [&](auto s) {
       if (count < L) {
         for (int64_t l = 0; l < n; ++l)
@@ -366,12 +369,12 @@ struct Kernel {
   }
 };
 
-// Scratch memory, not initialised; its start is moved by an odd number of cache lines so that arrays that are used
+// Scratch memory, not initialised; its start is moved by `line` cache lines so that arrays that are used
 // together do not fall on the same lines of a set (4 KB aliasing). Small ones come from a stack that each thread has.
 template <class T>
 struct Scratch {
   explicit Scratch(int64_t count, int line = 0) {
-    const int64_t bytes = (count * int64_t(sizeof(T)) + 64 * line + 127) / 64 * 64;
+    const int64_t bytes = most(64, (count * int64_t(sizeof(T)) + 64 * line + 63) / 64 * 64);
     near = scratch_used + bytes <= kScratchStack;
     raw = near ? scratch_stack + scratch_used : (char*)std::aligned_alloc(64, bytes);
     if (!raw) throw std::bad_alloc();
