@@ -245,7 +245,8 @@ static void one_case(unsigned seed) {
   const double eps = stored == Stored::bfloat16  ? 0x1p-8
                      : stored == Stored::float16 ? 0x1p-10
                                                  : 1000 * double(std::numeric_limits<Real>::epsilon());
-  require(std::sqrt(error) <= eps * std::sqrt(norm), "the output differs from the plain loop", seed);
+  const double step = stored == Stored::float16 ? 0x1p-25 : 0;  // half of one among subnormal results
+  require(std::sqrt(error) <= eps * std::sqrt(norm) + step * std::sqrt(double(n_out)), "the output differs from the plain loop", seed);
 }
 
 // The largest error of exp in units in the last place, over floats `step` apart in their bits and over random doubles.

@@ -308,6 +308,18 @@ def test_non_finite_where_the_reference_is(implementation, filler, where, num_it
 
 
 @pytest.mark.parametrize("regime", REGIMES)
+def test_a_mask_hides_poses_not_matrices(implementation, regime):
+    backend, device = implementation
+    inputs = small_inputs(device, grad=False, regime=regime)
+    inputs["weight"].view(-1)[4] = math.nan
+    mask = torch.ones(inputs["poses"].shape[:2], dtype=torch.bool, device=device)
+    mask[:, 0] = False
+    out, expected = (dynamic_routing(**inputs, mask=mask, backend=name) for name in (backend, "reference"))
+    assert expected.isnan().any()
+    torch.testing.assert_close(out, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("regime", REGIMES)
 def test_a_row_with_every_route_closed_is_nan(implementation, regime):
     backend, device = implementation
     inputs = small_inputs(device, torch.float32, grad=False, regime=regime)
