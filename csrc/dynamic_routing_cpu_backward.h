@@ -161,8 +161,7 @@ struct Backward : Pass<Real, N> {
     const int64_t first_dot = in.detach ? steps : t0 == 0 && !prior ? 1 : 0;  // from which step on dots are needed
     const int64_t first_V = t0 == 0 ? 1 : 0;                                  // the step from which on there is a V
     const auto row = [&](const vec* of, int64_t t) { return of + (t0 + t) * all + g * width; };
-    if (steps == 3 && first_V == 1 &&
-        first_dot == 1)  // three iterations, without a prior to differentiate: all at once
+    if (steps == 3 && first_V == 1 && first_dot == 1)  // three iterations, no gradient of a prior
       dots_of<4>(count, w, x, {row(V, 1), row(V, 2), row(ds, 1), row(ds, 2)},
                  {c + JN, c + 2 * JN, db + JN, db + 2 * JN}, steps * JN);
     else
