@@ -11,7 +11,8 @@ from machine import description
 
 # A cache of compiled code of its own: PyTorch's does not tell apart what ATEN_CPU_CAPABILITY changes, and code that was
 # compiled for other vectors gives NaN.
-os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp()
+CACHE = tempfile.TemporaryDirectory()  # gone with this process
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = CACHE.name
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

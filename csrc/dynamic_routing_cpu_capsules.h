@@ -33,7 +33,6 @@ struct Capsules : Matrices<Real> {
   static constexpr int64_t kSums = 2 << 20;          // bytes of the sums of all slices
   static constexpr int64_t kMany = 16, kTasks = 32;  // samples from which on they go side by side; in so many tasks
   static constexpr int kSamples = 4;                 // of a task that go together, as they meet the shared matrices
-  const bool given;                                  // votes come from the caller
   const bool absorbed;                               // one matrix for all input capsules
   const bool own;                                    // or one for each
   const bool shared;                                 // one row serves all output capsules
@@ -51,11 +50,10 @@ struct Capsules : Matrices<Real> {
 
   explicit Capsules(const Routing<Real>& in)
       : Base(in),
-        given(!in.weight),
         absorbed(in.weight && !in.stride_i),
         own(in.weight && in.stride_i),
         shared(absorbed || !in.stride_j),
-        in_place((given || absorbed) && in.stored == Stored::real && (absorbed ? z.D_in : z.D_out) % L == 0),
+        in_place(!own && in.stored == Stored::real && (absorbed ? z.D_in : z.D_out) % L == 0),
         D(absorbed ? z.D_in : z.D_out),
         row(whole(D)),
         out_row(whole(z.D_out)),

@@ -102,8 +102,8 @@ struct CapsulesBackward : Capsules<Real> {
   }
 
   int64_t index(int64_t t, int64_t b) const { return t * z.B + b; }
-  void set_query(int64_t samples, const Real* from, Real* own, int64_t tb) const {
-    if (absorbed) C::to_query(samples, from + tb * JO, own + tb * JD);
+  void set_query(int64_t samples, const Real* from, Real* query, int64_t tb) const {
+    if (absorbed) C::to_query(samples, from + tb * JO, query + tb * JD);
   }
 
   // ds_t for every t, V_t, and what is made of them.
@@ -148,8 +148,7 @@ struct CapsulesBackward : Capsules<Real> {
     }
   }
 
-  // ----------------------------------------------------------------------------- gradients of a block of input
-  // capsules
+  // ----------------------------------------------------------------------------- gradients of a block of capsules
 
   // Those of some samples: all of them where each input capsule has matrices of its own.
   void final_block(int64_t block, int64_t b0, int64_t samples, Real* cache, bool fresh, Real* d_prior) const {

@@ -160,7 +160,7 @@ struct Inputs {
   }
 };
 
-// From 32 MB on an allocation is always new memory, and a page fault for every 4 KB of it a fifth of a training step.
+// From 32 MB on an allocation is always new memory, and page faults for every 4 KB of it a tenth of a training step.
 Tensor in_large_pages(Tensor tensor) {
 #ifdef MADV_HUGEPAGE
   constexpr uintptr_t page = 4 << 10;
@@ -244,9 +244,8 @@ STABLE_TORCH_LIBRARY(fastcaps, m) {
       "int num_iterations, bool leaky, bool detach, float eps) -> (Tensor out, Tensor sums)");
   m.def(
       "native_dynamic_routing_backward(Tensor grad, Tensor poses, Tensor? weight, Tensor? prior, Tensor? bias, "
-      "Tensor? mask, Tensor sums, bool leaky, bool detach, float eps, bool need_poses, bool need_weight, bool "
-      "need_prior, "
-      "bool need_bias) -> (Tensor d_poses, Tensor d_weight, Tensor d_prior, Tensor d_bias)");
+      "Tensor? mask, Tensor sums, bool leaky, bool detach, float eps, bool need_poses, bool need_weight, "
+      "bool need_prior, bool need_bias) -> (Tensor d_poses, Tensor d_weight, Tensor d_prior, Tensor d_bias)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastcaps, CPU, m) {

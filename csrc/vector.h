@@ -28,9 +28,9 @@ namespace FASTCAPS_ISA {
 #define FASTCAPS_LAMBDA __attribute__((always_inline))
 #endif
 
+// Into the L2 cache; with 3, into L1. GCC drops a call of it that is not put inline.
 template <int kLocality = 2>
-FASTCAPS_INLINE void prefetch(const void* from,
-                              int64_t bytes) {  // into L2; with 3, into L1; a call, not inline, GCC drops
+FASTCAPS_INLINE void prefetch(const void* from, int64_t bytes) {
   for (int64_t n = 0; n < bytes; n += 64) __builtin_prefetch((const char*)from + n, 0, kLocality);
 }
 
@@ -369,8 +369,8 @@ struct Kernel {
   }
 };
 
-// Scratch memory, not initialised; its start is moved by `line` cache lines so that arrays that are used
-// together do not fall on the same lines of a set (4 KB aliasing). Small ones come from a stack that each thread has.
+// Scratch memory, not initialised; its start is moved by `line` cache lines so that arrays that are used together
+// do not fall on the same lines of a set (4 KB aliasing). Small ones come from a stack that each thread has.
 template <class T>
 struct Scratch {
   explicit Scratch(int64_t count, int line = 0) {

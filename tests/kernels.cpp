@@ -1,7 +1,7 @@
 // The CPU kernels of one instruction set without Python or torch, to be built with sanitizers (make sanitize): random
 // sizes and options, every tensor on a heap block of exactly its size. Checks that outputs agree with a plain loop in
-// double, gradients in double without detach with central differences of it, that everything is finite, that the order in which parts run changes
-// no bit, and that exp is within 2 ulp.
+// double, gradients in double without detach with central differences of it, that everything is finite, that the order
+// in which parts run changes no bit, and that exp is within 2 ulp.
 //
 //   kernels [number of cases] [first seed]
 #include <algorithm>
@@ -131,7 +131,11 @@ static void one_case(unsigned seed) {
   Sizes& z = c.z;
   // Mostly small, now and then beyond a tile, a block of capsules, a block of outputs, a row of several vectors.
   const auto size = [&](int64_t small, int64_t large) { return dice.up_to(dice.up_to(8) == 1 ? large : small); };
-  z = {size(6, 70) - (dice.up_to(40) == 1), size(9, 70) - (dice.up_to(40) == 1), dice.up_to(40) == 1 ? dice.up_to(500) : size(6, 60), size(9, 40), size(9, 40),
+  z = {size(6, 70) - (dice.up_to(40) == 1),
+       size(9, 70) - (dice.up_to(40) == 1),
+       dice.up_to(40) == 1 ? dice.up_to(500) : size(6, 60),
+       size(9, 40),
+       size(9, 40),
        dice.up_to(4)};
   z.B = std::max<int64_t>(z.B, 0);
   if (dice.coin()) z.D_in = int64_t(1) << dice.up_to(5);
@@ -246,7 +250,8 @@ static void one_case(unsigned seed) {
                      : stored == Stored::float16 ? 0x1p-10
                                                  : 1000 * double(std::numeric_limits<Real>::epsilon());
   const double step = stored == Stored::float16 ? 0x1p-25 : 0;  // half of one among subnormal results
-  require(std::sqrt(error) <= eps * std::sqrt(norm) + step * std::sqrt(double(n_out)), "the output differs from the plain loop", seed);
+  require(std::sqrt(error) <= eps * std::sqrt(norm) + step * std::sqrt(double(n_out)),
+          "the output differs from the plain loop", seed);
 }
 
 // The largest error of exp in units in the last place, over floats `step` apart in their bits and over random doubles.
