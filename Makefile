@@ -11,7 +11,7 @@ CXX ?= g++
 SANITIZE := build/sanitize
 INSTRUCTION_SETS := baseline $(if $(filter x86_64,$(shell uname -m)),avx2 avx512 avx512bf16)
 
-.PHONY: demo test lint format bench sanitize gpu-probe clean
+.PHONY: demo test lint format bench sanitize gpu-static gpu-probe gpu-test gpu-sanitize gpu-bench gpu-tune clean
 
 demo: $(READY)
 	$(BIN)/fastcaps demo
@@ -44,9 +44,33 @@ $(SANITIZE)/%: tests/kernels.cpp $(wildcard csrc/dynamic_routing*) csrc/vector.h
 	$(CXX) -std=c++20 -O0 -g1 -Wno-psabi -fsanitize=address,undefined -fno-sanitize-recover=all -DFASTCAPS_CHECK -Icsrc \
 	  -DFASTCAPS_SOURCE='"dynamic_routing_$*.cpp"' $< -o $@
 
-# On a machine with a GPU, offline, with the Python that is there (it needs torch, numpy and pytest).
+# What the compiler makes of the GPU kernels; needs no GPU.
+gpu-static: $(READY)
+	$(BIN)/python benchmarks/gpu_static.py --write
+
+# On a machine with a GPU, offline, with the Python that is there (torch, triton, numpy, pytest); each at most 8 minutes.
+GPU_PYTHON := PYTHONPATH=. $(PYTHON)
+IF_THERE = $(shell $(PYTHON) -c 'import importlib.util as u; print("$(2)" if u.find_spec("$(1)") else "")')
+
 gpu-probe:
-	PYTHONPATH=. $(PYTHON) benchmarks/gpu_probe.py
+	$(GPU_PYTHON) benchmarks/gpu_probe.py
+
+# Twelve processes compile kernels at the same time, where pytest-xdist is installed.
+gpu-test:
+	CUBLAS_WORKSPACE_CONFIG=:4096:8 $(GPU_PYTHON) -m pytest $(call IF_THERE,xdist,-n 12) tests/test_gpu.py \
+	  tests/test_dynamic_routing.py tests/test_contracts.py tests/test_layers.py -k "cuda or gpu"
+
+gpu-sanitize:
+	$(GPU_PYTHON) benchmarks/gpu_sanitize.py
+
+# SHAPES="paper,J=1000" for some of them
+gpu-bench:
+	$(GPU_PYTHON) benchmarks/gpu_bench.py --shapes "$(SHAPES)"
+
+# SIZES="B I J D_in D_out", e.g. the paper's layer
+SIZES ?= 128 1152 10 8 16
+gpu-tune:
+	$(GPU_PYTHON) -m fastcaps.cli tune $(SIZES)
 
 clean:
 	rm -rf $(VENV) build dist demo fastcaps/*.so fastcaps.egg-info

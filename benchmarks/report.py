@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-FILES = sorted(RESULTS.glob("*.json"), key=lambda path: "avx512" not in path.name)  # the widest vectors first
+FILES = sorted(RESULTS.glob("cpu-*.json"), key=lambda path: "avx512" not in path.name)  # the widest vectors first
 README = ROOT / "README.md"
 BEGIN, END = "<!-- written by benchmarks/report.py: begin -->\n", "<!-- end -->\n"
 

@@ -66,6 +66,24 @@ def demo(out: Path, epochs: int, rounds: int) -> int:
     return 0
 
 
+def tune(sizes: list[int], dtype: str, iterations: int) -> int:
+    """Find launch parameters of the Triton kernels for the GPU at hand."""
+    from fastcaps.routing.backend import why_unavailable
+
+    reason = why_unavailable("triton", "cuda") if torch.cuda.is_available() else "torch sees no CUDA device"
+    if reason is not None:
+        print(f"fastcaps tune: {reason}", file=sys.stderr)
+        return 1
+    from fastcaps.routing import dynamic_triton_tuning
+
+    B, I, J, D_in, D_out = sizes
+    for key, parameters in dynamic_triton_tuning.tune(
+        (B, I, J, D_in, D_out), getattr(torch, dtype), iterations
+    ).items():
+        print(f"kept: {key}: {parameters}")
+    return 0
+
+
 def _at_least(least: int):  # type: ignore[no-untyped-def]
     def parse(text: str) -> int:
         if int(text) < least:
@@ -87,11 +105,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo_parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for the pictures (default: demo)")
     demo_parser.add_argument("--epochs", type=_at_least(1), default=30, help="passes over the digits (default: 30)")
     demo_parser.add_argument("--rounds", type=_at_least(0), default=7, help="timing rounds (default: 7; 0: no timing)")
+    tune_parser = commands.add_parser("tune", help="find and keep launch parameters of the GPU kernels for these sizes")
+    tune_parser.add_argument("sizes", type=_at_least(1), nargs=5, metavar=("B", "I", "J", "D_in", "D_out"))
+    tune_parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    tune_parser.add_argument("--iterations", type=_at_least(1), default=3, help="routing iterations (default: 3)")
     parsed = parser.parse_args(arguments)
     if parsed.command == "info":
         return info()
     if parsed.command == "selftest":
         return selftest()
+    if parsed.command == "tune":
+        return tune(parsed.sizes, parsed.dtype, parsed.iterations)
     return demo(parsed.out, parsed.epochs, parsed.rounds)
 
 

@@ -22,6 +22,12 @@ def implementation(request: pytest.FixtureRequest) -> tuple[str, str]:
     return request.param
 
 
+@pytest.fixture
+def wide(implementation: tuple[str, str]) -> torch.dtype:
+    """The widest dtype that the implementation computes in."""
+    return torch.float32 if implementation[0] == "triton" else torch.float64
+
+
 @pytest.fixture(autouse=True)
 def reproducible():
     """A seed per test, uninitialised memory full of NaN, true float32, no compiled code from another test."""

@@ -21,7 +21,7 @@ def test_info_names_versions_and_reasons(capsys):
     out = capsys.readouterr().out
     assert f"torch      {torch.__version__.split('+')[0]}" in out
     assert "native     on cpu   can run" in out
-    assert "triton     on cpu   fastcaps 0.1 has no Triton kernels yet" in out
+    assert "triton     on cpu   the Triton kernels are for CUDA tensors" in out
     assert "reference  on cpu   can run" in out
 
 

@@ -1,5 +1,6 @@
 """Which implementation runs, and why another one cannot."""
 
+import functools
 import importlib
 import os
 import warnings
@@ -10,6 +11,10 @@ BACKENDS = ("triton", "native", "reference")  # fastest first
 
 # Read once: a look at the environment in every call would cost a small layer more than its arithmetic.
 ENVIRONMENT = os.environ.get("FASTCAPS_BACKEND") or None
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+
+TRITON = (3, 6)  # the oldest version that the kernels compile with
+TRITON_D = 512  # entries of a vote, in registers
 
 _REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps . (in a checkout of fastcaps)"
 
@@ -32,12 +37,39 @@ EXTENSION_BUILD, _EXTENSION_ERROR = _load_extension()
 _warned = False
 
 
-def why_unavailable(backend: str, device: torch.device | str) -> str | None:
+@torch.compiler.assume_constant_result
+def _why_no_triton(device: torch.device) -> str | None:
+    return _look_for_triton(device)
+
+
+@functools.cache
+def _look_for_triton(device: torch.device) -> str | None:
+    """Triton is imported here first, when a CUDA tensor is routed."""
+    if torch.version.hip is not None:
+        return "the Triton kernels are for NVIDIA GPUs; use backend='reference'"
+    cure = f"pip install 'triton>={TRITON[0]}.{TRITON[1]}', or use backend='reference'"
+    try:
+        import triton
+    except ImportError as error:
+        return f"Triton cannot be imported ({error}): {cure}"
+    if tuple(int(n) for n in triton.__version__.split(".")[:2]) < TRITON:
+        return f"Triton {triton.__version__} is too old: {cure}"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        name = torch.cuda.get_device_name(device)
+        return f"the Triton kernels need compute capability 8.0 (Ampere), {name} has less; use backend='reference'"
+    return None
+
+
+def why_unavailable(
+    backend: str, device: torch.device | str, dtype: torch.dtype | None = None, D: int = 1
+) -> str | None:
     """Why a backend cannot run on a device and what would help, or None where it can.
 
     Args:
         backend: ``"triton"``, ``"native"`` or ``"reference"``.
         device: the device that the tensors are on.
+        dtype: that of the poses or votes; None: any that the backend has.
+        D: entries of what is summed over the input capsules: D_out, or D_in where they share one matrix.
 
     Returns:
         None, or a sentence for the user.
@@ -49,27 +81,41 @@ def why_unavailable(backend: str, device: torch.device | str) -> str | None:
         >>> why_unavailable("reference", "cpu") is None
         True
     """
-    kind = torch.device(device).type
+    device = torch.device(device)
     if backend == "reference":
         return None
     if backend == "triton":
-        return "fastcaps 0.1 has no Triton kernels yet; on CUDA tensors use backend='reference'"
+        if device.type != "cuda" and not (device.type == "cpu" and INTERPRET):
+            return (
+                f"the Triton kernels are for CUDA tensors, not for '{device.type}' (with TRITON_INTERPRET=1 in the "
+                "environment they are interpreted on the CPU, very slowly); use backend='reference' or None"
+            )
+        if dtype == torch.float64:
+            return "the Triton kernels compute in float32; for float64 use backend='reference'"
+        if D > TRITON_D:
+            return f"the Triton kernels take vectors of up to {TRITON_D} entries, got {D}; use backend='reference'"
+        return _why_no_triton(device)
     if backend == "native":
         if EXTENSION_BUILD is None:
             return _EXTENSION_ERROR
-        if kind != "cpu":
-            return f"fastcaps 0.1 has native kernels for CPU tensors only, not for '{kind}'; use backend='reference'"
+        if device.type != "cpu":
+            return (
+                f"fastcaps 0.1 has native kernels for CPU tensors only, not for '{device.type}'; use backend='triton' "
+                "or backend='reference'"
+            )
         return None
     raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))} or None, got {backend!r}")
 
 
-def choose_backend(backend: str | None, device: torch.device) -> str:
+def choose_backend(backend: str | None, device: torch.device, dtype: torch.dtype | None = None, D: int = 1) -> str:
     """The backend that will run: the named one, or the fastest that can.
 
     Args:
         backend: a name, or None for the environment variable ``FASTCAPS_BACKEND`` (read at import) and, without it,
             the fastest backend that can run on ``device``.
         device: the device that the tensors are on.
+        dtype: as in :func:`why_unavailable`.
+        D: as in :func:`why_unavailable`.
 
     Returns:
         ``"triton"``, ``"native"`` or ``"reference"``.
@@ -87,14 +133,16 @@ def choose_backend(backend: str | None, device: torch.device) -> str:
     if named is not None:
         if named not in BACKENDS:
             raise ValueError(f"{source} must be one of {', '.join(map(repr, BACKENDS))}, got {named!r}")
-        reason = why_unavailable(named, device)
+        reason = why_unavailable(named, device, dtype, D)
         if reason is not None:
             raise ValueError(f"{source} {named!r} cannot run on '{device}': {reason}")
         return named
-    for name in BACKENDS:
-        if why_unavailable(name, device) is None:
+    for name in BACKENDS[device.type == "cpu" :]:  # nobody wants the interpreter without having asked for it
+        if why_unavailable(name, device, dtype, D) is None:
             break
-    if name == "reference" and EXTENSION_BUILD is None and not _warned and not torch.compiler.is_compiling():
-        _warned = True
-        warnings.warn(f"fastcaps runs on its slow reference backend: {_EXTENSION_ERROR}", stacklevel=4)
+    if name == "reference" and not _warned and not torch.compiler.is_compiling():
+        reason = _EXTENSION_ERROR if device.type != "cuda" else _why_no_triton(device)
+        if reason:
+            _warned = True
+            warnings.warn(f"fastcaps runs on its slow reference backend: {reason}", stacklevel=4)
     return name

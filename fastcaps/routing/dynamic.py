@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastcaps.functional import check_number, compute_dtype
 from fastcaps.routing import backend as _backend
-from fastcaps.routing.dynamic_ops import native_dynamic_routing, upcast
+from fastcaps.routing.dynamic_ops import compiled_dynamic_routing, upcast
 from fastcaps.routing.dynamic_reference import dynamic_routing_reference, masked, output_capsules
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -250,7 +250,9 @@ def _route(
     if _autocast_is_on(kind):  # everything inside is float32 at least
         with torch.autocast(kind, enabled=False):
             return _route(poses, weight, prior, bias, mask, num_iterations, leaky, detach, eps, backend)
-    chosen = _backend.choose_backend(backend, poses.device)
+    # What is summed over the input capsules: votes, or poses where one matrix is for all of them.
+    D = poses.shape[-1] if weight is None else max(weight.shape[2], poses.shape[-1] if weight.shape[0] == 1 else 0)
+    chosen = _backend.choose_backend(backend, poses.device, poses.dtype, D)
     if detach and prior is not None:
         prior = prior.detach()  # constant coupling: nothing reaches the prior
     compute = compute_dtype(poses.dtype)
@@ -270,4 +272,4 @@ def _route(
             prior = prior.to(compute).reshape(prior.shape[-len(shape) :]).expand(shape)
     if bias is not None:
         bias = bias.to(compute).expand(J, -1)
-    return native_dynamic_routing(poses, weight, prior, bias, mask, num_iterations, leaky, detach, eps)
+    return compiled_dynamic_routing(chosen, poses, weight, prior, bias, mask, num_iterations, leaky, detach, eps)

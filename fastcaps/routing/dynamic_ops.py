@@ -1,9 +1,9 @@
-"""The native ops of dynamic routing as PyTorch sees them: derivatives, vmap, shapes for tracing, registration.
+"""The compiled ops of dynamic routing as PyTorch sees them: derivatives, vmap, shapes for tracing, registration.
 
 Tensors are as in ``dynamic_reference.py``; checks and the choice of the backend are in ``dynamic.py``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,13 @@ def upcast(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Any, ...]:
     return tuple(x if x is None else x.to(dtype) for x in tensors)
 
 
-def native_dynamic_routing(
+def op(backend: str, direction: str) -> Any:
+    """The op of a backend, "native" or "triton", for a direction, "forward" or "backward"."""
+    return getattr(torch.ops.fastcaps, f"{backend}_dynamic_routing_{direction}").default
+
+
+def compiled_dynamic_routing(
+    backend: str,
     poses: Tensor,
     weight: Tensor | None,
     prior: Tensor | None,
@@ -27,7 +33,7 @@ def native_dynamic_routing(
     mask: Tensor | None,
     *options: Any,
 ) -> Tensor:
-    """The output ``[B, J, D_out]`` of the native op, by the cheapest way that keeps every derivative.
+    """The output ``[B, J, D_out]`` of a backend's op, by the cheapest way that keeps every derivative.
 
     ``options`` are num_iterations, leaky, detach and eps.
     """
@@ -35,12 +41,12 @@ def native_dynamic_routing(
         # A traced call is the op alone, whose derivatives are registered: tracing an autograd.Function would cut
         # a second derivative off without a word.
         prior, bias = upcast(compute_dtype(poses.dtype), prior, bias)
-        return torch.ops.fastcaps.native_dynamic_routing_forward(poses, weight, prior, bias, mask, *options)[0]
+        return op(backend, "forward")(poses, weight, prior, bias, mask, *options)[0]
     if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
-        return DynamicRouting.apply(poses, weight, prior, bias, mask, *options)[0]
+        return DynamicRouting.apply(backend, poses, weight, prior, bias, mask, *options)[0]
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (poses, weight, prior, bias)):
-        return EagerDynamicRouting.apply(poses, weight, prior, bias, mask, *options)
-    return DynamicRouting.forward(poses, weight, prior, bias, mask, *options)[0]
+        return EagerDynamicRouting.apply(backend, poses, weight, prior, bias, mask, *options)
+    return DynamicRouting.forward(backend, poses, weight, prior, bias, mask, *options)[0]
 
 
 class DynamicRouting(torch.autograd.Function):
@@ -48,6 +54,7 @@ class DynamicRouting(torch.autograd.Function):
 
     @staticmethod
     def forward(
+        backend: str,
         poses: Tensor,
         weight: Tensor | None,
         prior: Tensor | None,
@@ -61,32 +68,32 @@ class DynamicRouting(torch.autograd.Function):
         """Output ``[B, J, D_out]`` in the dtype of ``poses``, and the weighted sums ``[T, B, J, D_out]``."""
         prior, bias = upcast(compute_dtype(poses.dtype), prior, bias)
         with torch._C._AutoDispatchBelowAutograd():  # the registered derivatives are for traced calls
-            return torch.ops.fastcaps.native_dynamic_routing_forward.default(
-                poses, weight, prior, bias, mask, num_iterations, leaky, detach, eps
-            )
+            return op(backend, "forward")(poses, weight, prior, bias, mask, num_iterations, leaky, detach, eps)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        """Save the inputs and the sums; serves the registered op too, whose arguments are the same."""
-        ctx.save_for_backward(*inputs[:5], output[1])
+        """Save the inputs and the sums."""
+        ctx.backend = inputs[0]
+        ctx.save_for_backward(*inputs[1:6], output[1])
         ctx.mark_non_differentiable(output[1])
-        ctx.num_iterations, ctx.leaky, ctx.detach, ctx.eps = inputs[5:]
+        ctx.num_iterations, ctx.leaky, ctx.detach, ctx.eps = inputs[6:]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         """By the op, or differentiably where a second derivative may be wanted."""
         if torch.is_grad_enabled():
             *inputs, mask, _ = ctx.saved_tensors
-            return *_differentiable_backward(ctx, inputs, mask, grad, ctx.needs_input_grad[:4]), *[None] * 5
-        return _native_backward(ctx, grad, _)
+            return None, *_differentiable_backward(ctx, inputs, mask, grad, ctx.needs_input_grad[1:5]), *[None] * 5
+        return None, *_compiled_backward(ctx, grad, ctx.needs_input_grad[1:5])
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
         """Fold the mapped axis into the batch, which gives every sample poses, prior and mask of its own, no weight."""
-        poses, weight, prior, bias, mask, *options = args
+        backend, poses, weight, prior, bias, mask, *options = args
+        in_dims = in_dims[1:]
         if in_dims[1] is not None or in_dims[3] is not None:
             raise NotImplementedError(
-                "vmap over the weight or bias of dynamic_routing: the native backend has one of each per call; "
+                f"vmap over the weight or bias of dynamic_routing: the {backend} backend has one of each per call; "
                 "pass backend='reference', or map over poses, prior and mask only"
             )
         N = info.batch_size
@@ -103,7 +110,7 @@ class DynamicRouting(torch.autograd.Function):
             prior = prior.flatten(0, 1)
         if mask is not None:
             mask = stack(mask, in_dims[4]).flatten(0, 1)
-        out, sums = DynamicRouting.apply(poses.flatten(0, 1), weight, prior, bias, mask, *options)
+        out, sums = DynamicRouting.apply(backend, poses.flatten(0, 1), weight, prior, bias, mask, *options)
         return (out.unflatten(0, (N, B)), sums.unflatten(1, (N, B))), (0, 1)
 
 
@@ -114,8 +121,9 @@ class EagerDynamicRouting(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> Tensor:
         """Output ``[B, J, D_out]``."""
         out, sums = DynamicRouting.forward(*args)
-        ctx.save_for_backward(*args[:5], sums)
-        ctx.num_iterations, ctx.leaky, ctx.detach, ctx.eps = args[5:]
+        ctx.backend = args[0]
+        ctx.save_for_backward(*args[1:6], sums)
+        ctx.num_iterations, ctx.leaky, ctx.detach, ctx.eps = args[6:]
         return out
 
     @staticmethod
@@ -124,11 +132,11 @@ class EagerDynamicRouting(torch.autograd.Function):
         return DynamicRouting.backward(ctx, grad, grad)
 
 
-def _native_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients by the backward op; eager and traced calls share it."""
+def _compiled_backward(ctx: Any, grad: Tensor, needed: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """The gradients of all arguments but the backend by its backward op; eager and traced calls share it."""
     *inputs, mask, sums = ctx.saved_tensors
-    needed = [bool(need) for need in ctx.needs_input_grad[:4]]
-    grads = torch.ops.fastcaps.native_dynamic_routing_backward(
+    needed = [bool(need) for need in needed]
+    grads = op(ctx.backend, "backward")(
         grad, *inputs[:2], *upcast(sums.dtype, *inputs[2:]), mask, sums, ctx.leaky, ctx.detach, ctx.eps, *needed
     )
     returned = (g.to(x.dtype) if need else None for g, x, need in zip(grads, inputs, needed, strict=True))
@@ -233,9 +241,58 @@ def _backward_backward(ctx: Any, *seconds: Tensor) -> tuple[Tensor | None, ...]:
     return d_grad, *result, *([None] * 9)
 
 
-if EXTENSION_BUILD is not None:  # the schemas stand in csrc/ops.cpp
-    _FORWARD, _BACKWARD = (f"fastcaps::native_dynamic_routing_{pass_}" for pass_ in ("forward", "backward"))
-    torch.library.register_fake(_FORWARD, _forward_fake)
-    torch.library.register_fake(_BACKWARD, _backward_fake)
-    torch.library.register_autograd(_FORWARD, _native_backward, setup_context=DynamicRouting.setup_context)
-    torch.library.register_autograd(_BACKWARD, _backward_backward, setup_context=_backward_setup)
+def _register(backend: str) -> None:
+    """Shapes for tracing and derivatives, for a backend whose schemas are there."""
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        DynamicRouting.setup_context(ctx, (backend, *inputs), output)
+
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        return _compiled_backward(ctx, grad, ctx.needs_input_grad[:4])
+
+    names = [f"fastcaps::{backend}_dynamic_routing_{direction}" for direction in ("forward", "backward")]
+    torch.library.register_fake(names[0], _forward_fake)
+    torch.library.register_fake(names[1], _backward_fake)
+    torch.library.register_autograd(names[0], backward, setup_context=setup_context)
+    torch.library.register_autograd(names[1], _backward_backward, setup_context=_backward_setup)
+
+
+def _triton(direction: str) -> Callable[..., tuple[Tensor, ...]]:
+    """A Triton op, whose kernels are imported with its first call."""
+
+    def call(*arguments: Any) -> tuple[Tensor, ...]:
+        from fastcaps.routing import dynamic_triton
+
+        device = arguments[0].device
+        if device.type != "cuda":  # the interpreter
+            return getattr(dynamic_triton, direction)(*arguments)
+        with torch.cuda.device(device):
+            capturing = torch.cuda.is_current_stream_capturing()
+            try:
+                return getattr(dynamic_triton, direction)(*arguments)
+            except Exception as error:
+                if capturing:
+                    raise RuntimeError(
+                        "dynamic_routing failed in a CUDA graph capture. A capture forbids to load kernels: call "
+                        "fastcaps.warmup with these sizes, dtype and options before it"
+                    ) from error
+                raise
+
+    return call
+
+
+_SCHEMAS = {  # those of the native ops, in csrc/ops.cpp
+    "forward": "(Tensor poses, Tensor? weight, Tensor? prior, Tensor? bias, Tensor? mask, int num_iterations, "
+    "bool leaky, bool detach, float eps) -> (Tensor out, Tensor sums)",
+    "backward": "(Tensor grad, Tensor poses, Tensor? weight, Tensor? prior, Tensor? bias, Tensor? mask, Tensor sums, "
+    "bool leaky, bool detach, float eps, bool need_poses, bool need_weight, bool need_prior, bool need_bias) -> "
+    "(Tensor d_poses, Tensor d_weight, Tensor d_prior, Tensor d_bias)",
+}
+_LIBRARY = torch.library.Library("fastcaps", "FRAGMENT")
+for _direction, _schema in _SCHEMAS.items():
+    _LIBRARY.define(f"triton_dynamic_routing_{_direction}{_schema}")
+    for _key in ("CUDA", "CPU"):  # on CPU tensors in Triton's interpreter only
+        _LIBRARY.impl(f"triton_dynamic_routing_{_direction}", _triton(_direction), _key)
+_register("triton")
+if EXTENSION_BUILD is not None:
+    _register("native")

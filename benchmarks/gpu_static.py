@@ -1,0 +1,238 @@
+"""What the compiler makes of the Triton kernels, without a GPU: registers, spills, shared memory, instructions.
+
+    make gpu-static    # prints the table and writes benchmarks/results/triton-static.json, with which a test compares
+
+The launches are those that the op would do: it runs on tensors without memory, and each launch is compiled instead. Of
+a kernel's loops the one with most instructions is counted, per vote element (one entry of one vote of one sample) and
+warp lane, so that 1.0 is one instruction for 32 of them.
+"""
+
+import argparse
+import collections
+import concurrent.futures
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import unittest.mock
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from gpu_bench import PRECISIONS, SHAPES
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastcaps.routing import dynamic_triton
+
+RESULTS = Path(__file__).parent / "results" / "triton-static.json"
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+CAPABILITIES = [80, 90, 100]
+# Bytes that a block may have: compute capability -> limit. The same kernels run on 8.6, 8.9 and 12.0.
+SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+
+CLASSES = {
+    "matrix": ("HMMA", "HGMMA"), "FFMA": ("FFMA", "FMUL", "FADD"), "special": ("MUFU",), "shuffle": ("SHFL",),
+    "shared": ("LDS", "STS", "LDSM", "STSM"), "global": ("LDG", "STG", "LDGSTS"), "local": ("LDL", "STL"),
+}  # fmt: skip
+
+
+def recorded(call: Callable[[], Any], multiprocessors: int = 132) -> list[tuple[Any, dict[str, Any]]]:
+    """The kernels that a call on meta tensors would launch, with their arguments; each specialisation once."""
+    found: dict[str, tuple[Any, dict[str, Any]]] = {}
+
+    def record(kernel: Any, programs: int, **arguments: Any) -> None:
+        found.setdefault(str((kernel.__name__, specialisation(kernel, arguments))), (kernel, arguments))
+
+    with (
+        unittest.mock.patch.object(dynamic_triton, "launch", record),
+        unittest.mock.patch.object(dynamic_triton, "_gpu", return_value=("none", multiprocessors)),
+    ):
+        call()
+    return list(found.values())
+
+
+def training_step(
+    poses: torch.Tensor,
+    weight: torch.Tensor | None,
+    prior: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    num_iterations: int = 3,
+    leaky: bool = False,
+    detach: bool = False,
+    eps: float = 0.0,
+) -> None:
+    """Forward and backward, all gradients wanted."""
+    inputs = poses, weight, prior, bias, mask
+    out, sums = dynamic_triton.forward(*inputs, num_iterations, leaky, detach, eps)
+    needed = (True, weight is not None, prior is not None, bias is not None)
+    dynamic_triton.backward(out, *inputs, sums, leaky, detach, eps, *needed)
+
+
+def launches(shape: str, precision: str) -> list[tuple[Any, dict[str, Any]]]:
+    """What a training step of three iterations launches."""
+    (B, I, J, D_in, D_out), shared = SHAPES[shape]
+    like: dict[str, Any] = {"dtype": PRECISIONS[precision], "device": "meta"}
+    poses, weight = torch.empty(B, I, D_in, **like), torch.empty(1 if shared else I, J, D_out, D_in, **like)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    try:
+        return recorded(lambda: training_step(poses, weight))
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def specialisation(kernel: Any, arguments: dict[str, Any]) -> tuple[dict[str, str], dict[str, Any], list[str], dict]:
+    """Types, constants, names of arguments that 16 divides, and options, as Triton's own launcher finds them."""
+    types: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    divisible = []
+    names = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.bool: "*i1"}
+    for parameter in kernel.params:
+        value = arguments[parameter.name]
+        plain = parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1 and not plain):
+            types[parameter.name], constants[parameter.name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            types[parameter.name] = names[value.dtype]
+            divisible.append(parameter.name)
+        elif isinstance(value, float):
+            types[parameter.name] = "fp32"
+        else:
+            types[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
+            if value % 16 == 0 and not plain:
+                divisible.append(parameter.name)
+    options = {name: arguments[name] for name in ("num_warps", "num_stages") if name in arguments}
+    return types, constants, divisible, options
+
+
+def compiled(name: str, types: dict, constants: dict, divisible: list[str], options: dict, capability: int) -> dict:
+    """Registers, stack, shared memory and the instructions of the longest loop of one kernel."""
+    kernel = getattr(dynamic_triton.kernels if name in ("sweep", "gradients") else dynamic_triton.vectors, name)
+    index = {parameter.name: n for n, parameter in enumerate(kernel.params)}
+    source = ASTSource(
+        kernel, types, {(index[n],): value for n, value in constants.items()},
+        {(index[n],): [["tt.divisibility", 16]] for n in divisible},
+    )  # fmt: skip
+    result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(result.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
+        )
+        text = subprocess.run([TOOLS / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout).groups()  # type: ignore[union-attr]
+    loop, spilled = loops(text)
+    return {
+        "registers": int(registers), "stack": int(stack), "spilled_in_loops": spilled,
+        "shared_memory": result.metadata.shared, "loop": loop,
+    }  # fmt: skip
+
+
+def loops(text: str) -> tuple[dict[str, int], int]:
+    """Instructions by class (and all, "slots") of the innermost loop that has most of them; and how many in any
+    innermost loop reach into local memory, where spilled registers lie."""
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    for line in text.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(instructions)
+        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            instructions.append(re.sub(r"^@!?U?P\d+\s+", "", instruction[1]))
+    names = [instruction.split()[0].split(".")[0] for instruction in instructions]
+    found = []
+    for n, instruction in enumerate(instructions):
+        jump = re.search(r"^BRA.*?`\((\.L_x_\d+)\)", instruction)
+        if jump and labels.get(jump[1], n + 1) < n:  # an endless loop of one instruction pads the end of a kernel
+            found.append((labels[jump[1]], n))
+    innermost = [a for a in found if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in found)]
+    spilled = sum(name in CLASSES["local"] for a, b in innermost for name in names[a : b + 1])
+    if not innermost:
+        return {}, spilled
+    first, last = max(innermost, key=lambda loop: loop[1] - loop[0])
+    count = collections.Counter(names[first : last + 1])
+    return {"slots": last + 1 - first, **{k: sum(count[i] for i in group) for k, group in CLASSES.items()}}, spilled
+
+
+def per_element(row: dict[str, Any], arguments: dict[str, Any]) -> dict[str, float]:
+    """The loop's instructions per vote element and lane."""
+    capsules = min(arguments["J"], arguments["JG"] * arguments["JT"])
+    elements = arguments["BB"] * capsules * arguments["D_OUT"]
+    lanes = 32 * arguments["num_warps"]
+    return {name: round(count * lanes / elements, 2) for name, count in row["loop"].items()}
+
+
+def role(name: str, arguments: dict[str, Any]) -> str:
+    """What a launch of a kernel is for."""
+    if name != "sweep":
+        return name
+    if arguments["ds"] is not None:
+        kind = "dV"
+    elif arguments["V"] is not None:
+        kind = "sum"
+    else:
+        kind = "first sum"
+    return f"{kind}{'' if arguments['partial'] is not None else ', statistics'}"
+
+
+def table(shapes: list[str], precisions: list[str], capabilities: list[int], workers: int = 2) -> list[dict[str, Any]]:
+    """A row for each kernel that these shapes launch, compiled for each compute capability."""
+    jobs = []
+    for shape in shapes:
+        for precision in precisions:
+            for kernel, arguments in launches(shape, precision):
+                for capability in capabilities:
+                    head = {
+                        "shape": shape, "precision": precision, "kernel": kernel.__name__,
+                        "role": role(kernel.__name__, arguments), "capability": capability,
+                    }  # fmt: skip
+                    jobs.append((head, arguments, (kernel.__name__, *specialisation(kernel, arguments), capability)))
+    rows = []
+    with concurrent.futures.ProcessPoolExecutor(workers) as pool:
+        futures = [pool.submit(compiled, *job) for _, _, job in jobs]
+        for (head, arguments, _), future in zip(jobs, futures, strict=True):
+            row = {**head, **future.result()}
+            if head["kernel"] in ("sweep", "gradients") and row["loop"]:
+                row["per_element"] = per_element(row, arguments)
+            del row["loop"]
+            rows.append(row)
+    return rows
+
+
+def text(rows: list[dict[str, Any]]) -> str:
+    """The rows as a table: registers, bytes of stack, spill instructions in loops, bytes of shared memory, the loop."""
+    columns = ["slots", *CLASSES]
+    lines = [f"{'':>46} cc  regs stack loops shared " + " ".join(f"{c:>8}" for c in columns)]
+    for r in rows:
+        counts = " ".join(f"{r.get('per_element', {}).get(c, ''):>8}" for c in columns)
+        name = f"{r['shape']}, {r['precision']}: {r['role']}"
+        facts = f"{r['registers']:>4} {r['stack']:>5} {r['spilled_in_loops']:>5} {r['shared_memory']:>6}"
+        lines.append(f"{name:>46} {r['capability']:>3} {facts} {counts}")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Print the table; with --write, keep it for the test."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", default=",".join(SHAPES))
+    parser.add_argument("--precisions", default="float32,tf32,bfloat16")
+    parser.add_argument("--capabilities", default=",".join(map(str, CAPABILITIES)))
+    parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name}")
+    arguments = parser.parse_args()
+    shapes, precisions = arguments.shapes.split(","), arguments.precisions.split(",")
+    rows = table(shapes, precisions, [int(c) for c in arguments.capabilities.split(",")])
+    print(text(rows))
+    if arguments.write:
+        kept = [row for row in rows if "per_element" in row]
+        lines = ",\n".join(json.dumps(row) for row in kept)
+        RESULTS.write_text(f'{{"triton": "{triton.__version__}", "rows": [\n{lines}\n]}}\n')
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
