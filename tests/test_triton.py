@@ -1,6 +1,7 @@
 """The Triton backend where there is no GPU: its numbers in Triton's interpreter, its kernels from the compiler."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from numerics import Case, case_id, make_inputs
 from test_dynamic_routing import TILES
 
 import fastcaps
+from fastcaps import cli
 from fastcaps.routing import backend as backends
 from fastcaps.routing.backend import choose_backend, why_unavailable
 from fastcaps.routing.dynamic_reference import output_capsules
@@ -20,6 +22,8 @@ ROOT = Path(__file__).parent.parent
 triton = pytest.importorskip("triton", reason="Triton is not installed: it is for Linux only")
 if backends.INTERPRET:
     pytest.skip("about what runs without the interpreter", allow_module_level=True)
+dynamic_triton = pytest.importorskip("fastcaps.routing.dynamic_triton")
+dynamic_triton_tuning = pytest.importorskip("fastcaps.routing.dynamic_triton_tuning")
 
 # Not all: every option with every other in float32, the half type and the non-finite numbers with a part of them.
 IN_THE_INTERPRETER = " and not ".join(
@@ -157,6 +161,91 @@ def test_a_batch_of_another_size_needs_no_other_kernel(monkeypatch):
         compiled.append({str((kernel.__name__, gpu_static.specialisation(kernel, a))) for kernel, a in found})
     # 7 * 160 and 100 * 160 are multiples of 16, as those of all batches with D_out = 16 are
     assert all(other == compiled[0] for other in compiled)
+
+
+def test_scratch_is_small(monkeypatch):
+    """The memory contract: beside sums, V and gradients no buffer of the size of the logits, and none of the votes'."""
+    import gpu_static
+
+    sizes: list[int] = []
+    new = dynamic_triton.Call.new
+    monkeypatch.setattr(
+        dynamic_triton.Call, "new", lambda call, *shape: sizes.append(math.prod(shape)) or new(call, *shape)
+    )
+    for shape, (B, I, J, D_in, D_out), shared in ((name, *value) for name, value in gpu_static.SHAPES.items()):
+        if B * I * J < 1e6:
+            continue
+        sizes.clear()
+        gpu_static.launches(shape, "float32")
+        weight = (1 if shared else I) * J * D_in * D_out
+        partial = 132 * 8 * 16 * 8 * 16 * 16  # a tile of sums for each warp that fits on the GPU
+        allowed = max(weight, 3 * 3 * I * B, 3 * B * J * max(D_in, D_out), partial)
+        assert max(sizes) <= allowed, f"{shape}: {max(sizes)} numbers, allowed {allowed}"
+        assert max(sizes) < B * I * J * D_out / 4, f"{shape}: {max(sizes)} numbers"
+
+
+# --------------------------------------------------------------------------------------------------------------- tuning
+
+
+def test_the_table_comes_before_the_heuristic(monkeypatch, tmp_path):
+    table = tmp_path / "tuned.json"
+    monkeypatch.setattr(dynamic_triton, "TUNED", table)
+    monkeypatch.setattr(dynamic_triton_tuning, "TUNED", table)
+    monkeypatch.setattr(dynamic_triton, "_gpu", lambda index: ("some GPU", 132))
+    dynamic_triton.tuned.cache_clear()
+    like = {"device": "meta"}
+    call = dynamic_triton.Call(torch.empty(60, 9, 4, **like), torch.empty(9, 5, 16, 4, **like), None, None, 5, False)
+    heuristic = call.parameters("sum")
+    other = heuristic._replace(JG=4, JT=2, num_warps=4)
+    dynamic_triton_tuning._write("some GPU", {call.key("sum", 0): other})
+    dynamic_triton.tuned.cache_clear()
+    try:
+        assert call.parameters("sum") == other
+        assert call.parameters("dV") != other
+        monkeypatch.setattr(call, "gpu", "another GPU")
+        assert call.parameters("sum") == heuristic
+    finally:
+        dynamic_triton.tuned.cache_clear()
+
+
+@pytest.mark.parametrize("J", [1, 10, 100])
+def test_candidates_are_tiles_that_cover_the_capsules(J):
+    start = dynamic_triton.sweep_parameters(J, 8, 16, False, 3, 4)
+    found = dynamic_triton_tuning.candidates(start, J)
+    assert found[0] == start
+    assert len(found) == len(set(found)) > 5
+    for p in found:
+        assert 1 <= p.num_warps <= 8
+        tiles = -(-J // (p.JG * p.JT))
+        assert (tiles - 1) * p.JG * p.JT < J <= tiles * p.JG * p.JT
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_tune_needs_a_gpu(capsys):
+    assert cli.main(["tune", "2", "3", "4", "5", "6"]) == 1
+    assert "torch sees no CUDA device" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------------ benchmark
+
+
+def test_gpu_bench_writes_its_file_and_refuses_to_speak_without_a_gpu(tmp_path):
+    out = tmp_path / "bench.json"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1"}
+
+    def bench(*arguments: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "benchmarks/gpu_bench.py", *arguments]
+        return subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False
+        )
+
+    result = bench("--device", "cpu", "--shapes", "tiny", "--out", str(out))
+    assert result.returncode == 0, result.stderr
+    cases = json.loads(out.read_text())["cases"]
+    assert len(cases) == 12
+    assert all(max(case["errors"]) > 0 and "refused" not in case for case in cases.values())
+    if not torch.cuda.is_available():
+        assert "no CUDA device here; nothing was measured" in bench().stderr
 
 
 # ---------------------------------------------------------------------------------------------------- choice, refusals

@@ -251,7 +251,8 @@ def _route(
         with torch.autocast(kind, enabled=False):
             return _route(poses, weight, prior, bias, mask, num_iterations, leaky, detach, eps, backend)
     # What is summed over the input capsules: votes, or poses where one matrix is for all of them.
-    D = poses.shape[-1] if weight is None else max(weight.shape[2], poses.shape[-1] if weight.shape[0] == 1 else 0)
+    shared = weight is not None and weight.shape[0] == 1 and poses.shape[1] > 1
+    D = poses.shape[-1] if weight is None or shared else weight.shape[2]
     chosen = _backend.choose_backend(backend, poses.device, poses.dtype, D)
     if detach and prior is not None:
         prior = prior.detach()  # constant coupling: nothing reaches the prior

@@ -427,5 +427,5 @@ def _like_inputs(
             assert inputs[0] is not None
             result.append(inputs[0].new_empty(0))
         else:
-            result.append(torch.zeros_like(x) if gradient is None else gradient.to(x.dtype).reshape(x.shape))
+            result.append(x.new_zeros(x.shape) if gradient is None else gradient.to(x.dtype).reshape(x.shape))
     return tuple(result)
