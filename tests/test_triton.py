@@ -131,6 +131,25 @@ def test_every_option_compiles(dtype):
     assert not errors
 
 
+def test_what_is_compiled_here_is_what_triton_would_launch():
+    """Types, constants and divisibility as Triton's own launcher finds them, and no argument that a kernel has not."""
+    import gpu_static
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    for shape in ("paper", "J=1000", "recommendation"):
+        for kernel, arguments in gpu_static.launches(shape, "float32"):
+            bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+            _, found, options = bind(**arguments)
+            types, _, divisible, ours = gpu_static.specialisation(kernel, arguments)
+            for parameter, (kind, *extra) in zip(kernel.params, found, strict=True):
+                assert kind == types[parameter.name], parameter.name
+                assert (extra == ["D"]) == (parameter.name in divisible), parameter.name
+            assert options == ours
+
+
 def meta_step(case: Case, dtype: torch.dtype) -> None:
     """A training step of a case on tensors without memory, as ``dynamic.py`` calls the ops."""
     import gpu_static
