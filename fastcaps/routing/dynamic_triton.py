@@ -98,10 +98,8 @@ def gradients_parameters(J: int, D_in: int, D: int, votes: bool, T: int) -> Para
     K = max(16, min(power_of_2(D_in), 32, 1024 // D))
     T = min(T, 5)  # more of them are not in flight at the same time
     capsule = (2 * T - 1) * BB * D * 4 + 2 * D * K * 4  # bytes of shared memory
-    most = min(64 * 32 * wide // (D * K), 40 * 1024 * wide // capsule)
-    most = max(
-        1, min(most, 1 if D >= 32 else 5 if J <= 10 else 3)
-    )  # what was found to need no more registers than there are
+    spills_beyond = 1 if D >= 32 else 5 if J <= 10 else 3  # as the compiler's reports say
+    most = max(1, min(spills_beyond, 64 * 32 * wide // (D * K), 40 * 1024 * wide // capsule))
     groups = 1
     while wide == 1 and groups < 2 and 2 * groups * most * capsule <= 80 * 1024:
         groups *= 2
@@ -224,7 +222,7 @@ class Call:
         rows = max(1, 128 // D)  # 4 entries for each lane of a warp
         launch(
             kernel, math.ceil(N / rows), **arguments, N=N, D_OUT=self.D_out, D=D, ROWS=rows,
-            num_warps=max(1, D // 128),
+            num_warps=max(1, min(16, D // 128)),
         )  # fmt: skip
 
     def product(
