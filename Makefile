@@ -49,7 +49,7 @@ gpu-static: $(READY)
 	$(BIN)/python benchmarks/gpu_static.py --write
 
 # On a machine with a GPU, offline, with the Python that is there (torch, triton, numpy, pytest); each at most 8 minutes.
-GPU_PYTHON := PYTHONPATH=. $(PYTHON)
+GPU_PYTHON := PYTHONPATH=. timeout 480 $(PYTHON)
 IF_THERE = $(shell $(PYTHON) -c 'import importlib.util as u; print("$(2)" if u.find_spec("$(1)") else "")')
 
 gpu-probe:

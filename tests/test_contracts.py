@@ -8,6 +8,7 @@ from numerics import Case, backend_op, make_inputs, run, small_inputs
 from torch import Tensor
 
 from fastcaps.routing import dynamic_routing, route_votes
+from fastcaps.routing.dynamic_ops import op as compiled_op
 from fastcaps.timing import saved_bytes
 
 
@@ -299,23 +300,23 @@ def test_second_derivatives_are_not_lost_in_compilation(implementation, wide):
 
 
 @pytest.mark.parametrize("given", ["weight", "votes", "prior, bias and mask"])
-def test_opcheck(given):
-    from fastcaps.routing.backend import EXTENSION_BUILD
-
-    assert EXTENSION_BUILD is not None
-    x = small_inputs(grad=False)
+def test_opcheck(implementation, wide, given):
+    backend, device = implementation
+    if backend == "reference":
+        pytest.skip("the reference is no op")
+    x = small_inputs(device, wide, grad=False)
     poses, weight, prior, bias = x["poses"], x["weight"], None, None
     mask = None
     if given == "votes":
-        poses, weight = torch.randn(3, 5, 4, 2, dtype=torch.float64), None
+        poses, weight = torch.randn(3, 5, 4, 2, dtype=wide, device=device), None
     if given == "prior, bias and mask":
-        prior, bias, mask = x["prior"], x["bias"], torch.rand(3, 5) < 0.5
+        prior, bias, mask = x["prior"], x["bias"], torch.rand(3, 5, device=device) < 0.5
     forward = (poses, weight, prior, bias, mask, 3, False, False, 0.0)
-    torch.library.opcheck(torch.ops.fastcaps.native_dynamic_routing_forward, forward)
-    out, sums = torch.ops.fastcaps.native_dynamic_routing_forward(*forward)
+    torch.library.opcheck(compiled_op(backend, "forward"), forward)
+    out, sums = compiled_op(backend, "forward")(*forward)
     for needed in ([True] * 4, [True, False, False, True], [False, True, True, False]):
         backward = (out, poses, weight, prior, bias, mask, sums, False, False, 0.0, *needed)
-        torch.library.opcheck(torch.ops.fastcaps.native_dynamic_routing_backward, backward)
+        torch.library.opcheck(compiled_op(backend, "backward"), backward)
 
 
 def test_op_refuses_wrong_sizes_instead_of_reading_past_a_tensor():

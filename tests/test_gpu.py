@@ -138,22 +138,6 @@ def test_nan_reaches_bfloat16_gradients():
     assert d_weight.isnan().all()
 
 
-@pytest.mark.parametrize("given", ["weight", "votes", "prior, bias and mask"])
-def test_opcheck(given):
-    like = {"device": "cuda"}
-    poses, weight, prior, bias, mask = torch.randn(3, 5, 3, **like), torch.randn(5, 4, 2, 3, **like), None, None, None
-    if given == "votes":
-        poses, weight = torch.randn(3, 5, 4, 2, **like), None
-    if given == "prior, bias and mask":
-        prior, bias, mask = torch.randn(5, 4, **like), torch.randn(4, 2, **like), torch.rand(3, 5, **like) < 0.5
-    forward = (poses, weight, prior, bias, mask, 3, False, False, 0.0)
-    torch.library.opcheck(torch.ops.fastcaps.triton_dynamic_routing_forward, forward)
-    out, sums = torch.ops.fastcaps.triton_dynamic_routing_forward(*forward)
-    for needed in ([True] * 4, [True, False, False, True], [False, True, True, False]):
-        backward = (out, poses, weight, prior, bias, mask, sums, False, False, 0.0, *needed)
-        torch.library.opcheck(torch.ops.fastcaps.triton_dynamic_routing_backward, backward)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_memory(dtype):
     """What is saved, and the peak of a training step beside inputs, output and gradients."""

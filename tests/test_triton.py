@@ -27,7 +27,13 @@ dynamic_triton_tuning = pytest.importorskip("fastcaps.routing.dynamic_triton_tun
 
 # Not all: every option with every other in float32, the half type and the non-finite numbers with a part of them.
 IN_THE_INTERPRETER = " and not ".join(
-    ["triton", "(float16 and sizes)", "(non_finite and (True or 1-))", "(sizes_and_iterations and (2- or 4-))"]
+    [
+        "triton",
+        "(float16 and sizes)",
+        "(non_finite and (True or 1-))",
+        "(sizes_and_iterations and (2- or 4-))",
+        "(opcheck and (votes or weight))",
+    ]
 )
 
 
@@ -43,6 +49,7 @@ def test_numbers_in_the_interpreter():
         "-W",
         "ignore",
         "tests/test_dynamic_routing.py",
+        "tests/test_contracts.py::test_opcheck",
         "-k",
         IN_THE_INTERPRETER,
     ]

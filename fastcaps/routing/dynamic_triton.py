@@ -151,7 +151,7 @@ class Call:
         leaky: bool,
     ) -> None:
         self.poses, self.weight, self.prior = poses, weight, prior
-        self.B, self.I, self.J = *poses.shape[:2], J
+        self.B, self.I, self.J, self.leaky = *poses.shape[:2], J, leaky
         self.D_in, self.D_out = poses.shape[-1], poses.shape[3] if weight is None else weight.shape[2]
         self.absorbed = weight is not None and weight.shape[0] == 1 and self.I > 1
         self.votes = weight is None or self.absorbed
@@ -171,7 +171,7 @@ class Call:
             "s_b": poses.stride(0), "s_i": poses.stride(1), "s_j": s_j, "s_d": poses.stride(-1),
             "w_i": w[0], "w_j": w[1], "w_e": w[2], "w_d": w[3], "p_b": p[0], "p_i": p[1], "p_j": p[2],
             "m_b": m[0], "m_i": m[1], "J": J, "D_OUT": self.D_sum, "D_IN": self.D_in, "D": self.D, "BB": BB,
-            "LEAKY": leaky, "PRECISION": self.precision, "B_EXACT": poses.dtype != torch.float32,
+            "PRECISION": self.precision, "B_EXACT": poses.dtype != torch.float32,
         }  # fmt: skip
 
     def new(self, *shape: int) -> Tensor:
@@ -212,7 +212,7 @@ class Call:
         partial = self.new(slices if sums else 0, self.B, self.J, self.D_sum)
         launch(
             kernels.sweep, programs * slices, V=V, ds=ds, stats=stats, partial=partial if sums else None, slices=slices,
-            **self.shared, **_tiling(parameters),
+            LEAKY=self.leaky, **self.shared, **_tiling(parameters),
         )  # fmt: skip
         return partial
 

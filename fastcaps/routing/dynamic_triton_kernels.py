@@ -174,7 +174,6 @@ def sweep(
         at = (b[None, :, None] * J + j) * D_OUT + e  # [JG, BB, D]
         if VOTES:
             x_at = poses + b[None, :, None] * s_b + j * s_j + e * s_d
-            w_at = poses
         else:
             x_at = poses + b[:, None] * s_b + d[None, :] * s_d
             w_at = weight + j * w_j + e * w_e + d[None, :, None] * w_d  # [JG, K, D]
@@ -314,7 +313,7 @@ def gradients(
     B, I, parts, s_b, s_i, s_j: tl.constexpr, s_d: tl.constexpr,
     w_i, w_j: tl.constexpr, w_e: tl.constexpr, w_d: tl.constexpr, p_b, p_i, p_j: tl.constexpr, m_b, m_i,
     J: tl.constexpr, D_OUT: tl.constexpr, D_IN: tl.constexpr, D: tl.constexpr, K: tl.constexpr,
-    BB: tl.constexpr, JG: tl.constexpr, JT: tl.constexpr, LEAKY: tl.constexpr, DETACH: tl.constexpr,
+    BB: tl.constexpr, JG: tl.constexpr, JT: tl.constexpr, DETACH: tl.constexpr,
     T: tl.constexpr, SHARED: tl.constexpr, PER_SAMPLE: tl.constexpr, PRECISION: tl.constexpr, B_EXACT: tl.constexpr,
 ):  # fmt: skip
     """The gradients of one input capsule over a part of the batch, from all iterations at once.
