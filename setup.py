@@ -3,7 +3,9 @@
 import glob
 import os
 import platform
+import re
 import shutil
+import subprocess
 import sys
 from itertools import chain
 from multiprocessing.pool import ThreadPool
@@ -20,6 +22,7 @@ if int(setuptools.__version__.split(".")[0]) < 77:  # without build isolation no
 from setuptools.command.bdist_wheel import bdist_wheel
 
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512bf16")
+CUDA_ARCHITECTURES = ("80", "90", "100", "120")
 
 
 def note(message):
@@ -34,13 +37,93 @@ class BuildOptional(build_ext):
         if self.compiler.compiler_type != "msvc" and not (compiler and shutil.which(compiler)):
             note(f"no C++ compiler ({compiler or 'g++'} not found): installing without the native backend")
             return
-        # A file for every instruction set, and nobody else compiles them side by side.
+        # Many files that each take long, and nobody else compiles them side by side.
         compile_all = self.compiler.compile
         with ThreadPool(os.cpu_count()) as pool:
+            cuda = self.cuda_objects(pool)
             self.compiler.compile = lambda sources, *args, **kwargs: [
                 *chain(*pool.map(lambda source: compile_all([source], *args, **kwargs), sources))
             ]
+            for extension in self.extensions:
+                add_cuda(extension, cuda)
             super().build_extensions()
+
+    def cuda_objects(self, pool):
+        """(Where the toolkit is, the architectures, the compiled kernels), or None: with a message, or an error where
+        FASTCAPS_CUDA=1 demands them."""
+        wanted = os.environ.get("FASTCAPS_CUDA", "auto")
+        if wanted not in ("auto", "0", "1"):
+            sys.exit(f"FASTCAPS_CUDA must be auto, 0 or 1, got {wanted!r}")
+        if wanted == "0" or not self.extensions:
+            return None
+        try:
+            return compile_cuda(pool, self.build_temp)
+        except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+            if wanted == "1":
+                sys.exit(f"fastcaps: FASTCAPS_CUDA=1, but there will be no CUDA kernels: {error}")
+            note(f"installing without CUDA kernels: {error}")
+            return None
+
+
+def find_nvcc():
+    """The CUDA compiler and the toolkit that it belongs to."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    candidates = [home and os.path.join(home, "bin", "nvcc") for home in homes]
+    candidates.insert(2, shutil.which("nvcc"))
+    nvcc = next((path for path in candidates if path and os.access(path, os.X_OK)), None)
+    if not sys.platform.startswith("linux") or nvcc is None:
+        raise RuntimeError("no CUDA toolkit (nvcc not found; CUDA_HOME says where it is)")
+    # nvcc may be a script that calls another one: that one's folder is the toolkit's.
+    said = subprocess.run([nvcc, "--dryrun", "-c", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    here = re.search(r"_HERE_=(\S+)", said)
+    toolkit = os.path.dirname(here[1] if here else os.path.dirname(os.path.realpath(nvcc)))
+    libraries = [os.path.join(toolkit, *parts) for parts in (("lib64",), ("targets", f"{platform.machine()}-linux", "lib"))]
+    library = next((d for d in libraries if os.path.exists(os.path.join(d, "libcudart_static.a"))), None)
+    if library is None:
+        raise RuntimeError(f"{nvcc} has no libcudart_static.a in {' or '.join(libraries)}")
+    return nvcc, library
+
+
+def compile_cuda(pool, folder):
+    """Compile csrc/*.cu, once to PTX of the oldest architecture and from that for each: the kernels use nothing newer."""
+    nvcc, library = find_nvcc()
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    architectures = [a for a in CUDA_ARCHITECTURES if f"sm_{a}" in known]
+    if not architectures:
+        raise RuntimeError(f"{nvcc} knows none of sm_{', sm_'.join(CUDA_ARCHITECTURES)}")
+    oldest = f"compute_{architectures[0]}"
+    targets = ",".join([oldest, *(f"sm_{a}" for a in architectures)])
+    flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", f"-gencode=arch={oldest},code=[{targets}]"]
+    flags += ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
+    release = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    new = int(re.search(r"release (\d+)", release)[1]) >= 13
+    flags.append("--compress-mode=size" if new else "-Xfatbin=-compress-all")  # 34 MB are 9 then
+    os.makedirs(folder, exist_ok=True)
+    newest = max(os.path.getmtime(path) for path in [*glob.glob("csrc/*"), __file__])
+
+    def compile_one(source):
+        target = os.path.join(folder, os.path.basename(source) + ".o")
+        if os.path.exists(target) and os.path.getmtime(target) > newest:
+            return target
+        subprocess.run([nvcc, *flags, "-c", source, "-o", target], check=True)
+        return target
+
+    return library, architectures, pool.map(compile_one, sorted(glob.glob("csrc/*.cu")))
+
+
+def add_cuda(extension, cuda):
+    """Link the CUDA kernels, if there are some, and say what the extension was built with."""
+    kinds = [f"CPU ({platform.machine()})"]
+    if cuda is not None:
+        library, architectures, objects = cuda
+        kinds.append(f"CUDA (sm_{', sm_'.join(architectures)})")
+        extension.extra_objects += objects
+        extension.define_macros.append(("FASTCAPS_WITH_CUDA", None))
+        # libtorch stays in the list of what the file needs, although it uses nothing of it: so the stream's function
+        # in libtorch_cuda is found where there is one.
+        extension.extra_link_args += ["-Wl,--no-as-needed", "-ltorch", f"-L{library}", "-lcudart_static"]
+        extension.extra_link_args += ["-lrt", "-ldl", "-lpthread", "-Wl,--exclude-libs,ALL"]
+    extension.define_macros.append(("FASTCAPS_BUILD", f'"{" and ".join(kinds)}, built with torch {TORCH}"'))
 
 
 class StableWheel(bdist_wheel):
@@ -60,7 +143,6 @@ def extensions():
     except ImportError:
         note("torch is not visible to this build, so the native backend is left out; build with --no-build-isolation")
         return []
-    from torch import __version__ as torch_version
 
     flags = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-Wall"]
     flags += ["-Wno-unused-function", "-Wno-maybe-uninitialized", "-Wno-psabi"]  # of vector types and lambdas
@@ -71,7 +153,7 @@ def extensions():
                 "csrc/ops.cpp",
                 *(f"csrc/dynamic_routing_{isa}.cpp" for isa in INSTRUCTION_SETS),
             ],
-            depends=glob.glob("csrc/*.h"),
+            depends=[*glob.glob("csrc/*.h"), *glob.glob("csrc/*.cu")],
             include_dirs=include_paths(),
             library_dirs=library_paths(),
             libraries=["torch", "torch_cpu", "c10"],
@@ -79,7 +161,6 @@ def extensions():
                 ("Py_LIMITED_API", "0x030A0000"),
                 ("TORCH_STABLE_ONLY", None),
                 ("TORCH_TARGET_VERSION", "0x020a000000000000"),
-                ("FASTCAPS_BUILD", f'"CPU ({platform.machine()}), built with torch {torch_version}"'),
             ],
             extra_compile_args=flags,
             language="c++",
@@ -89,4 +170,8 @@ def extensions():
     ]
 
 
+try:
+    from torch import __version__ as TORCH
+except ImportError:
+    TORCH = None
 setup(ext_modules=extensions(), cmdclass={"build_ext": BuildOptional, "bdist_wheel": StableWheel})

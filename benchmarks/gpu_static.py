@@ -65,12 +65,13 @@ def training_step(
     leaky: bool = False,
     detach: bool = False,
     eps: float = 0.0,
+    allow_tf32: bool = False,
 ) -> None:
     """Forward and backward, all gradients wanted."""
     inputs = poses, weight, prior, bias, mask
-    out, sums = dynamic_triton.forward(*inputs, num_iterations, leaky, detach, eps)
+    out, sums = dynamic_triton.forward(*inputs, num_iterations, leaky, detach, eps, allow_tf32)
     needed = (True, weight is not None, prior is not None, bias is not None)
-    dynamic_triton.backward(out, *inputs, sums, leaky, detach, eps, *needed)
+    dynamic_triton.backward(out, *inputs, sums, leaky, detach, eps, *needed, allow_tf32)
 
 
 def launches(shape: str, precision: str) -> list[tuple[Any, dict[str, Any]]]:
@@ -78,12 +79,7 @@ def launches(shape: str, precision: str) -> list[tuple[Any, dict[str, Any]]]:
     (B, I, J, D_in, D_out), shared = SHAPES[shape]
     like: dict[str, Any] = {"dtype": PRECISIONS[precision], "device": "meta"}
     poses, weight = torch.empty(B, I, D_in, **like), torch.empty(1 if shared else I, J, D_out, D_in, **like)
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    try:
-        return recorded(lambda: training_step(poses, weight))
-    finally:
-        torch.set_float32_matmul_precision(before)
+    return recorded(lambda: training_step(poses, weight, allow_tf32=precision == "tf32"))
 
 
 def specialisation(kernel: Any, arguments: dict[str, Any]) -> tuple[dict[str, str], dict[str, Any], list[str], dict]:

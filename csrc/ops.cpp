@@ -1,5 +1,6 @@
 // Schemas of the native ops and the thin layer between PyTorch's stable ABI and the kernels.
 #include <Python.h>
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -18,6 +19,12 @@
 #include <type_traits>
 
 #include "dynamic_routing.h"
+#ifdef FASTCAPS_WITH_CUDA
+#include "dynamic_routing_cuda.h"
+
+// In libtorch_cuda; null beside a PyTorch that has only a CPU, which never calls a CUDA op.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+#endif
 
 namespace {
 
@@ -125,12 +132,19 @@ struct Inputs {
       mask = torch::stable::contiguous(*mask);
     }
     require(!weight || weight->scalar_type() == dtype, "weight must have the dtype of poses");
+    if (mask) require_same_device(*mask);
     for (OptionalTensor* tensor : {&weight, &prior, &bias}) {
       if (!*tensor) continue;
+      require_same_device(**tensor);
       require(tensor == &weight || (*tensor)->scalar_type() == computed,
               "prior and bias must have the dtype of poses, or float32 beside half types");
       *tensor = torch::stable::contiguous(**tensor);
     }
+  }
+
+  void require_same_device(const Tensor& tensor) const {
+    require(tensor.is_cuda() == poses.is_cuda() && tensor.get_device_index() == poses.get_device_index(),
+            "all tensors must be on the device of poses");
   }
 
   template <class Real>
@@ -160,9 +174,10 @@ struct Inputs {
   }
 };
 
-// From 32 MB on an allocation is always new memory, and page faults for every 4 KB of it a tenth of a training step.
+// From 32 MB on an allocation of the host is always new memory, and page faults for every 4 KB of it a tenth of a training step.
 Tensor in_large_pages(Tensor tensor) {
 #ifdef MADV_HUGEPAGE
+  if (tensor.is_cuda()) return tensor;
   constexpr uintptr_t page = 4 << 10;
   const uintptr_t begin = ((uintptr_t)tensor.mutable_data_ptr() + page - 1) / page * page;
   const uintptr_t end = ((uintptr_t)tensor.mutable_data_ptr() + tensor.numel() * tensor.element_size()) / page * page;
@@ -171,28 +186,54 @@ Tensor in_large_pages(Tensor tensor) {
   return tensor;
 }
 
+#ifdef FASTCAPS_WITH_CUDA
+// The device of a tensor made the current one, its current stream, and scratch memory there.
+struct OnDevice {
+  explicit OnDevice(const Tensor& like) : device(like.get_device_index()), guard(device) {
+    require(aoti_torch_get_current_cuda_stream, "this PyTorch has no CUDA");
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  }
+  static Tensor scratch(const Tensor& like, int64_t bytes) {
+    return torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
+  }
+  int32_t device;
+  torch::stable::accelerator::DeviceGuard guard;
+  void* stream = nullptr;
+};
+#endif
+
 template <class Real>
-void run_forward(const fastcaps::Routing<Real>& in, Tensor& out, Tensor& sums) {
+void run_forward(const Inputs& inputs, bool leaky, double eps, bool allow_tf32, Tensor& out, Tensor& sums) {
+  const fastcaps::Routing<Real> in = inputs.routing<Real>(leaky, false, eps);
+#ifdef FASTCAPS_WITH_CUDA
+  if (out.is_cuda()) {
+    const OnDevice on(out);
+    Tensor scratch = OnDevice::scratch(out, fastcaps::cuda::forward_scratch(in));
+    return fastcaps::cuda::forward(in, allow_tf32, out.mutable_data_ptr(), sums.mutable_data_ptr<Real>(),
+                                   scratch.mutable_data_ptr(), on.stream);
+  }
+#endif
   kernels<Real>(in).forward(in, out.mutable_data_ptr(), sums.mutable_data_ptr<Real>(), parallel);
 }
 
 std::tuple<Tensor, Tensor> dynamic_routing_forward(Tensor poses, OptionalTensor weight, OptionalTensor prior,
                                                    OptionalTensor bias, OptionalTensor mask, int64_t num_iterations,
-                                                   bool leaky, bool /*detach: for the derivative only*/, double eps) {
+                                                   bool leaky, bool /*detach: for the derivative only*/, double eps,
+                                                   bool allow_tf32) {
   const Inputs inputs(poses, weight, prior, bias, mask, num_iterations);
   const fastcaps::Sizes& z = inputs.size;
   Tensor out = torch::stable::new_empty(inputs.poses, {z.B, z.J, z.D_out});
   Tensor sums = torch::stable::new_empty(inputs.poses, {z.T, z.B, z.J, z.D_out}, inputs.computed);
   if (inputs.computed == ScalarType::Float)
-    run_forward(inputs.routing<float>(leaky, false, eps), out, sums);
+    run_forward<float>(inputs, leaky, eps, allow_tf32, out, sums);
   else
-    run_forward(inputs.routing<double>(leaky, false, eps), out, sums);
+    run_forward<double>(inputs, leaky, eps, allow_tf32, out, sums);
   return {out, sums};
 }
 
 template <class Real>
 void run_backward(const Inputs& inputs, const Tensor& grad, const Tensor& sums, bool leaky, bool detach, double eps,
-                  Tensor* const (&gradients)[4]) {
+                  bool allow_tf32, Tensor* const (&gradients)[4]) {
   const fastcaps::Routing<Real> in = inputs.routing<Real>(leaky, detach, eps);
   fastcaps::Gradients<Real> out{};
   out.grad = grad.const_data_ptr();
@@ -201,6 +242,13 @@ void run_backward(const Inputs& inputs, const Tensor& grad, const Tensor& sums, 
   if (gradients[1]) out.d_weight = gradients[1]->mutable_data_ptr();
   if (gradients[2]) out.d_prior = gradients[2]->mutable_data_ptr<Real>();
   if (gradients[3]) out.d_bias = gradients[3]->mutable_data_ptr<Real>();
+#ifdef FASTCAPS_WITH_CUDA
+  if (grad.is_cuda()) {
+    const OnDevice on(grad);
+    Tensor scratch = OnDevice::scratch(grad, fastcaps::cuda::backward_scratch(in, out));
+    return fastcaps::cuda::backward(in, allow_tf32, out, scratch.mutable_data_ptr(), on.stream);
+  }
+#endif
   kernels<Real>(in).backward(in, out, parallel);
 }
 
@@ -208,7 +256,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dynamic_routing_backward(Tensor grad,
                                                                     OptionalTensor prior, OptionalTensor bias,
                                                                     OptionalTensor mask, Tensor sums, bool leaky,
                                                                     bool detach, double eps, bool need_poses,
-                                                                    bool need_weight, bool need_prior, bool need_bias) {
+                                                                    bool need_weight, bool need_prior, bool need_bias,
+                                                                    bool allow_tf32) {
   const Inputs inputs(poses, weight, prior, bias, mask, sums.size(0));
   const fastcaps::Sizes& z = inputs.size;
   require(grad.dim() == 3 && grad.size(0) == z.B && grad.size(1) == z.J && grad.size(2) == z.D_out,
@@ -217,6 +266,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dynamic_routing_backward(Tensor grad,
           "sums must be [T, B, J, D_out]");
   require(grad.scalar_type() == inputs.dtype, "grad must have the dtype of poses");
   require(sums.scalar_type() == inputs.computed, "sums must have the dtype of poses, or float32 beside half types");
+  inputs.require_same_device(grad), inputs.require_same_device(sums);
   const Tensor incoming = torch::stable::contiguous(grad), saved = torch::stable::contiguous(sums);
   const OptionalTensor sources[] = {inputs.poses, inputs.weight, inputs.prior, inputs.bias};
   const bool needed[] = {need_poses, need_weight, need_prior, need_bias};
@@ -229,9 +279,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dynamic_routing_backward(Tensor grad,
     gradients[n] = wanted ? &*results[n] : nullptr;
   }
   if (inputs.computed == ScalarType::Float)
-    run_backward<float>(inputs, incoming, saved, leaky, detach, eps, gradients);
+    run_backward<float>(inputs, incoming, saved, leaky, detach, eps, allow_tf32, gradients);
   else
-    run_backward<double>(inputs, incoming, saved, leaky, detach, eps, gradients);
+    run_backward<double>(inputs, incoming, saved, leaky, detach, eps, allow_tf32, gradients);
   return {*results[0], *results[1], *results[2], *results[3]};
 }
 
@@ -241,11 +291,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dynamic_routing_backward(Tensor grad,
 STABLE_TORCH_LIBRARY(fastcaps, m) {
   m.def(
       "native_dynamic_routing_forward(Tensor poses, Tensor? weight, Tensor? prior, Tensor? bias, Tensor? mask, "
-      "int num_iterations, bool leaky, bool detach, float eps) -> (Tensor out, Tensor sums)");
+      "int num_iterations, bool leaky, bool detach, float eps, bool allow_tf32=False) -> (Tensor out, Tensor sums)");
   m.def(
       "native_dynamic_routing_backward(Tensor grad, Tensor poses, Tensor? weight, Tensor? prior, Tensor? bias, "
       "Tensor? mask, Tensor sums, bool leaky, bool detach, float eps, bool need_poses, bool need_weight, "
-      "bool need_prior, bool need_bias) -> (Tensor d_poses, Tensor d_weight, Tensor d_prior, Tensor d_bias)");
+      "bool need_prior, bool need_bias, bool allow_tf32=False) -> (Tensor d_poses, Tensor d_weight, Tensor d_prior, Tensor d_bias)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastcaps, CPU, m) {
@@ -253,7 +303,25 @@ STABLE_TORCH_LIBRARY_IMPL(fastcaps, CPU, m) {
   m.impl("native_dynamic_routing_backward", TORCH_BOX(&dynamic_routing_backward));
 }
 
-// Importing fastcaps._C runs the registrations above; the module itself only says how it was built.
+#ifdef FASTCAPS_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(fastcaps, CUDA, m) {
+  m.impl("native_dynamic_routing_forward", TORCH_BOX(&dynamic_routing_forward));
+  m.impl("native_dynamic_routing_backward", TORCH_BOX(&dynamic_routing_backward));
+}
+#endif
+
+// Why the CUDA kernels cannot run on a device, or None.
+static PyObject* why_no_cuda(PyObject*, PyObject* device) {
+#ifdef FASTCAPS_WITH_CUDA
+  return Py_BuildValue("z", fastcaps::cuda::why_unavailable(int(PyLong_AsLong(device))));
+#else
+  (void)device;
+  return Py_BuildValue("s", "it was built without CUDA");
+#endif
+}
+
+// Importing fastcaps._C runs the registrations above; the module itself says how it was built and where it can run.
+static PyMethodDef methods[] = {{"why_no_cuda", why_no_cuda, METH_O, nullptr}, {nullptr, nullptr, 0, nullptr}};
 static PyModuleDef module = {
-    PyModuleDef_HEAD_INIT, "_C", FASTCAPS_BUILD, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+    PyModuleDef_HEAD_INIT, "_C", FASTCAPS_BUILD, -1, methods, nullptr, nullptr, nullptr, nullptr};
 PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }

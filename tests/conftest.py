@@ -1,11 +1,18 @@
+import emulated_cuda
 import pytest
 import torch
 
+from fastcaps.routing import dynamic_ops
 from fastcaps.routing.backend import BACKENDS, why_unavailable
+
+if emulated_cuda.WANTED:  # the native kernels are those for CUDA, on CPU tensors
+    dynamic_ops.op = lambda backend, direction: getattr(emulated_cuda, direction)
 
 
 def why_not_tested(backend: str, device: str) -> str | None:
     """Why a backend is not tested on a device here, or None where it is."""
+    if emulated_cuda.WANTED and (backend, device) != ("native", "cpu"):
+        return "only the emulated CUDA kernels are tested"
     if device == "cuda" and not torch.cuda.is_available():
         return "no CUDA device"
     return why_unavailable(backend, device)
@@ -24,8 +31,8 @@ def implementation(request: pytest.FixtureRequest) -> tuple[str, str]:
 
 @pytest.fixture
 def wide(implementation: tuple[str, str]) -> torch.dtype:
-    """The widest dtype that the implementation computes in."""
-    return torch.float32 if implementation[0] == "triton" else torch.float64
+    """The widest dtype that the implementation computes in; the CUDA kernels by tensor cores know no float64."""
+    return torch.float32 if implementation[0] == "triton" or emulated_cuda.WANTED else torch.float64
 
 
 @pytest.fixture(autouse=True)

@@ -38,6 +38,23 @@ _warned = False
 
 
 @torch.compiler.assume_constant_result
+def _why_no_native_cuda(device: torch.device) -> str | None:
+    return _look_for_native_cuda(device)
+
+
+@functools.cache
+def _look_for_native_cuda(device: torch.device) -> str | None:
+    if "CUDA" not in (EXTENSION_BUILD or ""):
+        return (
+            "the compiled extension has no CUDA kernels, as there was no CUDA toolkit (nvcc) where it was built. Install "
+            f"one, then: FASTCAPS_CUDA=1 {_REBUILD}"
+        )
+    index = torch.cuda.current_device() if device.index is None else device.index
+    reason = importlib.import_module("fastcaps._C").why_no_cuda(index)
+    return reason and f"the native CUDA kernels cannot run on '{device}': {reason}; use backend='reference'"
+
+
+@torch.compiler.assume_constant_result
 def _why_no_triton(device: torch.device) -> str | None:
     return _look_for_triton(device)
 
@@ -91,18 +108,17 @@ def why_unavailable(
                 "environment they are interpreted on the CPU, very slowly); use backend='reference' or None"
             )
         if dtype == torch.float64:
-            return "the Triton kernels compute in float32; for float64 use backend='reference'"
+            return "the Triton kernels compute in float32; for float64 use backend='native' or backend='reference'"
         if D > TRITON_D:
             return f"the Triton kernels take vectors of up to {TRITON_D} entries, got {D}; use backend='reference'"
         return _why_no_triton(device)
     if backend == "native":
         if EXTENSION_BUILD is None:
             return _EXTENSION_ERROR
+        if device.type == "cuda":
+            return _why_no_native_cuda(device)
         if device.type != "cpu":
-            return (
-                f"fastcaps 0.1 has native kernels for CPU tensors only, not for '{device.type}'; use backend='triton' "
-                "or backend='reference'"
-            )
+            return f"the native kernels are for CPU and CUDA tensors, not for '{device.type}'; use backend='reference'"
         return None
     raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))} or None, got {backend!r}")
 
@@ -137,11 +153,13 @@ def choose_backend(backend: str | None, device: torch.device, dtype: torch.dtype
         if reason is not None:
             raise ValueError(f"{source} {named!r} cannot run on '{device}': {reason}")
         return named
-    for name in BACKENDS[device.type == "cpu" :]:  # nobody wants the interpreter without having asked for it
+    # Nobody wants the interpreter without having asked for it, and an exported program finds no Triton where it runs.
+    skip_triton = device.type == "cpu" or torch.compiler.is_exporting()
+    for name in BACKENDS[skip_triton:]:
         if why_unavailable(name, device, dtype, D) is None:
             break
     if name == "reference" and not _warned and not torch.compiler.is_compiling():
-        reason = _EXTENSION_ERROR if device.type != "cuda" else _why_no_triton(device)
+        reason = _EXTENSION_ERROR if device.type != "cuda" else _why_no_triton(device) or _why_no_native_cuda(device)
         if reason:
             _warned = True
             warnings.warn(f"fastcaps runs on its slow reference backend: {reason}", stacklevel=4)

@@ -35,7 +35,7 @@ def compiled_dynamic_routing(
 ) -> Tensor:
     """The output ``[B, J, D_out]`` of a backend's op, by the cheapest way that keeps every derivative.
 
-    ``options`` are num_iterations, leaky, detach and eps.
+    ``options`` are num_iterations, leaky, detach, eps and allow_tf32.
     """
     if torch.compiler.is_compiling():
         # A traced call is the op alone, whose derivatives are registered: tracing an autograd.Function would cut
@@ -64,11 +64,14 @@ class DynamicRouting(torch.autograd.Function):
         leaky: bool,
         detach: bool,
         eps: float,
+        allow_tf32: bool,
     ) -> tuple[Tensor, Tensor]:
         """Output ``[B, J, D_out]`` in the dtype of ``poses``, and the weighted sums ``[T, B, J, D_out]``."""
         prior, bias = upcast(compute_dtype(poses.dtype), prior, bias)
         with torch._C._AutoDispatchBelowAutograd():  # the registered derivatives are for traced calls
-            return op(backend, "forward")(poses, weight, prior, bias, mask, num_iterations, leaky, detach, eps)
+            return op(backend, "forward")(
+                poses, weight, prior, bias, mask, num_iterations, leaky, detach, eps, allow_tf32
+            )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -76,14 +79,14 @@ class DynamicRouting(torch.autograd.Function):
         ctx.backend = inputs[0]
         ctx.save_for_backward(*inputs[1:6], output[1])
         ctx.mark_non_differentiable(output[1])
-        ctx.num_iterations, ctx.leaky, ctx.detach, ctx.eps = inputs[6:]
+        ctx.num_iterations, ctx.leaky, ctx.detach, ctx.eps, ctx.allow_tf32 = inputs[6:]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         """By the op, or differentiably where a second derivative may be wanted."""
         if torch.is_grad_enabled():
             *inputs, mask, _ = ctx.saved_tensors
-            return None, *_differentiable_backward(ctx, inputs, mask, grad, ctx.needs_input_grad[1:5]), *[None] * 5
+            return None, *_differentiable_backward(ctx, inputs, mask, grad, ctx.needs_input_grad[1:5]), *[None] * 6
         return None, *_compiled_backward(ctx, grad, ctx.needs_input_grad[1:5])
 
     @staticmethod
@@ -123,7 +126,7 @@ class EagerDynamicRouting(torch.autograd.Function):
         out, sums = DynamicRouting.forward(*args)
         ctx.backend = args[0]
         ctx.save_for_backward(*args[1:6], sums)
-        ctx.num_iterations, ctx.leaky, ctx.detach, ctx.eps = args[6:]
+        ctx.num_iterations, ctx.leaky, ctx.detach, ctx.eps, ctx.allow_tf32 = args[6:]
         return out
 
     @staticmethod
@@ -137,10 +140,11 @@ def _compiled_backward(ctx: Any, grad: Tensor, needed: Sequence[bool]) -> tuple[
     *inputs, mask, sums = ctx.saved_tensors
     needed = [bool(need) for need in needed]
     grads = op(ctx.backend, "backward")(
-        grad, *inputs[:2], *upcast(sums.dtype, *inputs[2:]), mask, sums, ctx.leaky, ctx.detach, ctx.eps, *needed
+        grad, *inputs[:2], *upcast(sums.dtype, *inputs[2:]), mask, sums, ctx.leaky, ctx.detach, ctx.eps, *needed,
+        ctx.allow_tf32,
     )
     returned = (g.to(x.dtype) if need else None for g, x, need in zip(grads, inputs, needed, strict=True))
-    return *returned, *[None] * 5
+    return *returned, *[None] * 6
 
 
 def _differentiable_backward(
@@ -185,6 +189,7 @@ def _forward_fake(
     leaky: bool,
     detach: bool,
     eps: float,
+    allow_tf32: bool = False,
 ) -> tuple[Tensor, Tensor]:
     D_out = poses.shape[3] if weight is None else weight.shape[2]
     shape = (poses.shape[0], output_capsules(poses, weight, prior, bias), D_out)
@@ -209,7 +214,7 @@ def _backward_fake(
     inputs = (poses, weight, prior, bias)
     return tuple(
         x.new_empty(x.shape) if x is not None and need else grad.new_empty(0)
-        for x, need in zip(inputs, needed, strict=True)
+        for x, need in zip(inputs, needed[:4], strict=True)  # behind them: allow_tf32
     )
 
 
@@ -217,7 +222,7 @@ def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
     ctx.save_for_backward(*inputs[:6])
     ctx.num_iterations = inputs[6].shape[0]
     ctx.leaky, ctx.detach, ctx.eps = inputs[7:10]
-    ctx.needed = inputs[10:]
+    ctx.needed = inputs[10:14]
 
 
 def _backward_backward(ctx: Any, *seconds: Tensor) -> tuple[Tensor | None, ...]:
@@ -238,7 +243,7 @@ def _backward_backward(ctx: Any, *seconds: Tensor) -> tuple[Tensor | None, ...]:
     result: list[Tensor | None] = [None] * 4
     for n, gradient in zip(wanted, d_inputs, strict=True):
         result[n] = gradient
-    return d_grad, *result, *([None] * 9)
+    return d_grad, *result, *([None] * 10)
 
 
 def _register(backend: str) -> None:
@@ -283,10 +288,10 @@ def _triton(direction: str) -> Callable[..., tuple[Tensor, ...]]:
 
 _SCHEMAS = {  # those of the native ops, in csrc/ops.cpp
     "forward": "(Tensor poses, Tensor? weight, Tensor? prior, Tensor? bias, Tensor? mask, int num_iterations, "
-    "bool leaky, bool detach, float eps) -> (Tensor out, Tensor sums)",
+    "bool leaky, bool detach, float eps, bool allow_tf32=False) -> (Tensor out, Tensor sums)",
     "backward": "(Tensor grad, Tensor poses, Tensor? weight, Tensor? prior, Tensor? bias, Tensor? mask, Tensor sums, "
-    "bool leaky, bool detach, float eps, bool need_poses, bool need_weight, bool need_prior, bool need_bias) -> "
-    "(Tensor d_poses, Tensor d_weight, Tensor d_prior, Tensor d_bias)",
+    "bool leaky, bool detach, float eps, bool need_poses, bool need_weight, bool need_prior, bool need_bias, "
+    "bool allow_tf32=False) -> (Tensor d_poses, Tensor d_weight, Tensor d_prior, Tensor d_bias)",
 }
 _LIBRARY = torch.library.Library("fastcaps", "FRAGMENT")
 for _direction, _schema in _SCHEMAS.items():

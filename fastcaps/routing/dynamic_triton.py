@@ -149,6 +149,7 @@ class Call:
         mask: Tensor | None,  # [B, I]
         J: int,
         leaky: bool,
+        allow_tf32: bool = False,
     ) -> None:
         self.poses, self.weight, self.prior = poses, weight, prior
         self.B, self.I, self.J, self.leaky = *poses.shape[:2], J, leaky
@@ -160,7 +161,7 @@ class Call:
         self.D_sum = self.D_in if self.absorbed else self.D_out  # entries of what is summed over the input capsules
         self.D = power_of_2(self.D_sum) if self.votes else max(16, power_of_2(self.D_out))
         self.gpu, self.multiprocessors = _gpu(poses.device.index or 0)
-        self.precision = _precision(poses.dtype)
+        self.precision = _precision(poses.dtype, allow_tf32)
         s_j = poses.stride(2) if weight is None and votes_J > 1 else 0
         w = (0, 0, 0, 0) if weight is None or self.absorbed else _strides(weight)
         p = (0, 0, 0) if prior is None else (0, *prior.stride())[-3:]
@@ -292,11 +293,11 @@ class Call:
         return out.sum((0, 1)) if self.weight.shape[1] == 1 else out.sum(0)
 
 
-def _precision(dtype: torch.dtype) -> str:
+def _precision(dtype: torch.dtype, allow_tf32: bool) -> str:
     """How poses and matrices are multiplied; the interpreter cannot multiply bfloat16."""
     if dtype != torch.float32:
         return "float32" if INTERPRETED and dtype == torch.bfloat16 else "half"
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "float32"
+    return "tf32" if allow_tf32 else "float32"
 
 
 def _strides(weight: Tensor) -> tuple[int, ...]:
@@ -327,10 +328,11 @@ def forward(
     leaky: bool,
     detach: bool,
     eps: float,
+    allow_tf32: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The output ``[B, J, D_out]`` and the sums ``[T, B, J, D_out]``: twin of ``dynamic_routing_reference``."""
     J = output_capsules(poses, weight, prior, bias)
-    call = Call(poses, weight, prior, mask, J, leaky)
+    call = Call(poses, weight, prior, mask, J, leaky, allow_tf32)
     sums, out = call.new(num_iterations, call.B, J, call.D_out), poses.new_empty(call.B, J, call.D_out)
     if call.B == 0 or call.I == 0:
         sums.copy_(sums.new_zeros(()) if bias is None else bias)
@@ -363,11 +365,15 @@ def backward(
     leaky: bool,
     detach: bool,
     eps: float,
-    *needed: bool,
+    need_poses: bool,
+    need_weight: bool,
+    need_prior: bool,
+    need_bias: bool,
+    allow_tf32: bool = False,
 ) -> tuple[Tensor, ...]:
     """The gradients of poses (or votes), weight, prior and bias, of size 0 where not needed: twin of
     ``dynamic_routing_backward_reference``."""
-    inputs = (poses, weight, prior, bias)
+    inputs, needed = (poses, weight, prior, bias), (need_poses, need_weight, need_prior, need_bias)
     T, B, J, _ = sums.shape
     I = poses.shape[1]
     if B == 0 or I == 0:
@@ -375,7 +381,7 @@ def backward(
         twin: Any = dynamic_routing_backward_reference
         found = twin(*wide, sums, leaky=leaky, detach=detach, eps=eps)
         return _like_inputs(found, inputs, needed)
-    call = Call(poses, weight, prior, mask, J, leaky)
+    call = Call(poses, weight, prior, mask, J, leaky, allow_tf32)
     V, ds, dv = call.new(*sums.shape), call.new(*sums.shape), call.new(*sums[0].shape)
     call.per_row(vectors.earlier_outputs, s=sums, V=V, T=T, eps=eps)
     seen, seen_ds = V, ds

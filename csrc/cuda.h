@@ -1,0 +1,193 @@
+// What the CUDA kernels need of CUDA: the matrix instruction, widening and rounding, fast functions, shared memory, launch.
+// With FASTCAPS_EMULATED the same kernels are compiled for the host, where tests run them thread by thread.
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#ifdef FASTCAPS_EMULATED
+#include "cuda_emulation.h"
+#else
+#include <cuda_runtime.h>
+#endif
+
+namespace fastcaps::cuda {
+
+struct bfloat16 {
+  uint16_t bits;
+};
+struct float16 {
+  uint16_t bits;
+};
+
+// ------------------------------------------------------------------------------------------------- bits and functions
+
+__device__ inline uint32_t bits_of(float x) {
+#ifdef FASTCAPS_EMULATED
+  return emulated::bit_cast<uint32_t>(x);
+#else
+  return __float_as_uint(x);
+#endif
+}
+__device__ inline float from_bits(uint32_t bits) {
+#ifdef FASTCAPS_EMULATED
+  return emulated::bit_cast<float>(bits);
+#else
+  return __uint_as_float(bits);
+#endif
+}
+
+__device__ inline double widen(double x) { return x; }
+__device__ inline float widen(float x) { return x; }
+__device__ inline float widen(bfloat16 x) { return from_bits(uint32_t(x.bits) << 16); }
+__device__ inline float widen(float16 x) {
+#ifdef FASTCAPS_EMULATED
+  return emulated::widen_float16(x.bits);
+#else
+  float result;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(x.bits));
+  return result;
+#endif
+}
+
+__device__ inline void narrow(double x, double& to) { to = x; }
+__device__ inline void narrow(float x, float& to) { to = x; }
+__device__ inline void narrow(float x, bfloat16& to) {  // to nearest, ties to even; a NaN stays one
+  const uint32_t bits = bits_of(x);
+  to.bits = x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+__device__ inline void narrow(float x, float16& to) {
+#ifdef FASTCAPS_EMULATED
+  to.bits = emulated::narrow_float16(x);
+#else
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to.bits) : "f"(x));
+#endif
+}
+
+// 2^x, 1 / x and log2 x within 2^-22 or so, without branches; what a softmax divides by is neither tiny nor huge.
+__device__ inline float power_of_two(float x) {
+#ifdef FASTCAPS_EMULATED
+  return std::exp2(x);
+#else
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#endif
+}
+__device__ inline double power_of_two(double x) { return exp2(x); }
+__device__ inline float reciprocal(float x) {
+#ifdef FASTCAPS_EMULATED
+  return 1 / x;
+#else
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#endif
+}
+__device__ inline double reciprocal(double x) { return 1 / x; }
+__device__ inline float log_of_two(float x) {
+#ifdef FASTCAPS_EMULATED
+  return std::log2(x);
+#else
+  float result;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#endif
+}
+__device__ inline double log_of_two(double x) { return log2(x); }
+
+// The larger; unlike fmax a NaN wins.
+template <class Real>
+__device__ inline Real larger(Real a, Real b) {
+  return a > b || a != a ? a : b;
+}
+
+// ------------------------------------------------------------------------------------------------------------- tf32
+
+// To the nearest number that tf32 holds, if the hardware then cuts the last 13 bits off. A NaN with all bits set would
+// become -0.
+__device__ inline float rounded_to_tf32(float x) { return x == x ? from_bits(bits_of(x) + 0x1000) : x; }
+__device__ inline float cut_to_tf32(float x) { return from_bits(bits_of(x) & 0xffffe000); }
+
+// c = a b, or c += a b, by mma.sync.m16n8k8: a [16, 8], b [8, 8], c [16, 8] as dynamic_routing_cuda_index.h lays them out.
+__device__ inline void multiply(float* c, const float (&a)[4], const float (&b)[2]) {
+#ifdef FASTCAPS_EMULATED
+  for (int n = 0; n < 4; ++n) c[n] = 0;
+  emulated::mma(c, a, b);
+#else
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
+      : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
+      : "r"(bits_of(a[0])), "r"(bits_of(a[1])), "r"(bits_of(a[2])), "r"(bits_of(a[3])), "r"(bits_of(b[0])),
+        "r"(bits_of(b[1])), "f"(0.f));
+#endif
+}
+__device__ inline void multiply_add(float* c, const float (&a)[4], const float (&b)[2]) {
+#ifdef FASTCAPS_EMULATED
+  emulated::mma(c, a, b);
+#else
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(bits_of(a[0])), "r"(bits_of(a[1])), "r"(bits_of(a[2])), "r"(bits_of(a[3])), "r"(bits_of(b[0])),
+        "r"(bits_of(b[1])));
+#endif
+}
+
+// ------------------------------------------------------------------------------------------------------------- warps
+
+template <class Real>
+__device__ inline Real exchanged(Real x, int mask) {  // with lane ^ mask
+  return __shfl_xor_sync(0xffffffff, x, mask);
+}
+template <class Real>
+__device__ inline Real sum_over_warp(Real x) {
+  for (int mask = 16; mask > 0; mask /= 2) x += exchanged(x, mask);
+  return x;
+}
+
+template <class T>
+__device__ inline T* shared_memory() {
+#ifdef FASTCAPS_EMULATED
+  return reinterpret_cast<T*>(emulated::shared_memory);
+#else
+  extern __shared__ __align__(16) char memory[];
+  return reinterpret_cast<T*>(memory);
+#endif
+}
+
+// ------------------------------------------------------------------------------------------------------------- launch
+
+struct Grid {
+  int64_t blocks;
+  int threads;
+  int64_t shared_bytes;
+};
+
+// `kernel`<<<>>>(argument). An error says which kernel it was; `sizes` is anything that has B, I and J.
+template <class Argument, class SizesLike>
+void launch(void (*kernel)(Argument), Grid grid, cudaStream_t stream, const Argument& argument, const char* name,
+            const SizesLike& sizes) {
+  if (grid.blocks == 0) return;
+#ifdef FASTCAPS_EMULATED
+  emulated::launch(grid.blocks, grid.threads, grid.shared_bytes, [&] { kernel(argument); });
+#else
+  cudaError_t error = grid.blocks > 0x7fffffff ? cudaErrorInvalidConfiguration : cudaSuccess;
+  if (error == cudaSuccess && grid.shared_bytes > 48 * 1024)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(grid.shared_bytes));
+  if (error == cudaSuccess) {
+    kernel<<<unsigned(grid.blocks), grid.threads, grid.shared_bytes, stream>>>(argument);
+    error = cudaPeekAtLastError();
+  }
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // or the next call would report it again
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  cudaStreamIsCapturing(stream, &capture);
+  throw std::runtime_error(
+      std::string("fastcaps::cuda::") + name + " with B = " + std::to_string(sizes.B) + ", I = " +
+      std::to_string(sizes.I) + ", J = " + std::to_string(sizes.J) + ", " + std::to_string(grid.blocks) +
+      " blocks, " + std::to_string(grid.shared_bytes) + " bytes of shared memory: " + cudaGetErrorString(error) +
+      (capture == cudaStreamCaptureStatusNone ? "" : ". A CUDA graph is being captured: call fastcaps.warmup before it"));
+#endif
+}
+
+}  // namespace fastcaps::cuda

@@ -1,0 +1,424 @@
+// Dynamic routing on NVIDIA GPUs: which kernels run, in what order, with how many blocks and how much memory.
+//
+// Forward, T times: a sweep over the input capsules (partial sums over slices of them), then their sum in a fixed order,
+// the output, V. Backward, from the weighted sums alone: for t = T-1 .. 1 a sweep (partial dV) and ds of the iteration
+// before, then the gradients from all iterations at once. With one matrix for all input capsules no vote is computed, as
+// <W x, V> = <x, W^T V> and sum c W x = W sum c x: poses stand for votes, `transform` goes between.
+#include "dynamic_routing_cuda.h"
+
+#include <algorithm>
+#include <cmath>
+#include <type_traits>
+
+#include "dynamic_routing_cuda_any.h"
+#include "dynamic_routing_cuda_tile_launch.h"
+#include "dynamic_routing_cuda_vectors.h"
+
+namespace fastcaps::cuda {
+namespace {
+
+// Scratch memory, cut into pieces; without memory it only counts.
+struct Scratch {
+  char* memory;
+  int64_t used = 0;
+
+  template <class T>
+  T* take(int64_t count) {
+    T* const piece = memory ? reinterpret_cast<T*>(memory + used) : nullptr;
+    used += pieces(count * int64_t(sizeof(T)), 256) * 256;
+    return piece;
+  }
+};
+
+int64_t multiprocessors() {
+#ifdef FASTCAPS_EMULATED
+  return 2;
+#else
+  int device = 0, count = 1;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+#endif
+}
+
+void set_to_zero(void* memory, int64_t bytes, cudaStream_t stream) {
+#ifdef FASTCAPS_EMULATED
+  std::memset(memory, 0, bytes);
+#else
+  const cudaError_t error = cudaMemsetAsync(memory, 0, bytes, stream);
+  if (error != cudaSuccess)
+    throw std::runtime_error(std::string("fastcaps::cuda: cudaMemsetAsync: ") + cudaGetErrorString(error));
+#endif
+}
+
+// The tile with the fewest rows that are not there; `none` where no tile holds the vectors or there is none for the type.
+template <class Real>
+TileKind tile_kind(const Routing<Real>& in) {
+  const Sizes& z = in.size;
+  const bool matrices = in.weight && (in.stride_i || z.I == 1) && (in.stride_j || z.J == 1);
+  if (!std::is_same_v<Real, float> || !matrices || z.D_in > 64 || z.D_out > 32) return TileKind::none;
+  if (z.D_out > 16) return TileKind::capsules5;
+  return pieces(z.J, 8) * 8 <= pieces(z.J, 10) * 10 ? TileKind::capsules8 : TileKind::capsules10;
+}
+
+// A call, with what its sweeps have in common.
+template <class Real>
+struct Call {
+  Routing<Real> in;
+  bool allow_tf32;
+  cudaStream_t stream;
+  Sizes z = in.size;
+  TileKind kind = tile_kind(in);
+  bool absorbed = in.weight && in.stride_i == 0 && z.I != 1;
+  int64_t D_sum = absorbed ? z.D_in : z.D_out;  // entries of what is summed over the input capsules
+  int64_t N = z.B * z.J * z.D_out;
+  int64_t capsules = kind == TileKind::none ? 1 : with_tile(kind, [&]<class T>() { return int64_t(T::JT); });
+  int64_t rows = kind == TileKind::none ? 1 : with_tile(kind, [&]<class T>() { return int64_t(T::D); });
+  // From V or ds of one iteration to the next: where tiles read them they are padded.
+  int64_t vectors = kind == TileKind::none ? N : pieces(z.B, 8) * 8 * pieces(z.J, capsules) * capsules * rows;
+  int64_t batch_tiles, slices;
+
+  Call(const Routing<Real>& in_, bool allow_tf32_, void* stream_)
+      : in(in_), allow_tf32(allow_tf32_), stream(static_cast<cudaStream_t>(stream_)) {
+    const int64_t warps = multiprocessors() * 12;
+    if (kind == TileKind::none) {
+      slices = most_slices(warps * 2 / std::max<int64_t>(z.B, 1));
+    } else {
+      const int64_t tiles = pieces(z.B, 8);
+      batch_tiles = std::max<int64_t>(tiles >= 3 ? 4 : tiles, 4 / chunk());
+      const int64_t blocks = pieces(tiles, batch_tiles) * pieces(z.J, capsules);
+      slices = most_slices(warps / 4 / std::max<int64_t>(blocks, 1));
+    }
+  }
+
+  int64_t most_slices(int64_t wanted) const { return std::clamp<int64_t>(wanted, 1, std::max<int64_t>(z.I, 1)); }
+  bool padded() const { return vectors > N; }
+  int64_t tiles() const { return kind == TileKind::none ? 1 : pieces(z.J, capsules); }
+
+  // Bytes of an input capsule's matrices in shared memory, and how many of them are there at a time.
+  int64_t matrix_bytes() const { return pieces(z.D_in, 8) * 8 * capsules * rows * 4; }
+  int64_t chunk() const { return matrix_bytes() <= 10 * 1024 ? 4 : matrix_bytes() <= 20 * 1024 ? 2 : 1; }
+
+  bool plain() const {
+    const int64_t type = in.stored == Stored::real ? 4 : 2;
+    return (z.D_in == 4 || z.D_in == 8) && aligned(4 * type) && !in.prior && !in.mask && !in.leaky &&
+           z.J % capsules == 0 && z.D_out == rows;
+  }
+  bool aligned(int64_t bytes) const {
+    return z.D_in % 4 == 0 && (uintptr_t(in.poses) | uintptr_t(in.weight)) % bytes == 0;
+  }
+
+  TileCall tile_call() const {
+    TileCall call{};
+    call.poses = in.poses, call.weight = in.weight, call.mask = in.mask;
+    if constexpr (std::is_same_v<Real, float>) call.prior = in.prior;
+    call.prior_stride_b = in.prior_stride_b;
+    call.B = z.B, call.I = z.I, call.J = z.J, call.D_in = int(z.D_in), call.D_out = int(z.D_out);
+    call.slices = int(slices), call.batch_tiles = int(batch_tiles), call.chunk = int(chunk()), call.leaky = in.leaky;
+    call.vectors = aligned(in.stored == Stored::real ? 16 : 8);
+    return call;
+  }
+  // in as the kernels without tiles see it: poses that stand for votes.
+  AnyCall<Real> any_call() const {
+    AnyCall<Real> call{};
+    call.in = in, call.slices = slices;
+    if (absorbed) call.in.weight = nullptr, call.in.stride_j = 0, call.in.size.D_out = z.D_in;
+    return call;
+  }
+
+  // Calls body.operator()<In>() with the type that poses and weight are stored in.
+  template <class Body>
+  void with_type(Body&& body) const {
+    if constexpr (std::is_same_v<Real, double>) {
+      body.template operator()<double>();
+    } else {
+      if (in.stored == Stored::bfloat16) return body.template operator()<bfloat16>();
+      if (in.stored == Stored::float16) return body.template operator()<float16>();
+      body.template operator()<float>();
+    }
+  }
+  // The same for tiles: with whether products are of numbers rounded to tf32, or exact in it.
+  template <class Body>
+  void with_form(Body&& body) const {
+    if (in.stored == Stored::bfloat16) return body.template operator()<bfloat16, true>();
+    if (in.stored == Stored::float16) return body.template operator()<float16, true>();
+    if (allow_tf32) return body.template operator()<float, true>();
+    body.template operator()<float, false>();
+  }
+
+  int64_t stats_size() const { return 3 * z.I * z.B; }
+  int64_t partial_size() const { return slices * z.B * z.J * D_sum; }
+
+  // Partial sums [slices, B, J, D_sum] of c u or, with ds, of db u; statistics where asked for or needed.
+  void sweep(const Real* V, const Real* ds, Real* stats, Real* partial) const {
+    const bool uniform = !V && !in.prior && !ds;
+    if constexpr (std::is_same_v<Real, float>) {
+      if (kind != TileKind::none) {
+        TileCall call = tile_call();
+        call.V = V, call.ds = ds, call.stats = stats, call.partial = partial;
+        if (uniform) return tile_sweep(Sweep::uniform, call);
+        if (tiles() > 1 || !partial) tile_sweep(Sweep::stats_only, call);
+        if (partial) tile_sweep(tiles() > 1 ? Sweep::with_stats : Sweep::softmax, call);
+        return;
+      }
+    }
+    AnyCall<Real> call = any_call();
+    call.V = V, call.ds = ds, call.stats = uniform ? nullptr : stats, call.partial = partial;
+    const int64_t bytes = kWarps * z.J * D_sum * int64_t(sizeof(Real));
+    call.in_shared_memory = partial && bytes <= 32 * 1024;
+    const Grid grid{pieces(slices * z.B, kWarps), 32 * kWarps, call.in_shared_memory ? bytes : 0};
+    with_type([&]<class In>() { launch(any_sweep<Real, In>, grid, stream, call, "any_sweep", z); });
+  }
+  void tile_sweep(Sweep sweep, const TileCall& call) const {
+    const int64_t groups = pieces(pieces(z.B, 8), batch_tiles);
+    const int64_t shared = std::max(2 * call.chunk * matrix_bytes(), batch_tiles < 4 ? 16 * 8 * capsules * rows : 0);
+    const Grid grid{groups * slices * (sweep == Sweep::stats_only ? 1 : tiles()), kTileThreads, shared};
+    with_form([&]<class In, bool TF32>() { launch_tile_sweep<In, TF32>(kind, sweep, plain(), grid, stream, call); });
+  }
+
+  // ------------------------------------------------------------------------------------------------------- vectors
+
+  VectorCall<Real> vector_call() const {
+    VectorCall<Real> call{};
+    call.kind = kind, call.B = z.B, call.J = z.J, call.D_out = z.D_out, call.T = int(z.T), call.eps = in.eps;
+    call.stored = in.stored, call.stride_t = vectors;
+    return call;
+  }
+  void per_block(void (*kernel)(VectorCall<Real>), const VectorCall<Real>& call, const char* name) const {
+    const int64_t rows = rows_of_block(z.D_out);
+    launch(kernel, {pieces(z.B * z.J, rows), kVectorThreads, rows * z.D_out * int64_t(sizeof(Real))}, stream, call, name, z);
+  }
+  void per_warp(void (*kernel)(VectorCall<Real>), int64_t warps, const VectorCall<Real>& call, const char* name) const {
+    launch(kernel, {pieces(32 * warps, kVectorThreads), kVectorThreads, 0}, stream, call, name, z);
+  }
+  void sum(const Real* x, int64_t parts, int64_t size, void* out, Stored stored) const {
+    const PartsCall<Real> call{x, out, stored, parts, size};
+    launch(add_parts<Real>, {pieces(size, kVectorThreads), kVectorThreads, 0}, stream, call, "add_parts", z);
+  }
+
+  // Absorbed: x [rows, J, D_in] times W^T, or `back`, x [rows, J, D_out] times W.
+  void transform(const Real* x, int64_t rows, bool back, Real* out) const {
+    TransformCall<Real> call{x, in.weight, in.stored, rows, z.J, z.D_in, z.D_out, in.stride_j, 1, z.D_in, out};
+    if (back) call.N = z.D_out, call.L = z.D_in, call.stride_n = z.D_in, call.stride_l = 1;
+    launch(transform_vectors<Real>, {pieces(rows * z.J * call.L, kVectorThreads), kVectorThreads, 0}, stream, call,
+           "transform_vectors", z);
+  }
+};
+
+// ------------------------------------------------------------------------------------------------------------ forward
+
+template <class Real>
+int64_t run_forward(const Routing<Real>& in, bool allow_tf32, void* out, Real* sums, Scratch scratch, void* stream) {
+  const Call<Real> call(in, allow_tf32, stream);
+  const Sizes& z = call.z;
+  Real* const partial = scratch.take<Real>(call.partial_size());
+  Real* const V = scratch.take<Real>(call.vectors);
+  Real* const stats = call.tiles() > 1 ? scratch.take<Real>(call.stats_size()) : nullptr;
+  const int64_t absorbed_size = call.absorbed ? z.B * z.J * z.D_in : 0;
+  Real* const V_poses = scratch.take<Real>(absorbed_size);
+  Real* const sum_poses = scratch.take<Real>(absorbed_size);
+  Real* const sum = scratch.take<Real>(call.absorbed ? call.N : 0);
+  if (!scratch.memory) return scratch.used;
+
+  if (call.padded()) set_to_zero(V, call.vectors * sizeof(Real), call.stream);
+  for (int64_t t = 0; t < z.T; ++t) {
+    VectorCall<Real> vectors = call.vector_call();
+    vectors.partial = partial, vectors.parts = call.slices;
+    if (call.absorbed) {
+      if (t > 0) call.transform(V, z.B, true, V_poses);
+      call.sweep(t > 0 ? V_poses : nullptr, nullptr, stats, partial);
+      call.sum(partial, call.slices, absorbed_size, sum_poses, Stored::real);
+      call.transform(sum_poses, z.B, false, sum);
+      vectors.partial = sum, vectors.parts = 1;
+    } else {
+      call.sweep(t > 0 ? V : nullptr, nullptr, stats, partial);
+    }
+    const bool last = t == z.T - 1;
+    vectors.bias = in.bias, vectors.new_sums = sums + t * call.N, vectors.out = last ? out : nullptr;
+    vectors.V = t > 0 ? V : nullptr, vectors.V_next = last ? nullptr : V;
+    call.per_block(squash_vectors<Real>, vectors, "squash_vectors");
+  }
+  return scratch.used;
+}
+
+// ----------------------------------------------------------------------------------------------------------- backward
+
+// The gradients of poses (or votes), of the weight unless absorbed, and of the prior; the last sweep.
+template <class Real>
+struct LastSweepMemory {
+  int64_t parts = 1;
+  Real *weight_parts = nullptr, *prior_parts = nullptr, *poses_sum = nullptr;
+
+  LastSweepMemory(const Call<Real>& call, const Gradients<Real>& out, Scratch& scratch) {
+    const Sizes& z = call.z;
+    if (call.kind == TileKind::none) return;
+    const int64_t blocks = z.I * pieces(z.D_in, 8), weight = z.I * z.J * z.D_out * z.D_in;
+    if (blocks == 0) return;
+    const int64_t affordable = (32 << 20) / (4 * weight);  // 32 MB of partial gradients
+    parts = std::max<int64_t>(1, std::min({4 * multiprocessors() / blocks, affordable, pieces(z.B, 32)}));
+    if (parts > 1 && out.d_weight) weight_parts = scratch.take<Real>(parts * weight);
+    if (parts > 1 && out.d_prior && !call.in.prior_stride_b) prior_parts = scratch.take<Real>(parts * z.I * z.J);
+    if (call.tiles() > 1 && out.d_poses)
+      poses_sum = call.in.stored == Stored::real ? static_cast<Real*>(out.d_poses) : scratch.take<Real>(z.B * z.I * z.D_in);
+  }
+};
+
+template <class Real>
+void last_sweep(const Call<Real>& call, const Gradients<Real>& out, const LastSweepMemory<Real>& memory, const Real* V,
+                const Real* ds, Real* stats) {
+  const Sizes& z = call.z;
+  const Routing<Real>& in = call.in;
+  const bool weight = out.d_weight && !call.absorbed;
+  Real* const d_prior = in.detach ? nullptr : out.d_prior;
+  if (!out.d_poses && !weight && !d_prior) return;
+  if constexpr (std::is_same_v<Real, float>) {
+    if (call.kind != TileKind::none) {
+      TileCall tile = call.tile_call();
+      tile.V = V, tile.ds = ds, tile.stats = stats, tile.T = int(z.T), tile.first_t = in.detach ? int(z.T) - 1 : 0;
+      tile.detach = in.detach, tile.parts = int(memory.parts);
+      tile.d_poses = out.d_poses, tile.d_weight = out.d_weight;
+      tile.d_weight_parts = memory.weight_parts, tile.d_poses_sum = memory.poses_sum;
+      tile.d_prior = memory.prior_parts ? memory.prior_parts : d_prior;
+      const int64_t matrix = 4 * call.capsules * call.rows;  // bytes of one entry of its rows
+      const Grid grid{z.I * pieces(z.D_in, 8) * memory.parts, kTileThreads, call.matrix_bytes() + 8 * matrix + 256 + 32 * matrix};
+      call.with_form([&]<class In, bool TF32>() {
+        launch_tile_gradients<In, TF32>(call.kind, call.plain(), grid, call.stream, tile);
+      });
+      if (memory.weight_parts)
+        call.sum(memory.weight_parts, memory.parts, z.I * z.J * z.D_out * z.D_in, out.d_weight, in.stored);
+      if (memory.prior_parts && d_prior) call.sum(memory.prior_parts, memory.parts, z.I * z.J, d_prior, Stored::real);
+      return;
+    }
+  }
+  AnyCall<Real> any = call.any_call();
+  any.V = V, any.ds = ds, any.stats = stats, any.first_t = in.detach ? z.T - 1 : 0;
+  any.d_poses = out.d_poses, any.d_weight = weight ? out.d_weight : nullptr, any.d_prior = d_prior;
+  const int64_t D_out = any.in.size.D_out, D = any.in.weight ? z.D_in : D_out, warp = kWarps * int64_t(sizeof(Real));
+  any.columns = weight ? std::clamp<int64_t>(1024 / D_out, 1, z.D_in) : 0;
+  const bool shared = in.stride_j == 0 && weight;
+  const int64_t warps = z.I * (shared ? 1 : z.J) * (weight ? pieces(z.D_in, any.columns) : 1);
+  call.with_type([&]<class In>() {
+    if (out.d_poses)
+      launch(any_poses<Real, In>, {pieces(z.B * z.I, kWarps), 32 * kWarps, warp * (D_out + D)}, call.stream, any, "any_poses", z);
+    if (weight || d_prior)
+      launch(any_weight<Real, In>, {pieces(warps, kWarps), 32 * kWarps, warp * D_out * (1 + any.columns)},
+             call.stream, any, "any_weight", z);
+  });
+}
+
+template <class Real>
+int64_t run_backward(const Routing<Real>& in, bool allow_tf32, const Gradients<Real>& out, Scratch scratch, void* stream) {
+  const Call<Real> call(in, allow_tf32, stream);
+  const Sizes& z = call.z;
+  const int64_t first = in.detach ? z.T - 1 : 0, absorbed_size = call.absorbed ? z.B * z.J * z.D_in : 0;
+  const bool absorbed_weight = call.absorbed && out.d_weight;
+  const int64_t matrix_rows = (z.T - first) * z.B, matrix_parts = std::clamp<int64_t>(matrix_rows / 64, 1, 64);
+  Real* const V = scratch.take<Real>(z.T * call.vectors);
+  Real* const ds = scratch.take<Real>(z.T * call.vectors);
+  Real* const dv = scratch.take<Real>(call.N);
+  Real* const stats = scratch.take<Real>(z.T * call.stats_size());
+  Real* const partial = scratch.take<Real>(call.partial_size());
+  Real* const V_poses = scratch.take<Real>(z.T * absorbed_size);
+  Real* const ds_poses = scratch.take<Real>(z.T * absorbed_size);
+  Real* const db_poses = scratch.take<Real>(z.T * absorbed_size);  // sum_i db poses
+  Real* const c_poses = scratch.take<Real>(z.T * absorbed_size);   // sum_i c poses
+  Real* const dV = scratch.take<Real>(call.absorbed ? call.N : 0);
+  const int64_t matrix = (in.stride_j ? z.J : 1) * z.D_out * z.D_in;
+  Real* const matrices = scratch.take<Real>(absorbed_weight ? matrix_parts * matrix : 0);
+  const LastSweepMemory<Real> memory(call, out, scratch);
+  if (!scratch.memory) return scratch.used;
+
+  if (call.padded()) {
+    set_to_zero(V, z.T * call.vectors * sizeof(Real), call.stream);
+    set_to_zero(ds, z.T * call.vectors * sizeof(Real), call.stream);
+  }
+  VectorCall<Real> vectors = call.vector_call();
+  vectors.sums = out.sums, vectors.V_next = V;
+  call.per_warp(earlier_outputs<Real>, z.B * z.J, vectors, "earlier_outputs");
+  if (call.absorbed) call.transform(V, z.T * z.B, true, V_poses);
+  const Real* const seen_V = call.absorbed ? V_poses : V;
+  Real* const seen_ds = call.absorbed ? ds_poses : ds;
+  const int64_t seen_size = call.absorbed ? absorbed_size : call.vectors;
+  for (int64_t t = z.T - 1; t >= first; --t) {
+    vectors = call.vector_call();
+    vectors.sums = out.sums + t * call.N, vectors.ds = ds + t * call.vectors, vectors.dv = dv;
+    vectors.grad = t == z.T - 1 ? out.grad : nullptr, vectors.more = t < z.T - 2;
+    vectors.partial = call.absorbed ? dV : partial, vectors.parts = call.absorbed ? 1 : call.slices;
+    call.per_block(squash_vectors_backward<Real>, vectors, "squash_vectors_backward");
+    if (call.absorbed) call.transform(ds + t * call.vectors, z.B, true, ds_poses + t * absorbed_size);
+    const Real* const V_now = t > 0 ? seen_V + t * seen_size : nullptr;
+    const Real* const ds_now = in.detach ? nullptr : seen_ds + t * seen_size;
+    Real* const stats_now = stats + t * call.stats_size();
+    if (t > 0 && !in.detach) {
+      call.sweep(V_now, ds_now, stats_now, partial);
+      if (call.absorbed) {
+        call.sum(partial, call.slices, absorbed_size, db_poses + t * absorbed_size, Stored::real);
+        call.transform(db_poses + t * absorbed_size, z.B, false, dV);
+      }
+    } else if (t > 0 || in.prior) {
+      call.sweep(V_now, ds_now, stats_now, nullptr);
+    }
+  }
+  last_sweep(call, out, memory, seen_V, static_cast<const Real*>(seen_ds), stats);
+  if (absorbed_weight) {
+    if (!in.detach) set_to_zero(db_poses, absorbed_size * sizeof(Real), call.stream);  // V_0 is 0
+    for (int64_t t = first; t < z.T; ++t) {
+      call.sweep(t > 0 ? seen_V + t * seen_size : nullptr, nullptr, nullptr, partial);
+      call.sum(partial, call.slices, absorbed_size, c_poses + t * absorbed_size, Stored::real);
+    }
+    const MatrixCall<Real> product{ds + first * call.vectors, V + first * call.vectors, c_poses + first * absorbed_size,
+                                   in.detach ? nullptr : db_poses, matrix_rows, z.J, z.D_out, z.D_in, matrix_parts,
+                                   in.stride_j == 0, matrices};
+    launch(matrix_gradient<Real>, {pieces(matrix_parts * matrix, kVectorThreads), kVectorThreads, 0}, call.stream, product,
+           "matrix_gradient", z);
+    call.sum(matrices, matrix_parts, matrix, out.d_weight, in.stored);
+  }
+  if (out.d_prior && in.detach) {
+    const int64_t size = (in.prior_stride_b ? z.B : 1) * z.I * z.J;
+    set_to_zero(out.d_prior, size * sizeof(Real), call.stream);
+  }
+  if (out.d_bias) {
+    vectors = call.vector_call();
+    vectors.ds = ds + first * call.vectors, vectors.T = int(z.T - first), vectors.d_bias = out.d_bias;
+    call.per_warp(bias_gradient<Real>, z.J * z.D_out, vectors, "bias_gradient");
+  }
+  return scratch.used;
+}
+
+}  // namespace
+
+#ifndef FASTCAPS_EMULATED
+const char* why_unavailable(int device) {
+  int major = 0;
+  const cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  return major >= 8 ? nullptr : "its compute capability is below 8.0 (Ampere)";
+}
+#endif
+
+template <class Real>
+int64_t forward_scratch(const Routing<Real>& in) {
+  return run_forward<Real>(in, false, nullptr, nullptr, Scratch{nullptr}, nullptr);
+}
+template <class Real>
+int64_t backward_scratch(const Routing<Real>& in, const Gradients<Real>& out) {
+  return run_backward<Real>(in, false, out, Scratch{nullptr}, nullptr);
+}
+template <class Real>
+void forward(const Routing<Real>& in, bool allow_tf32, void* out, Real* sums, void* scratch, void* stream) {
+  run_forward<Real>(in, allow_tf32, out, sums, Scratch{static_cast<char*>(scratch)}, stream);
+}
+template <class Real>
+void backward(const Routing<Real>& in, bool allow_tf32, const Gradients<Real>& out, void* scratch, void* stream) {
+  run_backward<Real>(in, allow_tf32, out, Scratch{static_cast<char*>(scratch)}, stream);
+}
+
+#define FASTCAPS_INSTANTIATE_CUDA(Real)                                                                     \
+  template int64_t forward_scratch(const Routing<Real>&);                                                   \
+  template int64_t backward_scratch(const Routing<Real>&, const Gradients<Real>&);                          \
+  template void forward(const Routing<Real>&, bool, void*, Real*, void*, void*);                            \
+  template void backward(const Routing<Real>&, bool, const Gradients<Real>&, void*, void*);
+FASTCAPS_INSTANTIATE_CUDA(float)
+FASTCAPS_INSTANTIATE_CUDA(double)
+
+}  // namespace fastcaps::cuda

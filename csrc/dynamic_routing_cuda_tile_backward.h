@@ -1,0 +1,256 @@
+// The last sweep of the backward by tensor cores: the gradients of poses, weight and prior from all iterations at once.
+//
+// With V, ds and the statistics of the softmax at hand all is local to one (sample, input capsule, output capsule):
+//   du = sum_t c_t ds_t + db_t V_t with c_t = 2^(logit - top - log), db_t = c_t (dc_t - sum_j c_t dc_t).
+// A block has one input capsule, its four warps take turns with the samples. du is laid out as the left operand of
+// d_weight = du poses^T wants it; d_poses = weight^T du is plain arithmetic and a sum over lanes.
+#pragma once
+
+#include "dynamic_routing_cuda_tile.h"
+
+namespace fastcaps::cuda {
+
+// The matrices once more, eight entries of every row: a lane's rows one after the other, lanes 16 bytes beside a
+// multiple of 128 bytes, so that no two of them meet in a bank.
+template <class T>
+struct Rows {
+  static FASTCAPS_INDEX int stride(int block) { return 8 * T::entries(block) + 4; }
+  static FASTCAPS_INDEX int place(int block, int g) { return (block == 0 ? 0 : 8 * stride(0)) + g * stride(block); }
+  static constexpr int size = 8 * stride(0) + (T::blocks > 1 ? 8 * stride(1) : 0);
+};
+
+// c = a b for du, which is float32, and poses: exact poses need two products, rounded ones a single one.
+template <class F>
+__device__ inline void gradient_product(float* c, const float (&a)[4], const float (&b)[2]) {
+  if constexpr (F::TF32) {
+    const float rounded[4] = {rounded_to_tf32(a[0]), rounded_to_tf32(a[1]), rounded_to_tf32(a[2]), rounded_to_tf32(a[3])};
+    multiply(c, rounded, b);
+  } else if constexpr (sizeof(typename F::In) == 2) {
+    float hi[4], lo[4];
+    for (int n = 0; n < 4; ++n) hi[n] = cut_to_tf32(a[n]), lo[n] = a[n] - hi[n];
+    multiply(c, lo, b);
+    multiply_add(c, hi, b);
+  } else {
+    exact_product<F>(c, a, b);
+  }
+}
+
+template <class F, class T>
+struct LastSweep {
+  using In = typename F::In;
+  const TileCall& call;
+  const float4* fragments;
+  const float* rows;
+  int64_t i, tile, first_d;  // first_d: of the eight entries of poses and matrix rows whose gradients are computed
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  int64_t first_b;
+  float d_weight[4 * T::M], d_prior[T::blocks], dx[16];  // dx: eight entries of two samples
+
+  __device__ int64_t sample(int s) const { return first_b + 2 * t + s; }
+
+  __device__ void add(int64_t batch_tile) {
+    first_b = 8 * batch_tile;
+    float x[2], columns[2];  // the right operands of votes and d_weight
+    load_pose<F>(x, call, first_b + g, i, call.I, 2 * t);
+#pragma unroll
+    for (int s = 0; s < 2; ++s) {
+      const int64_t b = sample(s), d = first_d + g;
+      const bool there = b < call.B && d < call.D_in && (F::PLAIN || !call.mask || call.mask[b * call.I + i]);
+      columns[s] = there ? widen(static_cast<const In*>(call.poses)[(b * call.I + i) * call.D_in + d]) : 0;
+      if constexpr (F::TF32) columns[s] = rounded_to_tf32(columns[s]);
+    }
+#pragma unroll
+    for (int n = 0; n < 16; ++n) dx[n] = 0;
+    each<T::blocks>([&]<int block>() { add_block<block>(x, columns, batch_tile); });
+    if (call.d_poses) store_poses();
+  }
+
+  template <int block>
+  __device__ void add_block(const float (&x)[2], const float (&columns)[2], int64_t batch_tile) {
+    constexpr int first_m = T::first_m(block), M = (block + 1 < T::blocks ? T::first_m(block + 1) : T::M) - first_m;
+    float u[4 * M], du[4 * M], db[2] = {0, 0};
+    votes<F, T, first_m, M>(u, fragments, x, call, first_b + g, i, call.I);
+#pragma unroll
+    for (int n = 0; n < 4 * M; ++n) du[n] = 0;
+#pragma unroll 1
+    for (int iteration = call.first_t; iteration < call.T; ++iteration)
+      add_iteration<block, M>(du, db, u, iteration, batch_tile);
+    const int64_t j = tile * T::JT + T::capsule(block, g);
+    if (!F::PLAIN && call.d_prior) {
+      if (call.prior_stride_b == 0) {
+        d_prior[block] += db[0] + db[1];
+      } else if (g % T::sharing(block) == 0 && j < call.J) {
+#pragma unroll
+        for (int s = 0; s < 2; ++s)
+          if (sample(s) < call.B) call.d_prior[(sample(s) * call.I + i) * call.J + j] = db[s];
+      }
+    }
+    const float* row = rows + Rows<T>::place(block, g);
+    if (call.d_poses)
+#pragma unroll
+      for (int n = 0; n < T::entries(block); ++n) {
+        const float4 low = *reinterpret_cast<const float4*>(row + 8 * n), high = *reinterpret_cast<const float4*>(row + 8 * n + 4);
+        const float w[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+        for (int s = 0; s < 2; ++s)
+#pragma unroll
+          for (int d = 0; d < 8; ++d) dx[8 * s + d] = fmaf(w[d], du[T::reg(block, n, s) - 4 * first_m], dx[8 * s + d]);
+      }
+    if (call.d_weight)
+#pragma unroll
+      for (int m = 0; m < M; ++m) {
+        const float a[4] = {du[4 * m], du[4 * m + 2], du[4 * m + 1], du[4 * m + 3]};
+        float more[4];
+        gradient_product<F>(more, a, columns);
+#pragma unroll
+        for (int n = 0; n < 4; ++n) d_weight[4 * (first_m + m) + n] += more[n];
+      }
+  }
+
+  template <int block, int M>
+  __device__ void add_iteration(float* du, float (&db)[2], const float* u, int iteration, int64_t batch_tile) {
+    const bool uniform = iteration == 0 && (F::PLAIN || !call.prior);
+    const int64_t at = iteration * T::places(call.B, call.J) +
+                       ((batch_tile * pieces(call.J, T::JT) + tile) * T::M + T::first_m(block)) * 128 + lane * 4;
+    float ds[4 * M], V[4 * M], c[2], dc[2];
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+      const float4 y = *reinterpret_cast<const float4*>(call.ds + at + m * 128);
+      ds[4 * m] = y.x, ds[4 * m + 1] = y.y, ds[4 * m + 2] = y.z, ds[4 * m + 3] = y.w;
+    }
+    const int64_t j = tile * T::JT + T::capsule(block, g);
+    if (uniform) {  // and V is 0
+      const float share = 1.f / (call.J + (!F::PLAIN && call.leaky));
+#pragma unroll
+      for (int n = 0; n < 4 * M; ++n) du[n] = fmaf(share, ds[n], du[n]);
+      return;
+    }
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+      const float4 y = *reinterpret_cast<const float4*>(call.V + at + m * 128);
+      V[4 * m] = y.x, V[4 * m + 1] = y.y, V[4 * m + 2] = y.z, V[4 * m + 3] = y.w;
+    }
+    c[0] = c[1] = 0;
+    if (F::PLAIN || iteration > 0) dot<T, block>(c, u, V);
+    dot<T, block>(dc, u, ds);
+    const int64_t size = call.I * call.B;
+#pragma unroll
+    for (int s = 0; s < 2; ++s) {
+      const bool there = sample(s) < call.B && (F::PLAIN || j < call.J);
+      const float* stats = call.stats + 3 * iteration * size + i * call.B + sample(s);
+      if (!F::PLAIN && call.prior && there)
+        c[s] += kLog2e * call.prior[sample(s) * call.prior_stride_b + i * call.J + j];
+      const float exponent = there ? c[s] - stats[0] - stats[size] : 0;
+      c[s] = power_of_two(exponent > 0 ? 0 : exponent);
+      dc[s] = there && !call.detach ? c[s] * (dc[s] - stats[2 * size]) : 0;
+      db[s] += dc[s];
+      dc[s] = iteration > 0 ? kLn2 * dc[s] : 0;  // V_0 is 0, and 0 times NaN would not be
+#pragma unroll
+      for (int n = 0; n < T::entries(block); ++n) {
+        const int r = T::reg(block, n, s) - 4 * T::first_m(block);
+        du[r] = fmaf(c[s], ds[r], fmaf(dc[s], V[r], du[r]));
+      }
+    }
+  }
+
+  // Of 2 `half` entries a lane keeps one half and gets from another lane what that has of it.
+  template <int half>
+  __device__ void halve() {
+    const bool upper = lane & 2 * half;
+#pragma unroll
+    for (int n = 0; n < half; ++n) {
+      const float mine = upper ? dx[n + half] : dx[n], theirs = upper ? dx[n] : dx[n + half];
+      dx[n] = mine + exchanged(theirs, 2 * half);
+    }
+  }
+
+  // The sum of dx over the lanes with other capsules; each keeps a part of it: of sample g / 4, entries 2 (g % 4) and the
+  // next.
+  __device__ void store_poses() {
+halve<8>();
+    halve<4>();
+    halve<2>();
+    const int64_t b = sample(g / 4), d = first_d + 2 * (g % 4), at = (b * call.I + i) * call.D_in + d;
+    if (b >= call.B) return;
+    const bool masked = !F::PLAIN && call.mask && !call.mask[b * call.I + i], last = (tile + 1) * T::JT >= call.J;
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      if (d + n >= call.D_in) return;
+      if (masked) dx[n] = 0;
+      if (tile > 0) dx[n] += call.d_poses_sum[at + n];  // written by this thread
+      if (last)
+        narrow(dx[n], static_cast<In*>(call.d_poses)[at + n]);
+      else
+        call.d_poses_sum[at + n] = dx[n];
+    }
+  }
+};
+
+// Block: (input capsule, eight entries of D_in, part of the batch), the last running fastest.
+template <class F, class T>
+__global__ void __launch_bounds__(kTileThreads, 2) tile_gradients(TileCall call) {
+  const int chunks = (call.D_in + 7) / 8, steps = chunks, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int part = blockIdx.x % call.parts, chunk = blockIdx.x / call.parts % chunks;
+  const int64_t i = blockIdx.x / call.parts / chunks, batch_tiles = pieces(call.B, 8);
+  const int64_t begin = part_begin(batch_tiles, call.parts, part), end = part_begin(batch_tiles, call.parts, part + 1);
+  float4* const fragments = shared_memory<float4>();
+  float* const rows = reinterpret_cast<float*>(fragments + steps * T::M * 32);
+  float* const sums = rows + Rows<T>::size;  // of four warps, [4, M, 4 registers, 32 lanes]
+  LastSweep<F, T> sweep{call, fragments, rows, i, 0, 8 * chunk};
+  for (int64_t tile = 0; tile * T::JT < call.J; ++tile) {
+    sweep.tile = tile;
+    __syncthreads();
+    fill<F, T>(fragments, call, i, i + 1, 1, tile * T::JT);
+#pragma unroll
+    for (int n = 0; n < 4 * T::M; ++n) sweep.d_weight[n] = 0;
+#pragma unroll
+    for (int block = 0; block < T::blocks; ++block) sweep.d_prior[block] = 0;
+    __syncthreads();
+    for (int m = warp; m < T::M; m += kTileThreads / 32) {
+      const int block = T::block_of_m(m), g = lane / 4;
+      const float4 w = fragments[(chunk * T::M + m) * 32 + lane];
+      float* row = rows + Rows<T>::place(block, g) + 16 * (m - T::first_m(block)) + 2 * (lane % 4);
+      row[0] = w.x, row[1] = w.z, row[8] = w.y, row[9] = w.w;
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int64_t batch_tile = begin + warp; batch_tile < end; batch_tile += kTileThreads / 32) sweep.add(batch_tile);
+    if (call.d_weight) {
+#pragma unroll
+      for (int n = 0; n < 4 * T::M; ++n) sums[(warp * 4 * T::M + n) * 32 + lane] = sweep.d_weight[n];
+    }
+    __syncthreads();
+    if (call.d_weight)
+      for (int n = warp; n < 4 * T::M; n += kTileThreads / 32) {
+        const float* at = sums + n * 32 + lane;
+        constexpr int next = 4 * T::M * 32;
+        const float total = at[0] + at[next] + at[2 * next] + at[3 * next];
+        const int m = n / 4, row = fragment_row(lane, n % 4), d = 8 * chunk + fragment_column(lane, n % 4);
+        const int64_t j = tile * T::JT + T::row_capsule(m, row);
+        const int e = T::row_entry(m, row);
+        if (j >= call.J || e >= call.D_out || d >= call.D_in) continue;
+        const int64_t to = ((i * call.J + j) * call.D_out + e) * call.D_in + d;
+        if (call.d_weight_parts)
+          call.d_weight_parts[part * call.I * call.J * call.D_out * call.D_in + to] = total;
+        else
+          narrow(total, static_cast<typename F::In*>(call.d_weight)[to]);
+      }
+    if (!F::PLAIN && call.d_prior && call.prior_stride_b == 0 && chunk == 0) {
+      __syncthreads();
+      each<T::blocks>([&]<int block>() {  // over the lanes with other samples
+        const float two = sweep.d_prior[block] + exchanged(sweep.d_prior[block], 1);
+        const float all = two + exchanged(two, 2);
+        const int g = lane / 4;
+        if (lane % 4 == 0 && g % T::sharing(block) == 0) sums[warp * T::JT + T::capsule(block, g)] = all;
+      });
+      __syncthreads();
+      const int64_t j = tile * T::JT + threadIdx.x;
+      if (threadIdx.x < T::JT && j < call.J) {
+        const float* at = sums + threadIdx.x;
+        call.d_prior[(part * call.I + i) * call.J + j] = at[0] + at[T::JT] + at[2 * T::JT] + at[3 * T::JT];
+      }
+    }
+  }
+}
+
+}  // namespace fastcaps::cuda

@@ -1,0 +1,252 @@
+// The smaller CUDA kernels: over the B * J vectors of an iteration, and the products of one matrix for all input capsules.
+#pragma once
+
+#include "cuda.h"
+#include "dynamic_routing.h"
+#include "dynamic_routing_cuda_index.h"
+
+namespace fastcaps::cuda {
+
+constexpr int kVectorThreads = 256;
+
+// Which output capsules a warp's tile holds; `none`: vectors lie as in a tensor [B, J, D_out].
+enum class TileKind { none, capsules8, capsules10, capsules5 };
+
+// Calls body.operator()<Tile>() with the type of a kind that is not `none`.
+template <class Body>
+FASTCAPS_INDEX auto with_tile(TileKind kind, Body&& body) {
+  if (kind == TileKind::capsules8) return body.template operator()<Tile<8, 16>>();
+  if (kind == TileKind::capsules10) return body.template operator()<Tile<10, 16>>();
+  return body.template operator()<Tile<5, 32>>();
+}
+
+template <class Real>
+struct VectorCall {
+  TileKind kind;        // how V and ds lie
+  int64_t B, J, D_out;
+  int T;                // iterations, where all are wanted
+  int64_t parts;
+  const Real* partial;  // [parts, B, J, D_out]
+  const Real* bias;     // [J, D_out], or null
+  const void* grad;     // [B, J, D_out], the incoming gradient, or null
+  Stored stored;        // of grad and out
+  Real eps;
+  const Real *sums;     // [B, J, D_out], or [T, B, J, D_out]
+  Real *new_sums;       // the same, written
+  const Real* V;        // earlier outputs, or null: none
+  Real *V_next, *ds;    // written, or null
+  Real *dv;             // [B, J, D_out], the sum of later dV; read if `more`, written
+  bool more;
+  void* out;            // [B, J, D_out], or null
+  Real* d_bias;
+  int64_t stride_t;     // of ds of one iteration
+};
+
+template <class Real>
+__device__ inline int64_t place(const VectorCall<Real>& call, int64_t row, int64_t e) {
+  if (call.kind == TileKind::none) return row * call.D_out + e;
+  return with_tile(call.kind, [&]<class T>() { return T::place(call.J, row / call.J, row % call.J, e); });
+}
+
+template <class Real>
+__device__ inline Real read(const void* from, Stored stored, int64_t at) {
+  if (stored == Stored::bfloat16) return widen(static_cast<const bfloat16*>(from)[at]);
+  if (stored == Stored::float16) return widen(static_cast<const float16*>(from)[at]);
+  return static_cast<const Real*>(from)[at];
+}
+template <class Real>
+__device__ inline void write(Real x, void* to, Stored stored, int64_t at) {
+  if (stored == Stored::bfloat16)
+    narrow(float(x), static_cast<bfloat16*>(to)[at]);
+  else if (stored == Stored::float16)
+    narrow(float(x), static_cast<float16*>(to)[at]);
+  else
+    static_cast<Real*>(to)[at] = x;
+}
+
+// squash(s) / s for |s|^2 = q.
+template <class Real>
+__device__ inline Real squash_scale(Real q, Real eps) {
+  return eps > 0 ? q / (1 + q) / sqrt(q + eps) : sqrt(q) / (1 + q);
+}
+
+// Vectors of a block: some when they are short.
+FASTCAPS_INDEX int64_t rows_of_block(int64_t D_out) { return D_out < 64 ? 64 / D_out : 1; }
+
+// The sums over parts of the block's vectors into `total`, always in the same order: each warp takes every eighth part.
+template <class Real>
+__device__ inline void sum_parts(Real* total, const VectorCall<Real>& call, int64_t first, int64_t count) {
+  constexpr int warps = kVectorThreads / 32;
+  __shared__ Real sums[warps][32];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int64_t size = call.B * call.J * call.D_out;
+  for (int64_t n = lane; n - lane < count; n += 32) {
+    Real sum = 0;
+#pragma unroll 4
+    for (int64_t part = warp; n < count && part < call.parts; part += warps) sum += call.partial[part * size + first + n];
+    sums[warp][lane] = sum;
+    __syncthreads();
+    if (warp == 0 && n < count) {
+      for (int other = 1; other < warps; ++other) sum += sums[other][lane];
+      total[n] = sum;
+    }
+    __syncthreads();
+  }
+}
+
+// s = bias + the sum of the parts, and what an iteration leaves to the next one or to the caller.
+template <class Real>
+__global__ void __launch_bounds__(kVectorThreads) squash_vectors(VectorCall<Real> call) {
+  const int lane = threadIdx.x % 32;
+  const int64_t rows = rows_of_block(call.D_out), first = blockIdx.x * rows, N = call.B * call.J;
+  const int64_t count = (first + rows < N ? rows : N - first) * call.D_out;
+  Real* const total = shared_memory<Real>();
+  sum_parts(total, call, first * call.D_out, count);
+  for (int64_t row = threadIdx.x / 32; row < count / call.D_out; row += kVectorThreads / 32) {
+    const int64_t at = (first + row) * call.D_out;
+    Real* const s = total + row * call.D_out;
+    Real q = 0;
+    for (int64_t e = lane; e < call.D_out; e += 32) {
+      if (call.bias) s[e] += call.bias[(first + row) % call.J * call.D_out + e];
+      call.new_sums[at + e] = s[e];
+      q = fma(s[e], s[e], q);
+    }
+    const Real scale = squash_scale(sum_over_warp(q), call.eps);
+    for (int64_t e = lane; e < call.D_out; e += 32) {
+      const Real v = scale * s[e];
+      if (call.out) write(v, call.out, call.stored, at + e);
+      if (call.V_next) {
+        const int64_t to = place(call, first + row, e);
+        call.V_next[to] = fma(Real(1.4426950408889634074L), v, call.V ? call.V[to] : 0);
+      }
+    }
+  }
+}
+
+// ds = squash'(s)^T dv, dv the incoming gradient or the sum over later iterations' dV.
+template <class Real>
+__global__ void __launch_bounds__(kVectorThreads) squash_vectors_backward(VectorCall<Real> call) {
+  const int lane = threadIdx.x % 32;
+  const int64_t rows = rows_of_block(call.D_out), first = blockIdx.x * rows, N = call.B * call.J;
+  const int64_t count = (first + rows < N ? rows : N - first) * call.D_out;
+  Real* const total = shared_memory<Real>();
+  if (!call.grad) sum_parts(total, call, first * call.D_out, count);
+  for (int64_t row = threadIdx.x / 32; row < count / call.D_out; row += kVectorThreads / 32) {
+    const int64_t at = (first + row) * call.D_out;
+    Real* const d = total + row * call.D_out;
+    Real q = 0, along = 0;
+    for (int64_t e = lane; e < call.D_out; e += 32) {
+      if (call.grad)
+        d[e] = read<Real>(call.grad, call.stored, at + e);
+      else
+        call.dv[at + e] = d[e] += call.more ? call.dv[at + e] : 0;
+      q = fma(call.sums[at + e], call.sums[at + e], q);
+    }
+    q = sum_over_warp(q);
+    // d and a multiple of its part along s; in terms of the direction nothing overflows before q does.
+    const Real inverse = q == 0 ? 1 : 1 / sqrt(q);
+    for (int64_t e = lane; e < call.D_out; e += 32) along = fma(call.sums[at + e] * inverse, d[e], along);
+    along = sum_over_warp(along) * (call.eps > 0 ? 2 / (1 + q) - q / (q + call.eps) : (1 - q) / (1 + q));
+    const Real scale = squash_scale(q, call.eps);
+    for (int64_t e = lane; e < call.D_out; e += 32)
+      call.ds[place(call, first + row, e)] = scale * fma(along, call.sums[at + e] * inverse, d[e]);
+  }
+}
+
+// log2(e) V_t, V_t = v_0 + ... + v_{t-1}, of all iterations, from the weighted sums.
+template <class Real>
+__global__ void __launch_bounds__(kVectorThreads) earlier_outputs(VectorCall<Real> call) {
+  const int lane = threadIdx.x % 32;
+  const int64_t row = (int64_t(blockIdx.x) * kVectorThreads + threadIdx.x) / 32, N = call.B * call.J;
+  if (row >= N) return;
+  for (int t = 0; t < call.T; ++t) {
+    const Real* const s = call.sums + (t * N + row) * call.D_out;
+    const Real* const before = call.V_next + (t - 1) * call.stride_t;
+    Real q = 0;
+    // V_t needs v_{t-1}: s of the iteration before.
+    const Real* const last = s - N * call.D_out;
+    for (int64_t e = lane; t > 0 && e < call.D_out; e += 32) q = fma(last[e], last[e], q);
+    const Real scale = Real(1.4426950408889634074L) * squash_scale(sum_over_warp(q), call.eps);
+    for (int64_t e = lane; e < call.D_out; e += 32) {
+      const int64_t at = place(call, row, e);
+      call.V_next[t * call.stride_t + at] = t > 0 ? fma(scale, last[e], before[at]) : 0;
+    }
+  }
+}
+
+// sum_b of ds of the iterations, a warp for each (j, e).
+template <class Real>
+__global__ void __launch_bounds__(kVectorThreads) bias_gradient(VectorCall<Real> call) {
+  const int64_t n = (int64_t(blockIdx.x) * kVectorThreads + threadIdx.x) / 32, j = n / call.D_out, e = n % call.D_out;
+  if (j >= call.J) return;
+  Real sum = 0;
+  for (int t = 0; t < call.T; ++t)
+    for (int64_t b = threadIdx.x % 32; b < call.B; b += 32)
+      sum += call.ds[t * call.stride_t + place(call, b * call.J + j, e)];
+  sum = sum_over_warp(sum);
+  if (threadIdx.x % 32 == 0) call.d_bias[n] = sum;
+}
+
+// out[n] = sum over parts of x[part, n], rounded to how `out` is stored.
+template <class Real>
+struct PartsCall {
+  const Real* x;
+  void* out;
+  Stored stored;
+  int64_t parts, size;
+};
+template <class Real>
+__global__ void __launch_bounds__(kVectorThreads) add_parts(PartsCall<Real> call) {
+  const int64_t n = int64_t(blockIdx.x) * kVectorThreads + threadIdx.x;
+  if (n >= call.size) return;
+  Real sum = 0;
+  for (int64_t part = 0; part < call.parts; ++part) sum += call.x[part * call.size + n];
+  write(sum, call.out, call.stored, n);
+}
+
+// One matrix for all input capsules: out[row, j, l] = sum_n x[row, j, n] w[j, n, l], w with strides, 0 where shared.
+template <class Real>
+struct TransformCall {
+  const Real* x;
+  const void* w;
+  Stored stored;
+  int64_t rows, J, N, L, stride_j, stride_n, stride_l;
+  Real* out;
+};
+template <class Real>
+__global__ void __launch_bounds__(kVectorThreads) transform_vectors(TransformCall<Real> call) {
+  const int64_t n = int64_t(blockIdx.x) * kVectorThreads + threadIdx.x, row = n / call.L, l = n % call.L;
+  if (row >= call.rows * call.J) return;
+  const int64_t w = row % call.J * call.stride_j + l * call.stride_l;
+  Real sum = 0;
+  for (int64_t m = 0; m < call.N; ++m)
+    sum = fma(call.x[row * call.N + m], read<Real>(call.w, call.stored, w + m * call.stride_n), sum);
+  call.out[n] = sum;
+}
+
+// Its gradient, in parts of the samples and iterations: sum of ds c_x^T + ln2 V db_x^T, c_x and db_x being sum_i c poses
+// and sum_i db poses, [count, B, J, D_in].
+template <class Real>
+struct MatrixCall {
+  const Real *ds, *V, *c_poses, *db_poses;  // the last is null where coupling is constant
+  int64_t rows, J, D_out, D_in, parts;      // rows: iterations times samples
+  bool one_for_all;                         // one matrix for all output capsules, too
+  Real* out;                                // [parts, J or 1, D_out, D_in]
+};
+template <class Real>
+__global__ void __launch_bounds__(kVectorThreads) matrix_gradient(MatrixCall<Real> call) {
+  const int64_t matrices = call.one_for_all ? 1 : call.J, n = int64_t(blockIdx.x) * kVectorThreads + threadIdx.x;
+  const int64_t d = n % call.D_in, e = n / call.D_in % call.D_out, matrix = n / call.D_in / call.D_out % matrices;
+  const int64_t part = n / call.D_in / call.D_out / matrices;
+  if (part >= call.parts) return;
+  Real sum = 0;
+  for (int64_t row = part_begin(call.rows, call.parts, part); row < part_begin(call.rows, call.parts, part + 1); ++row)
+    for (int64_t j = matrix; j < (call.one_for_all ? call.J : matrix + 1); ++j) {
+      const int64_t left = (row * call.J + j) * call.D_out + e, right = (row * call.J + j) * call.D_in + d;
+      sum = fma(call.ds[left], call.c_poses[right], sum);
+      if (call.db_poses) sum = fma(Real(0.6931471805599453094L) * call.V[left], call.db_poses[right], sum);
+    }
+  call.out[n] = sum;
+}
+
+}  // namespace fastcaps::cuda
