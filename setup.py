@@ -67,17 +67,15 @@ class BuildOptional(build_ext):
 
 def find_nvcc():
     """The CUDA compiler and the toolkit that it belongs to."""
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    candidates = [home and os.path.join(home, "bin", "nvcc") for home in homes]
-    candidates.insert(2, shutil.which("nvcc"))
-    nvcc = next((path for path in candidates if path and os.access(path, os.X_OK)), None)
-    if not sys.platform.startswith("linux") or nvcc is None:
-        raise RuntimeError("no CUDA toolkit (nvcc not found; CUDA_HOME says where it is)")
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = os.path.join(home, "bin", "nvcc") if home else shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    if not sys.platform.startswith("linux") or not os.access(nvcc, os.X_OK):
+        raise RuntimeError(f"no CUDA toolkit ({nvcc} is not there; CUDA_HOME says where one is)")
     # nvcc may be a script that calls another one: that one's folder is the toolkit's.
     said = subprocess.run([nvcc, "--dryrun", "-c", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
     here = re.search(r"_HERE_=(\S+)", said)
     toolkit = os.path.dirname(here[1] if here else os.path.dirname(os.path.realpath(nvcc)))
-    libraries = [os.path.join(toolkit, *parts) for parts in (("lib64",), ("targets", f"{platform.machine()}-linux", "lib"))]
+    libraries = [os.path.join(toolkit, folder) for folder in ("lib64", f"targets/{platform.machine()}-linux/lib", "lib")]
     library = next((d for d in libraries if os.path.exists(os.path.join(d, "libcudart_static.a"))), None)
     if library is None:
         raise RuntimeError(f"{nvcc} has no libcudart_static.a in {' or '.join(libraries)}")
@@ -85,7 +83,7 @@ def find_nvcc():
 
 
 def compile_cuda(pool, folder):
-    """Compile csrc/*.cu, once to PTX of the oldest architecture and from that for each: the kernels use nothing newer."""
+    """Compile csrc/*.cu to PTX of the oldest architecture, and that for each: the kernels use nothing newer."""
     nvcc, library = find_nvcc()
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
     architectures = [a for a in CUDA_ARCHITECTURES if f"sm_{a}" in known]

@@ -139,6 +139,14 @@ template <class Real>
 __device__ inline Real exchanged(Real x, int mask) {  // with lane ^ mask
   return __shfl_xor_sync(0xffffffff, x, mask);
 }
+// Of this thread's warp; from a shuffle, so that the compiler knows that it is the same for all lanes.
+__device__ inline int warp_of_block() {
+#ifdef FASTCAPS_EMULATED
+  return threadIdx.x / 32;
+#else
+  return __shfl_sync(0xffffffff, threadIdx.x / 32, 0);
+#endif
+}
 template <class Real>
 __device__ inline Real sum_over_warp(Real x) {
   for (int mask = 16; mask > 0; mask /= 2) x += exchanged(x, mask);

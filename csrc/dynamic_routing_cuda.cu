@@ -113,8 +113,9 @@ struct Call {
     call.poses = in.poses, call.weight = in.weight, call.mask = in.mask;
     if constexpr (std::is_same_v<Real, float>) call.prior = in.prior;
     call.prior_stride_b = in.prior_stride_b;
-    call.B = z.B, call.I = z.I, call.J = z.J, call.D_in = int(z.D_in), call.D_out = int(z.D_out);
+    call.B = int(z.B), call.I = int(z.I), call.J = int(z.J), call.D_in = int(z.D_in), call.D_out = int(z.D_out);
     call.slices = int(slices), call.batch_tiles = int(batch_tiles), call.chunk = int(chunk()), call.leaky = in.leaky;
+    call.share = 1.f / float(z.J + in.leaky);
     call.vectors = aligned(in.stored == Stored::real ? 16 : 8);
     return call;
   }
@@ -140,8 +141,8 @@ struct Call {
   // The same for tiles: with whether products are of numbers rounded to tf32, or exact in it.
   template <class Body>
   void with_form(Body&& body) const {
-    if (in.stored == Stored::bfloat16) return body.template operator()<bfloat16, true>();
-    if (in.stored == Stored::float16) return body.template operator()<float16, true>();
+    if (in.stored == Stored::bfloat16) return body.template operator()<bfloat16, false>();
+    if (in.stored == Stored::float16) return body.template operator()<float16, false>();
     if (allow_tf32) return body.template operator()<float, true>();
     body.template operator()<float, false>();
   }

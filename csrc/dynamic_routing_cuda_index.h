@@ -61,14 +61,17 @@ struct Tile {
     return first_entry(block, row % 8) + 2 * (m - first_m(block)) + row / 8;
   }
 
-  // V and ds as the kernels read them, [B / 8, J / JT, M, 32 lanes, 4 registers], all rounded up: the place of a vector's
-  // entry e of capsule j of sample b.
+  // V and ds as the kernels read them, [B / 8, J / JT, M, 32 lanes, 4 registers], all rounded up: where a tile begins, and
+  // the place of a vector's entry e of capsule j of sample b.
+  static FASTCAPS_INDEX int64_t first_place(int64_t J, int64_t batch_tile, int64_t tile) {
+    return (batch_tile * pieces(J, JT) + tile) * M * 128;
+  }
   static FASTCAPS_INDEX int64_t place(int64_t J, int64_t b, int64_t j, int64_t e) {
     const int jt = int(j % JT), block = jt >= first_block ? 1 : 0;
     const int n = int(e) % entries(block);
     const int g = (jt - first_capsule(block)) * sharing(block) + int(e) / entries(block);
     const int lane = 4 * g + int(b % 8) / 2;
-    return ((b / 8 * pieces(J, JT) + j / JT) * M + first_m(block) + n / 2) * 128 + lane * 4 + 2 * (n % 2) + int(b % 2);
+    return first_place(J, b / 8, j / JT) + (first_m(block) + n / 2) * 128 + 4 * lane + 2 * (n % 2) + b % 2;
   }
   static FASTCAPS_INDEX int64_t places(int64_t B, int64_t J) { return pieces(B, 8) * pieces(J, JT) * M * 128; }
 };

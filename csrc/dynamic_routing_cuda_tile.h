@@ -27,10 +27,10 @@ struct TileCall {
   const float* ds;         // at Tile::place, or null: the forward
   float* stats;            // [3, I, B]
   float* partial;          // [slices, B, J, D_out]
-  int64_t B, I, J;
-  int D_in, D_out, slices;
+  int B, I, J, D_in, D_out, slices;  // below 2^31 each; their products are not
   int batch_tiles;  // of a block's four warps, the others take every second or fourth input capsule: 4, 2 or 1
   int chunk;        // input capsules whose matrices are in shared memory at a time
+  float share;          // the coupling where it is the same for all: 1 / (J + leaky)
   bool leaky, vectors;  // whether four entries of a pose's matrix row can be loaded at once
   // Of the last sweep only: V and ds are [T, Tile::places], stats [T, 3, I, B].
   int T, first_t, parts;
@@ -57,6 +57,10 @@ __device__ inline void each(Body&& body) {
     each<N, Body, first + 1>(static_cast<Body&&>(body));
   }
 }
+
+// A pose's place in units of D_in, a matrix's in units of D_out D_in.
+__device__ inline int64_t pose_of(const TileCall& call, int b, int i) { return int64_t(b) * call.I + i; }
+__device__ inline int64_t matrix_of(const TileCall& call, int i, int j) { return int64_t(i) * call.J + j; }
 
 // Four entries of a matrix row, `count` of them there.
 template <class F>
@@ -85,19 +89,19 @@ __device__ inline void load_four(float (&to)[4], const typename F::In* from, int
 // registers of an instruction's operand a, so that a lane has its four in one load. A warp takes one capsule at a time,
 // two instructions at a time.
 template <class F, class T>
-__device__ void fill(float4* fragments, const TileCall& call, int64_t i, int64_t end, int count, int64_t first_j) {
+__device__ void fill(float4* fragments, const TileCall& call, int i, int end, int count, int first_j) {
   static_assert(T::M % 2 == 0 && T::first_m(1) % 2 == 0);
   const int lane = threadIdx.x % 32, q = lane % 2, g = lane / 2 % 8, odd = lane / 16, steps = (call.D_in + 7) / 8;
   for (int c = threadIdx.x / 32; c < count && i + c < end; c += kTileThreads / 32)
     for (int step = 0; step < steps; ++step)
       each<T::blocks>([&]<int block>() {
         constexpr int first_m = T::first_m(block), last_m = block + 1 < T::blocks ? T::first_m(block + 1) : T::M;
-        const int64_t j = first_j + T::capsule(block, g);
+        const int j = first_j + T::capsule(block, g);
         const int e = T::first_entry(block, g) + 2 * odd, d = 8 * step + 4 * q;
         const auto* from = static_cast<const typename F::In*>(call.weight) +
-                           (((i + c) * call.J + j) * call.D_out + e) * call.D_in + d;
+                           (matrix_of(call, i + c, j) * call.D_out + e) * call.D_in + d;
         float4* to = fragments + ((c * steps + step) * T::M + first_m + odd) * 32 + 4 * g + 2 * q;
-#pragma unroll
+#pragma unroll 2  // so many loads are on their way at a time; more would need registers that V and the sums have
         for (int m = 0; m < last_m - first_m; m += 2) {
           float x[4], y[4];  // of rows g and g + 8 of an instruction, entries e + 2 m and the next
           const int rows = j < call.J || F::PLAIN ? call.D_out - (e + 2 * m) : 0;
@@ -127,10 +131,10 @@ __device__ inline void exact_product(float* c, const float (&a)[4], const float 
 
 // Two neighbouring entries of the pose of sample b, which is operand b of an instruction.
 template <class F>
-__device__ inline void load_pose(float (&x)[2], const TileCall& call, int64_t b, int64_t i, int64_t end, int d) {
+__device__ inline void load_pose(float (&x)[2], const TileCall& call, int b, int i, int end, int d) {
   using In = typename F::In;
-  const bool there = b < call.B && i < end && (F::PLAIN || !call.mask || call.mask[b * call.I + i]);
-  const In* from = static_cast<const In*>(call.poses) + (b * call.I + i) * call.D_in + d;
+  const bool there = b < call.B && i < end && (F::PLAIN || !call.mask || call.mask[pose_of(call, b, i)]);
+  const In* from = static_cast<const In*>(call.poses) + pose_of(call, b, i) * call.D_in + d;
   x[0] = x[1] = 0;
   if (F::PLAIN || call.vectors) {
     if (!there || d >= call.D_in) return;
@@ -150,8 +154,8 @@ __device__ inline void load_pose(float (&x)[2], const TileCall& call, int64_t b,
 
 // Instructions m0 .. m0 + count - 1 of the votes of an input capsule for 8 samples; x are the first entries of the poses.
 template <class F, class T, int m0, int count>
-__device__ inline void votes(float* u, const float4* fragments, const float (&x)[2], const TileCall& call, int64_t b,
-                             int64_t i, int64_t end) {
+__device__ inline void votes(float* u, const float4* fragments, const float (&x)[2], const TileCall& call, int b, int i,
+                             int end) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int m = 0; m < count; ++m) {
@@ -221,15 +225,17 @@ struct Sums {
   static constexpr bool summed = kind != Sweep::stats_only;
   const TileCall& call;
   const int lane = threadIdx.x % 32, g = lane / 4;
-  int64_t first_b, first_j;
+  int first_b, first_j;
   float V[4 * T::M], ds[BACKWARD ? 4 * T::M : 1], sums[summed ? 4 * T::M : 1];
 
-  __device__ int64_t sample(int s) const { return first_b + 2 * (lane % 4) + s; }
+  __device__ int sample(int s) const { return first_b + 2 * (lane % 4) + s; }
+  // Of the statistics of input capsule i.
+  __device__ float* stats(int i, int s) const { return call.stats + int64_t(i) * call.B + sample(s); }
 
   // V and ds of the tile.
-  __device__ void start(int64_t batch_tile, int64_t tile) {
+  __device__ void start(int batch_tile, int tile) {
     first_b = 8 * batch_tile, first_j = tile * T::JT;
-    const int64_t at = ((batch_tile * pieces(call.J, T::JT) + tile) * T::M * 32 + lane) * 4;
+    const int64_t at = T::first_place(call.J, batch_tile, tile) + 4 * lane;
 #pragma unroll
     for (int m = 0; m < T::M; ++m) {
       const float4 zero{0, 0, 0, 0};
@@ -247,7 +253,7 @@ struct Sums {
   }
 
   // What input capsule i adds.
-  __device__ void add(const float4* fragments, const float (&x)[2], int64_t i, int64_t end) {
+  __device__ void add(const float4* fragments, const float (&x)[2], int i, int end) {
     float u[4 * T::M];
     votes<F, T, 0, T::M>(u, fragments, x, call, first_b + g, i, end);
     if constexpr (kind == Sweep::uniform) {
@@ -277,22 +283,22 @@ struct Sums {
     }
   }
 
-  __device__ void logits(float (&l)[T::blocks][2], const float* u, int64_t i) {
+  __device__ void logits(float (&l)[T::blocks][2], const float* u, int i) {
     each<T::blocks>([&]<int block>() {
       l[block][0] = l[block][1] = 0;  // and not a vote times 0, which may be NaN
       if (F::PLAIN || call.V) dot<T, block>(l[block], u + T::reg(block, 0, 0), V + T::reg(block, 0, 0));
-      const int64_t j = first_j + T::capsule(block, g);
+      const int j = first_j + T::capsule(block, g);
 #pragma unroll
       for (int s = 0; s < 2; ++s) {
         if (!F::PLAIN && call.prior && j < call.J && sample(s) < call.B)
-          l[block][s] += kLog2e * call.prior[sample(s) * call.prior_stride_b + i * call.J + j];
+          l[block][s] += kLog2e * call.prior[sample(s) * call.prior_stride_b + matrix_of(call, i, j)];
         if (!F::PLAIN && j >= call.J) l[block][s] = -INFINITY;
       }
     });
   }
 
   // c: logits on entry, coupling coefficients on return.
-  __device__ void softmax(float (&c)[T::blocks][2], float (&dc)[T::blocks][2], float (&mean)[2], int64_t i) {
+  __device__ void softmax(float (&c)[T::blocks][2], float (&dc)[T::blocks][2], float (&mean)[2], int i) {
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
       const bool leaky = !F::PLAIN && call.leaky;
@@ -318,12 +324,12 @@ struct Sums {
   }
 
   // Coupling coefficients of logits c; at most 1 also where rounding would make them more, and a NaN stays one.
-  __device__ void read_stats(float (&c)[T::blocks][2], float (&mean)[2], int64_t i) {
-    const int64_t size = call.I * call.B;
+  __device__ void read_stats(float (&c)[T::blocks][2], float (&mean)[2], int i) {
+    const int64_t size = int64_t(call.I) * call.B;
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
       const bool there = sample(s) < call.B;
-      const float* at = call.stats + i * call.B + sample(s);
+      const float* at = stats(i, s);
       const float top = there ? at[0] : 0, log = there ? at[size] : 0;
       mean[s] = there && BACKWARD ? at[2 * size] : 0;
       each<T::blocks>([&]<int block>() {
@@ -334,9 +340,9 @@ struct Sums {
   }
 
   // Merged with those of earlier tiles.
-  __device__ void write_stats(float top, float log, float mean, int64_t i, int s) {
-    const int64_t size = call.I * call.B;
-    float* at = call.stats + i * call.B + sample(s);
+  __device__ void write_stats(float top, float log, float mean, int i, int s) {
+    const int64_t size = int64_t(call.I) * call.B;
+    float* at = stats(i, s);
     if (!summed && first_j > 0) {
       const float both = fmaxf(at[0], top), finite = both == -INFINITY ? 0 : both;
       const float before = power_of_two(at[0] - finite + at[size]), now = power_of_two(top - finite + log);
@@ -361,12 +367,12 @@ struct Sums {
 #pragma unroll
         for (int n = 0; n < 4 * T::M; ++n) sums[n] += memory[(other * T::M * 4 + n) * 32 + lane];
     }
-    const float scale = kind == Sweep::uniform ? 1.f / (call.J + call.leaky) : 1.f;
+    const float scale = kind == Sweep::uniform ? call.share : 1.f;
     each<T::blocks>([&]<int block>() {
-      const int64_t j = first_j + T::capsule(block, g);
+      const int j = first_j + T::capsule(block, g);
 #pragma unroll
       for (int s = 0; s < 2; ++s) {
-        float* to = call.partial + ((slice * call.B + sample(s)) * call.J + j) * call.D_out;
+        float* to = call.partial + ((int64_t(slice) * call.B + sample(s)) * call.J + j) * call.D_out;
         if (j < call.J && sample(s) < call.B)
 #pragma unroll
           for (int n = 0; n < T::entries(block); ++n)
@@ -380,23 +386,22 @@ struct Sums {
 // Block: (slice, tile of output capsules, group of batch tiles), the last running fastest: its blocks share matrices.
 template <class F, class T, Sweep kind, bool BACKWARD>
 __global__ void __launch_bounds__(kTileThreads, BACKWARD ? 2 : 3) tile_sweep(TileCall call) {
-  const int64_t groups = pieces(pieces(call.B, 8), call.batch_tiles), tiles = pieces(call.J, T::JT);
-  const bool all_tiles = kind == Sweep::stats_only;
-  const int64_t group = blockIdx.x % groups, tile = all_tiles ? 0 : blockIdx.x / groups % tiles;
-  const int slice = int(blockIdx.x / groups / (all_tiles ? 1 : tiles));
-  const int warp = threadIdx.x / 32, turn = warp / call.batch_tiles, turns = 4 / call.batch_tiles;
-  const int64_t begin = part_begin(call.I, call.slices, slice), end = part_begin(call.I, call.slices, slice + 1);
+  const int groups = int(pieces(pieces(call.B, 8), call.batch_tiles)), tiles = int(pieces(call.J, T::JT));
+  const int group = blockIdx.x % groups, slice = blockIdx.x / groups / (kind == Sweep::stats_only ? 1 : tiles);
+  const int warp = warp_of_block(), turn = warp / call.batch_tiles, turns = 4 / call.batch_tiles;
+  const int begin = int(part_begin(call.I, call.slices, slice)), end = int(part_begin(call.I, call.slices, slice + 1));
   const int step = (call.D_in + 7) / 8 * T::M * 32;  // float4 of an input capsule
   float4* const memory = shared_memory<float4>();
   Sums<F, T, kind, BACKWARD> sums{call};
-  for (int64_t tile_now = tile; tile_now < (all_tiles ? tiles : tile + 1); ++tile_now) {
-    sums.start(group * call.batch_tiles + warp % call.batch_tiles, tile_now);
+  const auto sweep_tile = [&](int tile) {
+    sums.start(group * call.batch_tiles + warp % call.batch_tiles, tile);
     fill<F, T>(memory, call, begin, end, call.chunk, sums.first_j);
     const int d = 2 * (threadIdx.x % 4);
     float x[2], next[2];
     load_pose<F>(next, call, sums.first_b + sums.g, begin + turn, end, d);
     __syncthreads();
-    for (int64_t i = begin, chunk = 0; i < end; i += call.chunk, ++chunk) {
+#pragma unroll 1
+    for (int i = begin, chunk = 0; i < end; i += call.chunk, ++chunk) {
       const float4* now = memory + chunk % 2 * call.chunk * step;
       if (i + call.chunk < end)
         fill<F, T>(memory + (chunk + 1) % 2 * call.chunk * step, call, i + call.chunk, end, call.chunk, sums.first_j);
@@ -408,8 +413,14 @@ __global__ void __launch_bounds__(kTileThreads, BACKWARD ? 2 : 3) tile_sweep(Til
       }
       __syncthreads();
     }
+  };
+  if constexpr (kind == Sweep::stats_only) {
+#pragma unroll 1
+    for (int tile = 0; tile < tiles; ++tile) sweep_tile(tile);
+  } else {
+    sweep_tile(blockIdx.x / groups % tiles);
+    sums.finish(shared_memory<float>(), blockIdx.x / groups / tiles);
   }
-  if constexpr (sums.summed) sums.finish(shared_memory<float>(), slice);
 }
 
 }  // namespace fastcaps::cuda

@@ -6,6 +6,8 @@
 // d_weight = du poses^T wants it; d_poses = weight^T du is plain arithmetic and a sum over lanes.
 #pragma once
 
+#include <type_traits>
+
 #include "dynamic_routing_cuda_tile.h"
 
 namespace fastcaps::cuda {
@@ -19,13 +21,14 @@ struct Rows {
   static constexpr int size = 8 * stride(0) + (T::blocks > 1 ? 8 * stride(1) : 0);
 };
 
-// c = a b for du, which is float32, and poses: exact poses need two products, rounded ones a single one.
+// c = a b for du, which is float32, and poses. Exact poses of float16 need two products; bfloat16, with its eight bits,
+// is content with du rounded to the eleven of tf32.
 template <class F>
 __device__ inline void gradient_product(float* c, const float (&a)[4], const float (&b)[2]) {
-  if constexpr (F::TF32) {
+  if constexpr (F::TF32 || std::is_same_v<typename F::In, bfloat16>) {
     const float rounded[4] = {rounded_to_tf32(a[0]), rounded_to_tf32(a[1]), rounded_to_tf32(a[2]), rounded_to_tf32(a[3])};
     multiply(c, rounded, b);
-  } else if constexpr (sizeof(typename F::In) == 2) {
+  } else if constexpr (std::is_same_v<typename F::In, float16>) {
     float hi[4], lo[4];
     for (int n = 0; n < 4; ++n) hi[n] = cut_to_tf32(a[n]), lo[n] = a[n] - hi[n];
     multiply(c, lo, b);
@@ -41,115 +44,128 @@ struct LastSweep {
   const TileCall& call;
   const float4* fragments;
   const float* rows;
-  int64_t i, tile, first_d;  // first_d: of the eight entries of poses and matrix rows whose gradients are computed
+  int i, tile, first_d;  // first_d: of the eight entries of poses and matrix rows whose gradients are computed
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  int64_t first_b;
+  int first_b;
   float d_weight[4 * T::M], d_prior[T::blocks], dx[16];  // dx: eight entries of two samples
 
-  __device__ int64_t sample(int s) const { return first_b + 2 * t + s; }
+  __device__ int sample(int s) const { return first_b + 2 * t + s; }
 
-  __device__ void add(int64_t batch_tile) {
+  __device__ void add(int batch_tile) {
     first_b = 8 * batch_tile;
     float x[2], columns[2];  // the right operands of votes and d_weight
     load_pose<F>(x, call, first_b + g, i, call.I, 2 * t);
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
-      const int64_t b = sample(s), d = first_d + g;
-      const bool there = b < call.B && d < call.D_in && (F::PLAIN || !call.mask || call.mask[b * call.I + i]);
-      columns[s] = there ? widen(static_cast<const In*>(call.poses)[(b * call.I + i) * call.D_in + d]) : 0;
+      const int b = sample(s), d = first_d + g;
+      const bool there = b < call.B && d < call.D_in && (F::PLAIN || !call.mask || call.mask[pose_of(call, b, i)]);
+      columns[s] = there ? widen(static_cast<const In*>(call.poses)[pose_of(call, b, i) * call.D_in + d]) : 0;
       if constexpr (F::TF32) columns[s] = rounded_to_tf32(columns[s]);
     }
+    float u[4 * T::M], du[4 * T::M], db[T::blocks][2] = {};
+    votes<F, T, 0, T::M>(u, fragments, x, call, first_b + g, i, call.I);
+    add_iterations(du, db, u, T::first_place(call.J, batch_tile, tile) + 4 * lane);
+    if (!F::PLAIN && call.d_prior) add_prior(db);
+    if (call.d_poses) {
 #pragma unroll
-    for (int n = 0; n < 16; ++n) dx[n] = 0;
-    each<T::blocks>([&]<int block>() { add_block<block>(x, columns, batch_tile); });
-    if (call.d_poses) store_poses();
-  }
-
-  template <int block>
-  __device__ void add_block(const float (&x)[2], const float (&columns)[2], int64_t batch_tile) {
-    constexpr int first_m = T::first_m(block), M = (block + 1 < T::blocks ? T::first_m(block + 1) : T::M) - first_m;
-    float u[4 * M], du[4 * M], db[2] = {0, 0};
-    votes<F, T, first_m, M>(u, fragments, x, call, first_b + g, i, call.I);
-#pragma unroll
-    for (int n = 0; n < 4 * M; ++n) du[n] = 0;
-#pragma unroll 1
-    for (int iteration = call.first_t; iteration < call.T; ++iteration)
-      add_iteration<block, M>(du, db, u, iteration, batch_tile);
-    const int64_t j = tile * T::JT + T::capsule(block, g);
-    if (!F::PLAIN && call.d_prior) {
-      if (call.prior_stride_b == 0) {
-        d_prior[block] += db[0] + db[1];
-      } else if (g % T::sharing(block) == 0 && j < call.J) {
-#pragma unroll
-        for (int s = 0; s < 2; ++s)
-          if (sample(s) < call.B) call.d_prior[(sample(s) * call.I + i) * call.J + j] = db[s];
-      }
+      for (int n = 0; n < 16; ++n) dx[n] = 0;
+      each<T::blocks>([&]<int block>() { add_poses<block>(du); });
+      store_poses();
     }
-    const float* row = rows + Rows<T>::place(block, g);
-    if (call.d_poses)
-#pragma unroll
-      for (int n = 0; n < T::entries(block); ++n) {
-        const float4 low = *reinterpret_cast<const float4*>(row + 8 * n), high = *reinterpret_cast<const float4*>(row + 8 * n + 4);
-        const float w[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-#pragma unroll
-        for (int s = 0; s < 2; ++s)
-#pragma unroll
-          for (int d = 0; d < 8; ++d) dx[8 * s + d] = fmaf(w[d], du[T::reg(block, n, s) - 4 * first_m], dx[8 * s + d]);
-      }
     if (call.d_weight)
 #pragma unroll
-      for (int m = 0; m < M; ++m) {
+      for (int m = 0; m < T::M; ++m) {
         const float a[4] = {du[4 * m], du[4 * m + 2], du[4 * m + 1], du[4 * m + 3]};
         float more[4];
         gradient_product<F>(more, a, columns);
 #pragma unroll
-        for (int n = 0; n < 4; ++n) d_weight[4 * (first_m + m) + n] += more[n];
+        for (int n = 0; n < 4; ++n) d_weight[4 * m + n] += more[n];
       }
   }
 
-  template <int block, int M>
-  __device__ void add_iteration(float* du, float (&db)[2], const float* u, int iteration, int64_t batch_tile) {
-    const bool uniform = iteration == 0 && (F::PLAIN || !call.prior);
-    const int64_t at = iteration * T::places(call.B, call.J) +
-                       ((batch_tile * pieces(call.J, T::JT) + tile) * T::M + T::first_m(block)) * 128 + lane * 4;
-    float ds[4 * M], V[4 * M], c[2], dc[2];
+  // du and sum_t db_t, of all iterations; `at` is the lane's place in V and ds of one.
+  __device__ void add_iterations(float (&du)[4 * T::M], float (&db)[T::blocks][2], const float* u, int64_t at) {
+    const int64_t vectors = T::places(call.B, call.J), size = int64_t(call.I) * call.B;
+    const float *ds = call.ds + call.first_t * vectors + at, *V = call.V + call.first_t * vectors + at;
+    const float* stats = call.stats + 3 * call.first_t * size + int64_t(i) * call.B + first_b + 2 * t;
+    int iteration = call.first_t;
+    const bool uniform = iteration == 0 && (F::PLAIN || !call.prior);  // and V is 0
+#pragma unroll
+    for (int m = 0; m < T::M; ++m) {
+      const float4 y = uniform ? *reinterpret_cast<const float4*>(ds + m * 128) : float4{0, 0, 0, 0};
+      du[4 * m] = call.share * y.x, du[4 * m + 1] = call.share * y.y;
+      du[4 * m + 2] = call.share * y.z, du[4 * m + 3] = call.share * y.w;
+    }
+    if (uniform) ++iteration, ds += vectors, V += vectors, stats += 3 * size;
+#pragma unroll 1
+    for (; iteration < call.T; ++iteration, ds += vectors, V += vectors, stats += 3 * size) {
+      float top[2], log[2], mean[2];
+#pragma unroll
+      for (int s = 0; s < 2; ++s) {
+        const bool there = sample(s) < call.B;
+        top[s] = there ? stats[s] : 0, log[s] = there ? stats[size + s] : 0;
+        mean[s] = there && !call.detach ? stats[2 * size + s] : 0;
+      }
+      each<T::blocks>([&]<int block>() { add_iteration<block>(du, db[block], u, V, ds, top, log, mean, iteration); });
+    }
+  }
+
+  template <int block>
+  __device__ void add_iteration(float* du, float (&db)[2], const float* u, const float* V_at, const float* ds_at,
+                                const float (&top)[2], const float (&log)[2], const float (&mean)[2], int iteration) {
+    constexpr int first_m = T::first_m(block), M = (block + 1 < T::blocks ? T::first_m(block + 1) : T::M) - first_m;
+    float V[4 * M], ds[4 * M], c[2] = {0, 0}, dc[2];
 #pragma unroll
     for (int m = 0; m < M; ++m) {
-      const float4 y = *reinterpret_cast<const float4*>(call.ds + at + m * 128);
+      const float4 x = *reinterpret_cast<const float4*>(V_at + (first_m + m) * 128);
+      const float4 y = *reinterpret_cast<const float4*>(ds_at + (first_m + m) * 128);
+      V[4 * m] = x.x, V[4 * m + 1] = x.y, V[4 * m + 2] = x.z, V[4 * m + 3] = x.w;
       ds[4 * m] = y.x, ds[4 * m + 1] = y.y, ds[4 * m + 2] = y.z, ds[4 * m + 3] = y.w;
     }
-    const int64_t j = tile * T::JT + T::capsule(block, g);
-    if (uniform) {  // and V is 0
-      const float share = 1.f / (call.J + (!F::PLAIN && call.leaky));
-#pragma unroll
-      for (int n = 0; n < 4 * M; ++n) du[n] = fmaf(share, ds[n], du[n]);
-      return;
-    }
-#pragma unroll
-    for (int m = 0; m < M; ++m) {
-      const float4 y = *reinterpret_cast<const float4*>(call.V + at + m * 128);
-      V[4 * m] = y.x, V[4 * m + 1] = y.y, V[4 * m + 2] = y.z, V[4 * m + 3] = y.w;
-    }
-    c[0] = c[1] = 0;
-    if (F::PLAIN || iteration > 0) dot<T, block>(c, u, V);
-    dot<T, block>(dc, u, ds);
-    const int64_t size = call.I * call.B;
+    if (F::PLAIN || iteration > 0) dot<T, block>(c, u + 4 * first_m, V);
+    dot<T, block>(dc, u + 4 * first_m, ds);
+    const int j = tile * T::JT + T::capsule(block, g);
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
       const bool there = sample(s) < call.B && (F::PLAIN || j < call.J);
-      const float* stats = call.stats + 3 * iteration * size + i * call.B + sample(s);
       if (!F::PLAIN && call.prior && there)
-        c[s] += kLog2e * call.prior[sample(s) * call.prior_stride_b + i * call.J + j];
-      const float exponent = there ? c[s] - stats[0] - stats[size] : 0;
+        c[s] += kLog2e * call.prior[sample(s) * call.prior_stride_b + matrix_of(call, i, j)];
+      const float exponent = c[s] - top[s] - log[s];
       c[s] = power_of_two(exponent > 0 ? 0 : exponent);
-      dc[s] = there && !call.detach ? c[s] * (dc[s] - stats[2 * size]) : 0;
+      dc[s] = there && !call.detach ? c[s] * (dc[s] - mean[s]) : 0;
       db[s] += dc[s];
       dc[s] = iteration > 0 ? kLn2 * dc[s] : 0;  // V_0 is 0, and 0 times NaN would not be
 #pragma unroll
       for (int n = 0; n < T::entries(block); ++n) {
-        const int r = T::reg(block, n, s) - 4 * T::first_m(block);
-        du[r] = fmaf(c[s], ds[r], fmaf(dc[s], V[r], du[r]));
+        const int r = T::reg(block, n, s);
+        du[r] = fmaf(c[s], ds[r - 4 * first_m], fmaf(dc[s], V[r - 4 * first_m], du[r]));
       }
+    }
+  }
+
+  __device__ void add_prior(const float (&db)[T::blocks][2]) {
+    each<T::blocks>([&]<int block>() {
+      const int j = tile * T::JT + T::capsule(block, g);
+      if (call.prior_stride_b == 0)
+        d_prior[block] += db[block][0] + db[block][1];
+      else if (g % T::sharing(block) == 0 && j < call.J)
+#pragma unroll
+        for (int s = 0; s < 2; ++s)
+          if (sample(s) < call.B) call.d_prior[pose_of(call, sample(s), i) * call.J + j] = db[block][s];
+    });
+  }
+
+  template <int block>
+  __device__ void add_poses(const float* du) {
+    const float* row = rows + Rows<T>::place(block, g);
+#pragma unroll
+    for (int n = 0; n < T::entries(block); ++n, row += 8) {
+      const float4 low = *reinterpret_cast<const float4*>(row), high = *reinterpret_cast<const float4*>(row + 4);
+      const float w[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+      for (int s = 0; s < 2; ++s)
+#pragma unroll
+        for (int d = 0; d < 8; ++d) dx[8 * s + d] = fmaf(w[d], du[T::reg(block, n, s)], dx[8 * s + d]);
     }
   }
 
@@ -170,9 +186,10 @@ struct LastSweep {
 halve<8>();
     halve<4>();
     halve<2>();
-    const int64_t b = sample(g / 4), d = first_d + 2 * (g % 4), at = (b * call.I + i) * call.D_in + d;
+    const int b = sample(g / 4), d = first_d + 2 * (g % 4);
+    const int64_t at = pose_of(call, b, i) * call.D_in + d;
     if (b >= call.B) return;
-    const bool masked = !F::PLAIN && call.mask && !call.mask[b * call.I + i], last = (tile + 1) * T::JT >= call.J;
+    const bool masked = !F::PLAIN && call.mask && !call.mask[pose_of(call, b, i)], last = (tile + 1) * T::JT >= call.J;
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
       if (d + n >= call.D_in) return;
@@ -189,15 +206,15 @@ halve<8>();
 // Block: (input capsule, eight entries of D_in, part of the batch), the last running fastest.
 template <class F, class T>
 __global__ void __launch_bounds__(kTileThreads, 2) tile_gradients(TileCall call) {
-  const int chunks = (call.D_in + 7) / 8, steps = chunks, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int part = blockIdx.x % call.parts, chunk = blockIdx.x / call.parts % chunks;
-  const int64_t i = blockIdx.x / call.parts / chunks, batch_tiles = pieces(call.B, 8);
-  const int64_t begin = part_begin(batch_tiles, call.parts, part), end = part_begin(batch_tiles, call.parts, part + 1);
+  const int chunks = (call.D_in + 7) / 8, steps = chunks, warp = warp_of_block(), lane = threadIdx.x % 32;
+  const int part = blockIdx.x % call.parts, chunk = blockIdx.x / call.parts % chunks, i = blockIdx.x / call.parts / chunks;
+  const int batch_tiles = int(pieces(call.B, 8));
+  const int begin = int(part_begin(batch_tiles, call.parts, part)), end = int(part_begin(batch_tiles, call.parts, part + 1));
   float4* const fragments = shared_memory<float4>();
   float* const rows = reinterpret_cast<float*>(fragments + steps * T::M * 32);
   float* const sums = rows + Rows<T>::size;  // of four warps, [4, M, 4 registers, 32 lanes]
   LastSweep<F, T> sweep{call, fragments, rows, i, 0, 8 * chunk};
-  for (int64_t tile = 0; tile * T::JT < call.J; ++tile) {
+  for (int tile = 0; tile * T::JT < call.J; ++tile) {
     sweep.tile = tile;
     __syncthreads();
     fill<F, T>(fragments, call, i, i + 1, 1, tile * T::JT);
@@ -214,7 +231,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) tile_gradients(TileCall call)
     }
     __syncthreads();
 #pragma unroll 1
-    for (int64_t batch_tile = begin + warp; batch_tile < end; batch_tile += kTileThreads / 32) sweep.add(batch_tile);
+    for (int batch_tile = begin + warp; batch_tile < end; batch_tile += kTileThreads / 32) sweep.add(batch_tile);
     if (call.d_weight) {
 #pragma unroll
       for (int n = 0; n < 4 * T::M; ++n) sums[(warp * 4 * T::M + n) * 32 + lane] = sweep.d_weight[n];
@@ -226,12 +243,12 @@ __global__ void __launch_bounds__(kTileThreads, 2) tile_gradients(TileCall call)
         constexpr int next = 4 * T::M * 32;
         const float total = at[0] + at[next] + at[2 * next] + at[3 * next];
         const int m = n / 4, row = fragment_row(lane, n % 4), d = 8 * chunk + fragment_column(lane, n % 4);
-        const int64_t j = tile * T::JT + T::row_capsule(m, row);
+        const int j = tile * T::JT + T::row_capsule(m, row);
         const int e = T::row_entry(m, row);
         if (j >= call.J || e >= call.D_out || d >= call.D_in) continue;
-        const int64_t to = ((i * call.J + j) * call.D_out + e) * call.D_in + d;
+        const int64_t to = (matrix_of(call, i, j) * call.D_out + e) * call.D_in + d;
         if (call.d_weight_parts)
-          call.d_weight_parts[part * call.I * call.J * call.D_out * call.D_in + to] = total;
+          call.d_weight_parts[matrix_of(call, part * call.I, 0) * call.D_out * call.D_in + to] = total;
         else
           narrow(total, static_cast<typename F::In*>(call.d_weight)[to]);
       }
@@ -244,10 +261,10 @@ __global__ void __launch_bounds__(kTileThreads, 2) tile_gradients(TileCall call)
         if (lane % 4 == 0 && g % T::sharing(block) == 0) sums[warp * T::JT + T::capsule(block, g)] = all;
       });
       __syncthreads();
-      const int64_t j = tile * T::JT + threadIdx.x;
+      const int j = tile * T::JT + int(threadIdx.x);
       if (threadIdx.x < T::JT && j < call.J) {
         const float* at = sums + threadIdx.x;
-        call.d_prior[(part * call.I + i) * call.J + j] = at[0] + at[T::JT] + at[2 * T::JT] + at[3 * T::JT];
+        call.d_prior[matrix_of(call, part * call.I + i, j)] = at[0] + at[T::JT] + at[2 * T::JT] + at[3 * T::JT];
       }
     }
   }

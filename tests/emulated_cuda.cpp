@@ -5,8 +5,8 @@
 
 namespace fastcaps::cuda {
 FASTCAPS_INSTANTIATE(float, true)
-FASTCAPS_INSTANTIATE(bfloat16, true)
-FASTCAPS_INSTANTIATE(float16, true)
+FASTCAPS_INSTANTIATE(bfloat16, false)
+FASTCAPS_INSTANTIATE(float16, false)
 }  // namespace fastcaps::cuda
 
 using namespace fastcaps;
@@ -43,4 +43,91 @@ extern "C" void emulated_dynamic_routing(int is_double, int is_backward, const i
     run<double>(is_backward, numbers, pointers, eps);
   else
     run<float>(is_backward, numbers, pointers, eps);
+}
+
+// ------------------------------------------------------------------------------------------------------- index maths
+
+namespace {
+
+// Every entry of a tile has one register, in agreement with the rows and columns of the matrix instruction.
+template <class T>
+const char* check_tile() {
+  using namespace fastcaps::cuda;
+  bool seen[T::JT][T::D][8] = {};
+  for (int lane = 0; lane < 32; ++lane)
+    for (int block = 0; block < T::blocks; ++block)
+      for (int n = 0; n < T::entries(block); ++n)
+        for (int s = 0; s < 2; ++s) {
+          const int r = T::reg(block, n, s), m = r / 4, g = lane / 4, row = fragment_row(lane, r % 4);
+          const int j = T::capsule(block, g), e = T::first_entry(block, g) + n, b = 2 * (lane % 4) + s;
+          if (T::row_capsule(m, row) != j || T::row_entry(m, row) != e) return "a register is of another row";
+          if (fragment_column(lane, r % 4) != b) return "a register is of another column";
+          if (seen[j][e][b]) return "an entry has two registers";
+          seen[j][e][b] = true;
+          // The same place in memory, here of the second batch tile and the third tile of output capsules of four.
+          if (T::place(4 * T::JT - 1, 8 + b, 2 * T::JT + j, e) != T::first_place(4 * T::JT, 1, 2) + m * 128 + lane * 4 + r % 4)
+            return "V lies elsewhere than where it is read";
+        }
+  for (auto& capsule : seen)
+    for (auto& entry : capsule)
+      for (bool found : entry)
+        if (!found) return "an entry has no register";
+  const int64_t B = int64_t(1) << 31, J = 1000;
+  if (T::place(J, B - 1, J - 1, 0) >= T::places(B, J) || T::place(J, B - 1, J - 1, 0) < T::places(B - 8, J))
+    return "places past 2^31 are wrong";
+  return nullptr;
+}
+
+// The matrix instruction's operands, from the index functions, against a plain product.
+struct Product {
+  const float *a, *b;
+  float* c;
+};
+void multiply_by_a_warp(Product p) {
+  using namespace fastcaps::cuda;
+  const int lane = threadIdx.x;
+  float a[4], b[2], c[4];
+  for (int r = 0; r < 4; ++r) a[r] = p.a[a_row(lane, r) * 8 + a_entry(lane, r)];
+  for (int r = 0; r < 2; ++r) b[r] = p.b[b_entry(lane, r) * 8 + b_column(lane)];
+  multiply(c, a, b);
+  multiply_add(c, a, b);
+  for (int r = 0; r < 4; ++r) p.c[fragment_row(lane, r) * 8 + fragment_column(lane, r)] = c[r];
+}
+const char* check_product() {
+  float a[16 * 8], b[8 * 8], c[16 * 8];
+  for (int n = 0; n < 16 * 8; ++n) a[n] = n % 13 - 6;
+  for (int n = 0; n < 8 * 8; ++n) b[n] = n % 7 - 3;
+  emulated::launch(1, 32, 0, [&] { multiply_by_a_warp({a, b, c}); });
+  for (int row = 0; row < 16; ++row)
+    for (int column = 0; column < 8; ++column) {
+      float sum = 0;
+      for (int k = 0; k < 8; ++k) sum += a[row * 8 + k] * b[k * 8 + column];
+      if (c[row * 8 + column] != 2 * sum) return "the operands of a product lie elsewhere";
+    }
+  return nullptr;
+}
+
+// Slices cover everything once and differ by one at most, also far beyond 2^31.
+const char* check_parts() {
+  for (int64_t n : {int64_t(0), int64_t(1), int64_t(1152), int64_t(1) << 40})
+    for (int64_t parts : {1, 2, 7, 33, 1000}) {
+      if (fastcaps::cuda::part_begin(n, parts, 0) != 0 || fastcaps::cuda::part_begin(n, parts, parts) != n)
+        return "slices do not cover everything";
+      for (int64_t part = 0; part < parts; ++part) {
+        const int64_t size = fastcaps::cuda::part_begin(n, parts, part + 1) - fastcaps::cuda::part_begin(n, parts, part);
+        if (size < n / parts || size > n / parts + 1) return "slices are not of one size";
+      }
+    }
+  return nullptr;
+}
+
+}  // namespace
+
+// What is wrong with the index maths, or null.
+extern "C" const char* check_index_maths() {
+  using namespace fastcaps::cuda;
+  for (const char* found : {check_tile<Tile<8, 16>>(), check_tile<Tile<10, 16>>(), check_tile<Tile<5, 32>>(), check_product(),
+                            check_parts()})
+    if (found) return found;
+  return nullptr;
 }

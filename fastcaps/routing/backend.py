@@ -49,9 +49,11 @@ def _look_for_native_cuda(device: torch.device) -> str | None:
             "the compiled extension has no CUDA kernels, as there was no CUDA toolkit (nvcc) where it was built. Install "
             f"one, then: FASTCAPS_CUDA=1 {_REBUILD}"
         )
+    if not torch.cuda.is_available():
+        return "PyTorch sees no CUDA device"
     index = torch.cuda.current_device() if device.index is None else device.index
     reason = importlib.import_module("fastcaps._C").why_no_cuda(index)
-    return reason and f"the native CUDA kernels cannot run on '{device}': {reason}; use backend='reference'"
+    return reason and f"{reason}; use backend='triton' or backend='reference'"
 
 
 @torch.compiler.assume_constant_result

@@ -273,11 +273,15 @@ def _route(
             prior = prior.to(compute).reshape(prior.shape[-len(shape) :]).expand(shape)
     if bias is not None:
         bias = bias.to(compute).expand(J, -1)
-    allow_tf32 = kind == "cuda" and poses.dtype == torch.float32 and _tf32_is_allowed()
-    options = num_iterations, leaky, detach, eps, allow_tf32
+    options = num_iterations, leaky, detach, eps, allows_tf32(poses)
     return compiled_dynamic_routing(chosen, poses, weight, prior, bias, mask, *options)
 
 
+def allows_tf32(poses: Tensor) -> bool:
+    """Whether PyTorch's settings allow matrix products of these to be rounded to tf32."""
+    return poses.device.type == "cuda" and poses.dtype == torch.float32 and _tf32_is_on()
+
+
 @torch.compiler.assume_constant_result  # a change of the setting is one of those that make a traced call stale
-def _tf32_is_allowed() -> bool:
+def _tf32_is_on() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"

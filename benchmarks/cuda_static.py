@@ -1,0 +1,144 @@
+"""What the compiler made of the native CUDA kernels, without a GPU: registers, spills, instructions.
+
+    make gpu-static    # prints the tables and writes benchmarks/results/cuda-static.json, with which a test compares
+
+Read from the extension that is installed, so what is looked at is what runs. Of a kernel by tensor cores the loop that
+has its matrix instructions is counted (in the last sweep with the loop over iterations as often as three of them run),
+per unit: 8 samples times one input capsule times a tile of output capsules, which is one round of that loop.
+"""
+
+import argparse
+import collections
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+
+import fastcaps
+
+RESULTS = Path(__file__).parent / "results" / "cuda-static.json"
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+EXTENSION = next(iter(sorted(Path(fastcaps.__file__).parent.glob("_C*.so"))), None)
+SWEEPS = ("uniform", "softmax", "with_stats", "stats_only")
+CLASSES = {
+    "matrix": ("HMMA",), "FFMA": ("FFMA", "FMUL", "FADD"), "special": ("MUFU",), "shuffle": ("SHFL",), "LDS": ("LDS",),
+    "LDG": ("LDG",), "local": ("LDL", "STL"),
+}  # fmt: skip
+
+
+def tool(name: str, *arguments: Any) -> str:
+    """What one of the binary tools prints."""
+    command = [TOOLS / name, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def demangled(names: list[str]) -> list[str]:
+    """Names of kernels as in the source, shorter."""
+    text = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
+    short = re.sub(r"\(fastcaps::cuda::Sweep\)(\d)", lambda m: SWEEPS[int(m[1])], text)
+    short = re.sub(r"void |fastcaps::cuda::|fastcaps::|\(fastcaps::cuda::\w+(<\w+>)?\)", "", short)
+    return [line.replace(" >", ">") for line in short.splitlines()]
+
+
+def instructions(section: str) -> tuple[list[str], list[tuple[int, int]]]:
+    """The instructions of a kernel, without predicates, and its loops (first, last), innermost first."""
+    found: list[str] = []
+    labels: dict[str, int] = {}
+    for line in section.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(found)
+        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            found.append(re.sub(r"^@!?U?P\w+\s+", "", instruction[1]))
+    jumps = [(n, re.search(r"^BRA.*?`\((\.L_x_\d+)\)", text)) for n, text in enumerate(found)]
+    loops = {(labels[j[1]], n) for n, j in jumps if j and labels.get(j[1], n + 1) < n}
+    return [text.split()[0] for text in found], sorted(loops, key=lambda loop: loop[1] - loop[0])
+
+
+def counted(names: list[str]) -> dict[str, int]:
+    """How many instructions of each class, all of them ("slots"), and loads of 16 bytes."""
+    kinds = collections.Counter(name.split(".")[0] for name in names)
+    wide = {f"{kind} 16 bytes": sum(name.startswith(kind) and ".128" in name for name in names) for kind in ("LDS", "LDG")}
+    return {"slots": len(names), **{k: sum(kinds[i] for i in group) for k, group in CLASSES.items()}, **wide}
+
+
+def unit(names: list[str], loops: list[tuple[int, int]], gradients: bool) -> dict[str, int]:
+    """One round of the loop with matrix instructions: the innermost that has all of those that a round needs."""
+    matrix = [loop for loop in loops if any(name.startswith("HMMA") for name in names[loop[0] : loop[1] + 1])]
+    first, last = matrix[0]
+    total = collections.Counter(counted(names[first : last + 1]))
+    if gradients:  # one iteration is in there: of three, the first is the uniform one and goes another, short way
+        for inner in loops:
+            if first <= inner[0] and inner[1] <= last and inner != (first, last):
+                total.update(counted(names[inner[0] : inner[1] + 1]))
+    return dict(total)
+
+
+def table(architectures: list[str]) -> list[dict[str, Any]]:
+    """A row for each kernel and architecture of the extension."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for architecture in architectures:
+            subprocess.run(
+                [TOOLS / "cuobjdump", "-xelf", architecture, EXTENSION], cwd=folder, capture_output=True, check=True
+            )
+            for file in sorted(Path(folder).glob(f"*.{architecture}.cubin")):
+                rows += kernels(file, architecture)
+    return sorted(rows, key=lambda row: (row["architecture"], row["kernel"]))
+
+
+def kernels(file: Path, architecture: str) -> list[dict[str, Any]]:
+    """The rows of one file of machine code."""
+    usage = dict(re.findall(r"Function (\S+):\s+(REG:\d+ STACK:\d+)", tool("cuobjdump", "-res-usage", file)))
+    sections = re.split(r"(?=\.section\s+\.text\.)", tool("nvdisasm", "-c", file))[1:]
+    mangled = [re.match(r"\.section\s+\.text\.([^,\s]+)", section)[1] for section in sections]  # type: ignore[index]
+    rows = []
+    for section, symbol, name in zip(sections, mangled, demangled(mangled), strict=True):
+        registers, stack = (int(n) for n in re.findall(r"\d+", usage[symbol]))
+        names, loops = instructions(section)
+        row = {"architecture": architecture, "kernel": name, "registers": registers, "stack": stack}
+        row["all"] = counted(names)
+        if name.startswith("tile_"):
+            row["unit"] = unit(names, loops, "gradients" in name)
+        rows.append(row)
+    return rows
+
+
+def plain(row: dict[str, Any]) -> bool:
+    """Whether it is a kernel by tensor cores in the form whose loop has no branches: there a unit is what it says."""
+    return row["kernel"].startswith("tile_") and ", true>, Tile" in row["kernel"]
+
+
+def text(rows: list[dict[str, Any]]) -> str:
+    """The rows of plain kernels, as a table."""
+    columns = ["slots", *CLASSES]
+    lines = [f"{'':<74} {'':>6} regs stack " + " ".join(f"{c:>8}" for c in columns)]
+    for row in rows:
+        if plain(row):
+            counts = " ".join(f"{row['unit'][c]:>8}" for c in columns)
+            lines.append(f"{row['kernel']:<74} {row['architecture']:>6} {row['registers']:>4} {row['stack']:>5} {counts}")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Print the table; with --write, keep it for the test."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--architectures", default="sm_80,sm_90,sm_100,sm_120")
+    parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name}")
+    arguments = parser.parse_args()
+    rows = table(arguments.architectures.split(","))
+    print(text(rows))
+    if arguments.write:
+        release = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+        version = re.search(r"V([\d.]+)", release)[1]  # type: ignore[index]
+        lines = ",\n".join(json.dumps({k: row[k] for k in row if k != "all"}) for row in rows if plain(row))
+        RESULTS.write_text(f'{{"nvcc": "{version}", "rows": [\n{lines}\n]}}\n')
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

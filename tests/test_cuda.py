@@ -1,0 +1,231 @@
+"""The native CUDA kernels where there is no GPU: their numbers in an emulation, their machine code, their index maths."""
+
+import ctypes
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import emulated_cuda
+import pytest
+import torch
+from numerics import Case, backend_op, case_id, check, make_inputs, run
+
+import fastcaps
+from fastcaps.ready import relative_error
+from fastcaps.routing import backend as backends
+from fastcaps.routing import dynamic_ops
+from fastcaps.routing.backend import choose_backend, why_unavailable
+
+ROOT = Path(__file__).parent.parent
+if emulated_cuda.WANTED:
+    pytest.skip("about what runs without the emulation", allow_module_level=True)
+
+# -------------------------------------------------------------------------------------------------------- the emulation
+
+# Not all: every option with every other in float32, the other types and the large sizes with a part of them.
+IN_THE_EMULATION = " and not ".join(
+    [
+        "native",
+        "(numbers and (float64 or float16) and (sizes or expanded))",
+        "(large and (bfloat16 or inputs or votes or 1300))",
+        "(gradcheck and leaky)",
+        "gradgradcheck",
+        "(non_finite and (True or 1-) and not weight)",
+        "(sizes_and_iterations and (2- or 4-))",
+    ]
+)
+
+
+@pytest.fixture
+def emulated(monkeypatch):
+    """The native backend on CPU tensors is the CUDA kernels."""
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        pytest.skip("there is no C++ compiler")
+    monkeypatch.setattr(dynamic_ops, "op", lambda backend, direction: getattr(emulated_cuda, direction))
+    return backend_op("native")
+
+
+def test_numbers_in_the_emulation(emulated):
+    """The core's tests in a process of their own."""
+    command = [sys.executable, "-m", "pytest", "-W", "ignore", "tests/test_dynamic_routing.py", "-k", IN_THE_EMULATION]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "FASTCAPS_EMULATE_CUDA": "1"}
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=290, check=False
+    )
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert int(result.stdout.split(" passed")[0].split()[-1]) > 150, result.stdout[-500:]
+
+
+# Every kernel: both tiles of 16 entries and the one of 32, one and several of them, one to four batch tiles in a block,
+# poses of several steps, the batch in parts, the loops without branches and those with all options, no tiles.
+KERNELS = [
+    Case(sizes=(9, 6, 10, 8, 16)),
+    Case(sizes=(17, 9, 8, 4, 16), num_iterations=2),
+    Case(sizes=(37, 5, 5, 8, 32)),
+    Case(sizes=(70, 2, 10, 8, 16), prior="IJ", bias="J"),
+    Case(sizes=(9, 5, 23, 20, 7), prior="BIJ", mask=True, leaky=True),
+    Case(sizes=(3, 7, 20, 8, 16), detach=True),
+    Case(sizes=(26, 3, 11, 60, 30), prior="closed"),
+    Case(sizes=(4, 3, 3, 70, 9), mask=True, bias="J"),
+    Case(sizes=(5, 6, 4, 20, 8), share="inputs", prior="IJ", mask=True),
+    Case(sizes=(5, 6, 4, 20, 8), share="both", prior="BIJ"),
+    Case(sizes=(5, 6, 4, 20, 40), votes=True, leaky=True),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", KERNELS, ids=case_id)
+def test_the_order_of_threads_changes_nothing(emulated, monkeypatch, case, dtype):
+    """A missing barrier shows when the threads of a block run in one order or in the other."""
+    check(emulated, case, dtype)
+    inputs = make_inputs(case, dtype)
+    ascending = run(emulated, case, inputs, dtype, "cpu")
+    monkeypatch.setattr(emulated_cuda, "descending", True)
+    descending = run(emulated, case, inputs, dtype, "cpu")
+    for name, value in ascending.items():
+        assert torch.equal(value, descending[name]), name
+
+
+@pytest.mark.parametrize("sizes", [(9, 40, 10, 8, 16), (9, 12, 20, 12, 32)], ids=str)
+def test_tf32_is_rounded_and_as_exact_as_that_is(emulated, monkeypatch, sizes):
+    from fastcaps.routing import dynamic
+
+    case = Case(sizes=sizes)
+    inputs = make_inputs(case, torch.float32)
+    exact = run(backend_op("reference"), case, inputs, torch.float64, "cpu")
+    monkeypatch.setattr(dynamic, "allows_tf32", lambda poses: True)
+    rounded = run(emulated, case, inputs, torch.float32, "cpu")
+    for name, value in exact.items():
+        assert 1e-5 < relative_error(rounded[name], value) < 5e-3, name
+
+
+def test_index_maths(emulated):
+    check_index_maths = emulated_cuda.library().check_index_maths
+    check_index_maths.restype = ctypes.c_char_p
+    assert check_index_maths() is None
+
+
+# -------------------------------------------------------------------------------------------------------- machine code
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """What the compiler made of every kernel of the extension that is installed, for each architecture."""
+    if "CUDA" not in (backends.EXTENSION_BUILD or ""):
+        pytest.skip("the extension was built without CUDA kernels: there was no CUDA toolkit")
+    pytest.importorskip("triton", reason="the tools that read machine code come with Triton")
+    from cuda_static import table
+
+    return table(["sm_80", "sm_90", "sm_100", "sm_120"])
+
+
+def test_every_architecture_has_every_kernel(rows):
+    names = {}
+    for row in rows:
+        names.setdefault(row["architecture"], set()).add(row["kernel"])
+    assert sorted(names) == ["sm_100", "sm_120", "sm_80", "sm_90"]
+    assert all(kernels == names["sm_90"] for kernels in names.values())
+    assert len(names["sm_90"]) > 100
+
+
+def name(row: dict) -> str:
+    return f"{row['kernel']}, {row['architecture']}"
+
+
+def test_nothing_is_spilled_in_a_loop(rows):
+    """The assembler sometimes puts a register or two away before a loop and takes them back after it."""
+    tiles = [row for row in rows if row["kernel"].startswith("tile_")]
+    assert not [name(row) for row in tiles if row["unit"]["local"]]
+    assert not [f"{name(row)}: {row['stack']} bytes" for row in tiles if row["stack"] > 16]
+
+
+def test_registers_let_the_promised_blocks_be_resident(rows):
+    """Three blocks of 128 threads for the sweeps of the forward, two for those of the backward."""
+    for row in rows:
+        if row["kernel"].startswith("tile_"):
+            backward = "gradients" in row["kernel"] or row["kernel"].endswith("true>")
+            assert row["registers"] <= (255 if backward else 168), name(row)
+
+
+def test_instructions_are_those_of_the_design(rows):
+    """Of a unit, one input capsule for 8 samples: a product of 16 x 8 for every 16 rows of the tile, three of them where
+    float32 is exact; and 16 bytes at a time from shared memory, and no more of anything than was committed."""
+    from cuda_static import RESULTS
+
+    plain = [row for row in rows if row["kernel"].startswith("tile_") and ", true>, Tile" in row["kernel"]]
+    assert len(plain) == 4 * 4 * 3 * 4  # architectures, forms, tiles, kernels
+    for row in plain:
+        m = 8 if "Tile<8" in row["kernel"] else 10
+        products = 3 if "<float, false" in row["kernel"] else 1
+        gradients = "gradients" in row["kernel"]
+        of_gradients = {"float, false": 3, "float, true": 1, "bfloat16": 1, "float16": 2}
+        second = next(n for form, n in of_gradients.items() if f"Form<{form}" in row["kernel"])
+        assert row["unit"]["matrix"] == m * (products + second if gradients else products), name(row)
+        assert row["unit"]["LDS"] == row["unit"]["LDS 16 bytes"] == (5 * m if gradients else m), name(row)
+    committed = json.loads(RESULTS.read_text())
+    before = {(row["kernel"], row["architecture"]): row["unit"] for row in committed["rows"]}
+    worse = [
+        f"{name(row)}: {count} {kind}, {before[row['kernel'], row['architecture']][kind]} before"
+        for row in plain
+        for kind, count in row["unit"].items()
+        if "bytes" not in kind and count > 1.03 * before[row["kernel"], row["architecture"]][kind] + 2
+    ]
+    assert not worse
+
+
+# ----------------------------------------------------------------------------------------------------------- the choice
+
+
+@pytest.fixture
+def a_gpu(monkeypatch):
+    """As if there were one, with native kernels."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(backends, "ENVIRONMENT", None)
+    monkeypatch.setattr(backends, "_why_no_native_cuda", lambda device: None)
+    backends._look_for_triton.cache_clear()
+    yield torch.device("cuda", 0)
+    backends._look_for_triton.cache_clear()
+
+
+def test_native_is_for_what_triton_cannot_do_and_for_exports(a_gpu, monkeypatch):
+    assert choose_backend("native", a_gpu, torch.float64) == "native"
+    assert choose_backend(None, a_gpu, torch.float64) == "native"
+    assert choose_backend(None, a_gpu, torch.float32, 513) == "native"
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    assert choose_backend(None, a_gpu) == "native"
+    monkeypatch.undo()
+    monkeypatch.setattr(backends, "_why_no_native_cuda", lambda device: None)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    backends._look_for_triton.cache_clear()
+    assert choose_backend(None, a_gpu) == "native"
+
+
+def test_no_cuda_kernels_and_no_gpu_are_said_with_a_cure(monkeypatch):
+    look = backends._look_for_native_cuda.__wrapped__
+    monkeypatch.setattr(backends, "EXTENSION_BUILD", "CPU (x86_64), built with torch 2.13.0")
+    assert "FASTCAPS_CUDA=1 pip install" in look(torch.device("cuda", 0))
+    monkeypatch.undo()
+    if not torch.cuda.is_available() and "CUDA" in backends.EXTENSION_BUILD:
+        assert why_unavailable("native", "cuda") == "PyTorch sees no CUDA device"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "home", "message"),
+    [("yes", "", "FASTCAPS_CUDA must be auto, 0 or 1, got 'yes'"), ("1", "/nowhere", "there will be no CUDA kernels")],
+)
+def test_a_build_that_must_have_cuda_says_why_it_fails(tmp_path, wanted, home, message):
+    for part in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "fastcaps", "csrc"):
+        source = ROOT / part
+        copy = shutil.copytree if source.is_dir() else shutil.copy
+        copy(source, tmp_path / part)
+    environment = {**os.environ, "FASTCAPS_CUDA": wanted, "CUDA_HOME": home}
+    result = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--build-temp", "temp", "--build-lib", "out"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert result.returncode != 0
+    assert message in result.stderr
+
