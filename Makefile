@@ -75,6 +75,9 @@ gpu-tune:
 clean:
 	rm -rf $(VENV) build dist demo fastcaps/*.so fastcaps.egg-info
 
+# A warning in a CUDA kernel is an error here, and so is a toolkit whose kernels end up missing.
+$(READY): export NVCC_APPEND_FLAGS = -Werror all-warnings
+$(READY): export FASTCAPS_CUDA = $(if $(shell command -v nvcc),1,auto)
 $(READY): requirements-dev.txt pyproject.toml setup.py $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fastcaps needs Python 3.10 or later: make PYTHON=...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -75,7 +75,8 @@ def find_nvcc():
     said = subprocess.run([nvcc, "--dryrun", "-c", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
     here = re.search(r"_HERE_=(\S+)", said)
     toolkit = os.path.dirname(here[1] if here else os.path.dirname(os.path.realpath(nvcc)))
-    libraries = [os.path.join(toolkit, folder) for folder in ("lib64", f"targets/{platform.machine()}-linux/lib", "lib")]
+    folders = ("lib64", f"targets/{platform.machine()}-linux/lib", "lib")
+    libraries = [os.path.join(toolkit, folder) for folder in folders]
     library = next((d for d in libraries if os.path.exists(os.path.join(d, "libcudart_static.a"))), None)
     if library is None:
         raise RuntimeError(f"{nvcc} has no libcudart_static.a in {' or '.join(libraries)}")

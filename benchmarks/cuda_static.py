@@ -62,7 +62,7 @@ def instructions(section: str) -> tuple[list[str], list[tuple[int, int]]]:
 def counted(names: list[str]) -> dict[str, int]:
     """How many instructions of each class, all of them ("slots"), and loads of 16 bytes."""
     kinds = collections.Counter(name.split(".")[0] for name in names)
-    wide = {f"{kind} 16 bytes": sum(name.startswith(kind) and ".128" in name for name in names) for kind in ("LDS", "LDG")}
+    wide = {f"{kind} 16 bytes": sum(n.startswith(kind) and ".128" in n for n in names) for kind in ("LDS", "LDG")}
     return {"slots": len(names), **{k: sum(kinds[i] for i in group) for k, group in CLASSES.items()}, **wide}
 
 
@@ -120,7 +120,8 @@ def text(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         if plain(row):
             counts = " ".join(f"{row['unit'][c]:>8}" for c in columns)
-            lines.append(f"{row['kernel']:<74} {row['architecture']:>6} {row['registers']:>4} {row['stack']:>5} {counts}")
+            place = f"{row['kernel']:<74} {row['architecture']:>6}"
+            lines.append(f"{place} {row['registers']:>4} {row['stack']:>5} {counts}")
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""The native CUDA kernels where there is no GPU: their numbers in an emulation, their machine code, their index maths."""
+"""The native CUDA kernels where there is no GPU: their numbers in an emulation, machine code, index maths."""
 
 import ctypes
 import json
@@ -13,7 +13,6 @@ import pytest
 import torch
 from numerics import Case, backend_op, case_id, check, make_inputs, run
 
-import fastcaps
 from fastcaps.ready import relative_error
 from fastcaps.routing import backend as backends
 from fastcaps.routing import dynamic_ops
@@ -151,8 +150,8 @@ def test_registers_let_the_promised_blocks_be_resident(rows):
 
 
 def test_instructions_are_those_of_the_design(rows):
-    """Of a unit, one input capsule for 8 samples: a product of 16 x 8 for every 16 rows of the tile, three of them where
-    float32 is exact; and 16 bytes at a time from shared memory, and no more of anything than was committed."""
+    """Of a unit, one input capsule for 8 samples: a product of 16 x 8 for every 16 rows of the tile, three of them
+    where float32 is exact; 16 bytes at a time from shared memory; and no more of anything than was committed."""
     from cuda_static import RESULTS
 
     plain = [row for row in rows if row["kernel"].startswith("tile_") and ", true>, Tile" in row["kernel"]]
@@ -228,4 +227,3 @@ def test_a_build_that_must_have_cuda_says_why_it_fails(tmp_path, wanted, home, m
     )  # fmt: skip
     assert result.returncode != 0
     assert message in result.stderr
-

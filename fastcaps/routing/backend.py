@@ -46,8 +46,8 @@ def _why_no_native_cuda(device: torch.device) -> str | None:
 def _look_for_native_cuda(device: torch.device) -> str | None:
     if "CUDA" not in (EXTENSION_BUILD or ""):
         return (
-            "the compiled extension has no CUDA kernels, as there was no CUDA toolkit (nvcc) where it was built. Install "
-            f"one, then: FASTCAPS_CUDA=1 {_REBUILD}"
+            "the compiled extension has no CUDA kernels, as there was no CUDA toolkit (nvcc) where it was built. "
+            f"Install one, then: FASTCAPS_CUDA=1 {_REBUILD}"
         )
     if not torch.cuda.is_available():
         return "PyTorch sees no CUDA device"

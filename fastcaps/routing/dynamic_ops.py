@@ -140,7 +140,15 @@ def _compiled_backward(ctx: Any, grad: Tensor, needed: Sequence[bool]) -> tuple[
     *inputs, mask, sums = ctx.saved_tensors
     needed = [bool(need) for need in needed]
     grads = op(ctx.backend, "backward")(
-        grad, *inputs[:2], *upcast(sums.dtype, *inputs[2:]), mask, sums, ctx.leaky, ctx.detach, ctx.eps, *needed,
+        grad,
+        *inputs[:2],
+        *upcast(sums.dtype, *inputs[2:]),
+        mask,
+        sums,
+        ctx.leaky,
+        ctx.detach,
+        ctx.eps,
+        *needed,
         ctx.allow_tf32,
     )
     returned = (g.to(x.dtype) if need else None for g, x, need in zip(grads, inputs, needed, strict=True))
