@@ -47,6 +47,7 @@ $(SANITIZE)/%: tests/kernels.cpp $(wildcard csrc/dynamic_routing*) csrc/vector.h
 # What the compiler makes of the GPU kernels; needs no GPU.
 gpu-static: $(READY)
 	$(BIN)/python benchmarks/gpu_static.py --write
+	$(BIN)/python benchmarks/cuda_static.py --write
 
 # On a machine with a GPU, offline, with the Python that is there (torch, triton, numpy, pytest); each at most 8 minutes.
 GPU_PYTHON := PYTHONPATH=. timeout 480 $(PYTHON)

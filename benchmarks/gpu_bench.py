@@ -47,6 +47,7 @@ SHAPES: dict[str, tuple[tuple[int, int, int, int, int], bool]] = {
 TINY = ((4, 3, 4, 5, 6), False)
 PRECISIONS = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16}
 ALLOWED = {"float32": 1e-5, "tf32": 5e-3, "bfloat16": 2e-2}  # relative, against float64 on inputs that were not rounded
+OURS = ("fastcaps triton", "fastcaps native")
 COMPILED = ("paper", "J=100", "DeepCaps")
 
 Step = Callable[[], Any]
@@ -57,8 +58,9 @@ Step = Callable[[], Any]
 
 def routing(contestant: str) -> Callable[[Tensor, Tensor], Tensor]:
     """From poses and weight to output poses."""
-    if contestant == "fastcaps":
-        return lambda poses, weight: dynamic_routing(poses, weight, num_iterations=T, backend="triton")
+    if contestant in OURS:
+        backend = contestant.split()[1]
+        return lambda poses, weight: dynamic_routing(poses, weight, num_iterations=T, backend=backend)
     form = timing.FORMS[contestant.split(",")[0]]
     plain = lambda poses, weight: form(poses, weight, T)  # noqa: E731
     if "compiled" in contestant:
@@ -201,7 +203,7 @@ def case(shape: str, precision: str, contestant: str, rates: dict[str, float], d
     if device == "cpu":
         return result
     result |= {"forward": measured(forward), "training": measured(training)}
-    if contestant == "fastcaps":
+    if contestant in OURS:
         limit = bounds(shape, precision, rates)
         for mode in ("forward", "training"):
             in_graph = result[mode].get("graph_us", result[mode]["warm_us"])["median"]
@@ -217,23 +219,23 @@ def commit() -> str | None:
 
 
 def ratios(cases: dict[str, Any]) -> list[str]:
-    """fastcaps against the fastest alternative with the same precision, both in a graph where that works."""
+    """Both of ours against the fastest alternative with the same precision, all in a graph where that works."""
     lines = []
     for name, result in cases.items():
         shape, precision, contestant = name.split(" | ")
-        if contestant != "fastcaps" or "forward" not in result:
+        if contestant not in OURS or "forward" not in result:
             continue
         for mode in ("forward", "training"):
             own = result[mode].get("graph_us", result[mode]["warm_us"])["median"]
             others = {
                 other: r[mode].get("graph_us", r[mode]["warm_us"])["median"]
                 for other, r in cases.items()
-                if other.startswith(f"{shape} | {precision} | ") and other != name and mode in r
+                if other.startswith(f"{shape} | {precision} | ") and not other.endswith(OURS) and mode in r
             }
             best = min(others, key=lambda other: others[other]) if others else None
             share = f"{result[mode]['share_of_bound']:.1%}" if "share_of_bound" in result[mode] else ""
             against = f"{others[best] / own:6.2f} x {best.split(' | ')[2]}" if best is not None else ""
-            lines.append(f"{shape:<16} {precision:<9} {mode:<9} {own:10.1f} us {share:>6} {against}")
+            lines.append(f"{shape:<16} {precision:<9} {mode:<9} {contestant} {own:10.1f} us {share:>6} {against}")
     return lines
 
 
@@ -267,7 +269,7 @@ def main() -> int:
         except RuntimeError as error:
             print(f"no bounds: {error}", file=sys.stderr)
     results["rates_T_per_s"] = {name: value for name, value in rates.items() if value == value}
-    todo = [(s, p, "fastcaps") for s in shapes for p in arguments.precisions.split(",")]
+    todo = [(s, p, ours) for s in shapes for p in arguments.precisions.split(",") for ours in OURS]
     for contestant in ("einsum", "absorbed", "broadcast", "einsum, compiled"):
         chosen = [s for s in shapes if "compiled" not in contestant or s in COMPILED]
         todo += [(s, p, contestant) for s in chosen for p in arguments.precisions.split(",")]

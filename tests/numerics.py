@@ -91,6 +91,33 @@ def case_id(case: Case) -> str:
     return ",".join(f"{name}={value}" for name, value in changed.items()).replace(" ", "") or "default"
 
 
+# Small calls of all kernels. Native: both tiles of 16 entries and the one of 32, one and several of them, one to four
+# batch tiles in a block, poses of several steps, the batch in parts, the loops without branches and those with all
+# options, no tiles.
+EVERY_KERNEL = {
+    "triton": [
+        Case(sizes=(18, 5, 3, 4, 6), prior="IJ", bias="J", mask=True),
+        Case(sizes=(3, 4, 60, 4, 16), prior="BIJ"),
+        Case(sizes=(5, 6, 4, 20, 8), share="inputs", prior="IJ", mask=True),
+        Case(sizes=(5, 6, 4, 20, 8), share="outputs", bias="J", prior="J"),
+        Case(sizes=(5, 4, 10, 3, 12), votes=True, detach=True),
+    ],
+    "native": [
+        Case(sizes=(9, 6, 10, 8, 16)),
+        Case(sizes=(17, 9, 8, 4, 16), num_iterations=2),
+        Case(sizes=(37, 5, 5, 8, 32)),
+        Case(sizes=(70, 2, 10, 8, 16), prior="IJ", bias="J"),
+        Case(sizes=(9, 5, 23, 20, 7), prior="BIJ", mask=True, leaky=True),
+        Case(sizes=(3, 7, 20, 8, 16), detach=True),
+        Case(sizes=(26, 3, 11, 60, 30), prior="closed"),
+        Case(sizes=(4, 3, 3, 70, 9), mask=True, bias="J"),
+        Case(sizes=(5, 6, 4, 20, 8), share="inputs", prior="IJ", mask=True),
+        Case(sizes=(5, 6, 4, 20, 8), share="both", prior="BIJ"),
+        Case(sizes=(5, 6, 4, 20, 40), votes=True, leaky=True),
+    ],
+}
+
+
 @dataclass
 class Inputs:
     """The tensors of a case (``tensors``: poses or votes, weight, prior, bias), the mask and the incoming gradient."""

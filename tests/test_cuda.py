@@ -11,7 +11,7 @@ from pathlib import Path
 import emulated_cuda
 import pytest
 import torch
-from numerics import Case, backend_op, case_id, check, make_inputs, run
+from numerics import EVERY_KERNEL, Case, backend_op, case_id, check, make_inputs, run
 
 from fastcaps.ready import relative_error
 from fastcaps.routing import backend as backends
@@ -58,25 +58,8 @@ def test_numbers_in_the_emulation(emulated):
     assert int(result.stdout.split(" passed")[0].split()[-1]) > 150, result.stdout[-500:]
 
 
-# Every kernel: both tiles of 16 entries and the one of 32, one and several of them, one to four batch tiles in a block,
-# poses of several steps, the batch in parts, the loops without branches and those with all options, no tiles.
-KERNELS = [
-    Case(sizes=(9, 6, 10, 8, 16)),
-    Case(sizes=(17, 9, 8, 4, 16), num_iterations=2),
-    Case(sizes=(37, 5, 5, 8, 32)),
-    Case(sizes=(70, 2, 10, 8, 16), prior="IJ", bias="J"),
-    Case(sizes=(9, 5, 23, 20, 7), prior="BIJ", mask=True, leaky=True),
-    Case(sizes=(3, 7, 20, 8, 16), detach=True),
-    Case(sizes=(26, 3, 11, 60, 30), prior="closed"),
-    Case(sizes=(4, 3, 3, 70, 9), mask=True, bias="J"),
-    Case(sizes=(5, 6, 4, 20, 8), share="inputs", prior="IJ", mask=True),
-    Case(sizes=(5, 6, 4, 20, 8), share="both", prior="BIJ"),
-    Case(sizes=(5, 6, 4, 20, 40), votes=True, leaky=True),
-]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", KERNELS, ids=case_id)
+@pytest.mark.parametrize("case", EVERY_KERNEL["native"], ids=case_id)
 def test_the_order_of_threads_changes_nothing(emulated, monkeypatch, case, dtype):
     """A missing barrier shows when the threads of a block run in one order or in the other."""
     check(emulated, case, dtype)

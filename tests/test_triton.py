@@ -268,7 +268,7 @@ def test_gpu_bench_writes_its_file_and_refuses_to_speak_without_a_gpu(tmp_path):
     result = bench("--device", "cpu", "--shapes", "tiny", "--out", str(out))
     assert result.returncode == 0, result.stderr
     cases = json.loads(out.read_text())["cases"]
-    assert len(cases) == 12
+    assert len(cases) == 15
     assert all(max(case["errors"]) > 0 and "refused" not in case for case in cases.values())
     if not torch.cuda.is_available():
         assert "no CUDA device here; nothing was measured" in bench().stderr
@@ -279,10 +279,11 @@ def test_gpu_bench_writes_its_file_and_refuses_to_speak_without_a_gpu(tmp_path):
 
 @pytest.fixture
 def a_gpu(monkeypatch):
-    """As if there were one, for what is decided before anything is launched."""
+    """As if there were one, for what is decided before anything is launched, and no native kernels for it."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "some GPU")
     monkeypatch.setattr(backends, "ENVIRONMENT", None)
+    monkeypatch.setattr(backends, "_why_no_native_cuda", lambda device: "built without CUDA")
     backends._look_for_triton.cache_clear()
     yield torch.device("cuda", 0)
     backends._look_for_triton.cache_clear()
@@ -298,7 +299,7 @@ def test_what_triton_cannot_do_goes_to_the_next_backend_or_is_refused(a_gpu, mon
     assert choose_backend(None, a_gpu, torch.float32, 513) == "reference"
     with pytest.raises(ValueError, match=r"'triton' cannot run on 'cuda:0': .* compute in float32; for float64 use"):
         choose_backend("triton", a_gpu, torch.float64)
-    with pytest.raises(ValueError, match="vectors of up to 512 entries, got 513; use backend='reference'"):
+    with pytest.raises(ValueError, match="vectors of up to 512 entries, got 513; use backend='native' or"):
         choose_backend("triton", a_gpu, torch.float32, 513)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
     backends._look_for_triton.cache_clear()

@@ -112,7 +112,8 @@ def why_unavailable(
         if dtype == torch.float64:
             return "the Triton kernels compute in float32; for float64 use backend='native' or backend='reference'"
         if D > TRITON_D:
-            return f"the Triton kernels take vectors of up to {TRITON_D} entries, got {D}; use backend='reference'"
+            limit = f"the Triton kernels take vectors of up to {TRITON_D} entries, got {D}"
+            return f"{limit}; use backend='native' or backend='reference'"
         return _why_no_triton(device)
     if backend == "native":
         if EXTENSION_BUILD is None:
