@@ -67,9 +67,10 @@ def counted(names: list[str]) -> dict[str, int]:
 
 
 def unit(names: list[str], loops: list[tuple[int, int]], gradients: bool) -> dict[str, int]:
-    """One round of the loop with matrix instructions: the innermost that has all of those that a round needs."""
+    """One round of the loop with matrix instructions: the innermost, and the longest of several that are."""
     matrix = [loop for loop in loops if any(name.startswith("HMMA") for name in names[loop[0] : loop[1] + 1])]
-    first, last = matrix[0]
+    around = [(a, b) for a, b in matrix if any(a <= c and d <= b and (a, b) != (c, d) for c, d in matrix)]
+    first, last = [loop for loop in matrix if loop not in around][-1]
     total = collections.Counter(counted(names[first : last + 1]))
     if gradients:  # one iteration is in there: of three, the first is the uniform one and goes another, short way
         for inner in loops:

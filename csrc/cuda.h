@@ -9,6 +9,7 @@
 #ifdef FASTCAPS_EMULATED
 #include "cuda_emulation.h"
 #else
+#include <cooperative_groups.h>
 #include <cuda_runtime.h>
 #endif
 
@@ -153,6 +154,15 @@ __device__ inline Real sum_over_warp(Real x) {
   return x;
 }
 
+// All blocks of a launch_together wait for each other; what they have written before is seen after.
+__device__ inline void grid_barrier() {
+#ifdef FASTCAPS_EMULATED
+  emulated::meet(emulated::of_grid);
+#else
+  cooperative_groups::this_grid().sync();
+#endif
+}
+
 template <class T>
 __device__ inline T* shared_memory() {
 #ifdef FASTCAPS_EMULATED
@@ -171,21 +181,10 @@ struct Grid {
   int64_t shared_bytes;
 };
 
-// `kernel`<<<>>>(argument). An error says which kernel it was; `sizes` is anything that has B, I and J.
-template <class Argument, class SizesLike>
-void launch(void (*kernel)(Argument), Grid grid, cudaStream_t stream, const Argument& argument, const char* name,
-            const SizesLike& sizes) {
-  if (grid.blocks == 0) return;
-#ifdef FASTCAPS_EMULATED
-  emulated::launch(grid.blocks, grid.threads, grid.shared_bytes, [&] { kernel(argument); });
-#else
-  cudaError_t error = grid.blocks > 0x7fffffff ? cudaErrorInvalidConfiguration : cudaSuccess;
-  if (error == cudaSuccess && grid.shared_bytes > 48 * 1024)
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(grid.shared_bytes));
-  if (error == cudaSuccess) {
-    kernel<<<unsigned(grid.blocks), grid.threads, grid.shared_bytes, stream>>>(argument);
-    error = cudaPeekAtLastError();
-  }
+#ifndef FASTCAPS_EMULATED
+// Throws if `error` is one: with the kernel's name and sizes, which are anything that has B, I and J.
+template <class SizesLike>
+void check_launch(cudaError_t error, const Grid& grid, cudaStream_t stream, const char* name, const SizesLike& sizes) {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // or the next call would report it again
   cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
@@ -195,7 +194,75 @@ void launch(void (*kernel)(Argument), Grid grid, cudaStream_t stream, const Argu
       std::to_string(sizes.I) + ", J = " + std::to_string(sizes.J) + ", " + std::to_string(grid.blocks) +
       " blocks, " + std::to_string(grid.shared_bytes) + " bytes of shared memory: " + cudaGetErrorString(error) +
       (capture == cudaStreamCaptureStatusNone ? "" : ". A CUDA graph is being captured: call fastcaps.warmup before it"));
+}
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&value, attribute, device);
+  return value;
+}
+template <class Argument>
+cudaError_t allow_shared_memory(void (*kernel)(Argument), int64_t bytes) {
+  if (bytes <= 48 * 1024) return cudaSuccess;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
+}
 #endif
+
+inline int64_t multiprocessors() {
+#ifdef FASTCAPS_EMULATED
+  return 2;
+#else
+  return device_attribute(cudaDevAttrMultiProcessorCount);
+#endif
+}
+
+// `kernel`<<<>>>(argument).
+template <class Argument, class SizesLike>
+void launch(void (*kernel)(Argument), Grid grid, cudaStream_t stream, const Argument& argument, const char* name,
+            const SizesLike& sizes) {
+  if (grid.blocks == 0) return;
+#ifdef FASTCAPS_EMULATED
+  emulated::launch(grid.blocks, grid.threads, grid.shared_bytes, [&] { kernel(argument); });
+#else
+  cudaError_t error = grid.blocks > 0x7fffffff ? cudaErrorInvalidConfiguration : cudaSuccess;
+  if (error == cudaSuccess) error = allow_shared_memory(kernel, grid.shared_bytes);
+  if (error == cudaSuccess) {
+    kernel<<<unsigned(grid.blocks), grid.threads, grid.shared_bytes, stream>>>(argument);
+    error = cudaPeekAtLastError();
+  }
+  check_launch(error, grid, stream, name, sizes);
+#endif
+}
+
+// The same for a kernel with a grid_barrier; false, and nothing is launched, where not all blocks can be resident at once.
+template <class Argument, class SizesLike>
+bool launch_together(void (*kernel)(Argument), Grid grid, cudaStream_t stream, const Argument& argument, const char* name,
+                     const SizesLike& sizes) {
+  if (grid.blocks == 0) return false;
+#ifdef FASTCAPS_EMULATED
+  if (grid.blocks > emulated::resident_blocks || grid.shared_bytes > 99 * 1024) return false;
+  emulated::launch(grid.blocks, grid.threads, grid.shared_bytes, [&] { kernel(argument); }, true);
+#else
+  if (!device_attribute(cudaDevAttrCooperativeLaunch) ||
+      grid.shared_bytes > device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin))
+    return false;
+  int blocks = 0;
+  cudaError_t error = allow_shared_memory(kernel, grid.shared_bytes);
+  if (error == cudaSuccess)
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, grid.threads, grid.shared_bytes);
+  if (error == cudaSuccess && grid.blocks > blocks * multiprocessors()) return false;
+  if (error == cudaSuccess) {
+    void* arguments[] = {const_cast<Argument*>(&argument)};
+    error = cudaLaunchCooperativeKernel(kernel, dim3(unsigned(grid.blocks)), dim3(grid.threads), arguments,
+                                        grid.shared_bytes, stream);
+  }
+  if (error == cudaErrorCooperativeLaunchTooLarge) {  // a process may have only a part of the GPU
+    cudaGetLastError();
+    return false;
+  }
+  check_launch(error, grid, stream, name, sizes);
+#endif
+  return true;
 }
 
 }  // namespace fastcaps::cuda

@@ -30,17 +30,6 @@ struct Scratch {
   }
 };
 
-int64_t multiprocessors() {
-#ifdef FASTCAPS_EMULATED
-  return 2;
-#else
-  int device = 0, count = 1;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return count;
-#endif
-}
-
 void set_to_zero(void* memory, int64_t bytes, cudaStream_t stream) {
 #ifdef FASTCAPS_EMULATED
   std::memset(memory, 0, bytes);
@@ -78,16 +67,17 @@ struct Call {
   int64_t vectors = kind == TileKind::none ? N : pieces(z.B, 8) * 8 * pieces(z.J, capsules) * capsules * rows;
   int64_t batch_tiles, slices;
 
-  Call(const Routing<Real>& in_, bool allow_tf32_, void* stream_)
+  // resident: how many blocks of a sweep by tiles a multiprocessor has at a time.
+  Call(const Routing<Real>& in_, bool allow_tf32_, int resident, void* stream_)
       : in(in_), allow_tf32(allow_tf32_), stream(static_cast<cudaStream_t>(stream_)) {
-    const int64_t warps = multiprocessors() * 12;
     if (kind == TileKind::none) {
-      slices = most_slices(warps * 2 / std::max<int64_t>(z.B, 1));
+      slices = most_slices(multiprocessors() * 24 / std::max<int64_t>(z.B, 1));
     } else {
       const int64_t tiles = pieces(z.B, 8);
       batch_tiles = std::max<int64_t>(tiles >= 3 ? 4 : tiles, 4 / chunk());
-      const int64_t blocks = pieces(tiles, batch_tiles) * pieces(z.J, capsules);
-      slices = most_slices(warps / 4 / std::max<int64_t>(blocks, 1));
+      const int64_t blocks = std::max<int64_t>(pieces(tiles, batch_tiles) * pieces(z.J, capsules), 1);
+      // One wave of blocks, with four input capsules or more for a warp: the slices' sums are to be added again.
+      slices = most_slices(std::min(multiprocessors() * resident / blocks, z.I * batch_tiles / 16));
     }
   }
 
@@ -177,6 +167,19 @@ struct Call {
     with_form([&]<class In, bool TF32>() { launch_tile_sweep<In, TF32>(kind, sweep, plain(), grid, stream, call); });
   }
 
+  // Whether all iterations ran in one launch.
+  bool run_together(bool backward, TileCall tile, const VectorCall<Real>& vectors) const {
+    bool launched = false;
+    if constexpr (std::is_same_v<Real, float>) {
+      if (kind == TileKind::none || tiles() > 1 || z.T < 2) return false;
+      const int64_t blocks = pieces(pieces(z.B, 8), batch_tiles) * slices;
+      with_form([&]<class In, bool TF32>() {
+        launched = launch_tile_persistent<In, TF32>(kind, backward, plain(), blocks, stream, {tile, vectors, {}});
+      });
+    }
+    return launched;
+  }
+
   // ------------------------------------------------------------------------------------------------------- vectors
 
   VectorCall<Real> vector_call() const {
@@ -186,8 +189,8 @@ struct Call {
     return call;
   }
   void per_block(void (*kernel)(VectorCall<Real>), const VectorCall<Real>& call, const char* name) const {
-    const int64_t rows = rows_of_block(z.D_out);
-    launch(kernel, {pieces(z.B * z.J, rows), kVectorThreads, rows * z.D_out * int64_t(sizeof(Real))}, stream, call, name, z);
+    const int64_t bytes = vector_memory(z.D_out, kVectorThreads) * int64_t(sizeof(Real));
+    launch(kernel, {groups_of_rows(call), kVectorThreads, bytes}, stream, call, name, z);
   }
   void per_warp(void (*kernel)(VectorCall<Real>), int64_t warps, const VectorCall<Real>& call, const char* name) const {
     launch(kernel, {pieces(32 * warps, kVectorThreads), kVectorThreads, 0}, stream, call, name, z);
@@ -210,7 +213,7 @@ struct Call {
 
 template <class Real>
 int64_t run_forward(const Routing<Real>& in, bool allow_tf32, void* out, Real* sums, Scratch scratch, void* stream) {
-  const Call<Real> call(in, allow_tf32, stream);
+  const Call<Real> call(in, allow_tf32, 3, stream);
   const Sizes& z = call.z;
   Real* const partial = scratch.take<Real>(call.partial_size());
   Real* const V = scratch.take<Real>(call.vectors);
@@ -222,22 +225,22 @@ int64_t run_forward(const Routing<Real>& in, bool allow_tf32, void* out, Real* s
   if (!scratch.memory) return scratch.used;
 
   if (call.padded()) set_to_zero(V, call.vectors * sizeof(Real), call.stream);
+  VectorCall<Real> vectors = call.vector_call();
+  vectors.partial = call.absorbed ? sum : partial, vectors.parts = call.absorbed ? 1 : call.slices;
+  vectors.bias = in.bias, vectors.new_sums = sums, vectors.out = out, vectors.V_next = V;
+  TileCall tile = call.tile_call();
+  if constexpr (std::is_same_v<Real, float>) tile.V = V, tile.partial = partial;
+  if (call.run_together(false, tile, vectors)) return scratch.used;
   for (int64_t t = 0; t < z.T; ++t) {
-    VectorCall<Real> vectors = call.vector_call();
-    vectors.partial = partial, vectors.parts = call.slices;
     if (call.absorbed) {
       if (t > 0) call.transform(V, z.B, true, V_poses);
       call.sweep(t > 0 ? V_poses : nullptr, nullptr, stats, partial);
       call.sum(partial, call.slices, absorbed_size, sum_poses, Stored::real);
       call.transform(sum_poses, z.B, false, sum);
-      vectors.partial = sum, vectors.parts = 1;
     } else {
       call.sweep(t > 0 ? V : nullptr, nullptr, stats, partial);
     }
-    const bool last = t == z.T - 1;
-    vectors.bias = in.bias, vectors.new_sums = sums + t * call.N, vectors.out = last ? out : nullptr;
-    vectors.V = t > 0 ? V : nullptr, vectors.V_next = last ? nullptr : V;
-    call.per_block(squash_vectors<Real>, vectors, "squash_vectors");
+    call.per_block(squash_vectors<Real>, forward_iteration(vectors, t), "squash_vectors");
   }
   return scratch.used;
 }
@@ -309,7 +312,7 @@ void last_sweep(const Call<Real>& call, const Gradients<Real>& out, const LastSw
 
 template <class Real>
 int64_t run_backward(const Routing<Real>& in, bool allow_tf32, const Gradients<Real>& out, Scratch scratch, void* stream) {
-  const Call<Real> call(in, allow_tf32, stream);
+  const Call<Real> call(in, allow_tf32, 2, stream);
   const Sizes& z = call.z;
   const int64_t first = in.detach ? z.T - 1 : 0, absorbed_size = call.absorbed ? z.B * z.J * z.D_in : 0;
   const bool absorbed_weight = call.absorbed && out.d_weight;
@@ -334,18 +337,18 @@ int64_t run_backward(const Routing<Real>& in, bool allow_tf32, const Gradients<R
     set_to_zero(ds, z.T * call.vectors * sizeof(Real), call.stream);
   }
   VectorCall<Real> vectors = call.vector_call();
-  vectors.sums = out.sums, vectors.V_next = V;
-  call.per_warp(earlier_outputs<Real>, z.B * z.J, vectors, "earlier_outputs");
+  vectors.sums = out.sums, vectors.V_next = V, vectors.ds = ds, vectors.dv = dv, vectors.grad = out.grad;
+  vectors.partial = call.absorbed ? dV : partial, vectors.parts = call.absorbed ? 1 : call.slices;
+  TileCall tile = call.tile_call();
+  if constexpr (std::is_same_v<Real, float>) tile.V = V, tile.ds = ds, tile.stats = stats, tile.partial = partial;
+  const bool together = !in.detach && call.run_together(true, tile, vectors);
+  if (!together) call.per_warp(earlier_outputs<Real>, z.B * z.J, vectors, "earlier_outputs");
   if (call.absorbed) call.transform(V, z.T * z.B, true, V_poses);
   const Real* const seen_V = call.absorbed ? V_poses : V;
   Real* const seen_ds = call.absorbed ? ds_poses : ds;
   const int64_t seen_size = call.absorbed ? absorbed_size : call.vectors;
-  for (int64_t t = z.T - 1; t >= first; --t) {
-    vectors = call.vector_call();
-    vectors.sums = out.sums + t * call.N, vectors.ds = ds + t * call.vectors, vectors.dv = dv;
-    vectors.grad = t == z.T - 1 ? out.grad : nullptr, vectors.more = t < z.T - 2;
-    vectors.partial = call.absorbed ? dV : partial, vectors.parts = call.absorbed ? 1 : call.slices;
-    call.per_block(squash_vectors_backward<Real>, vectors, "squash_vectors_backward");
+  for (int64_t t = together ? 0 : z.T - 1; t >= first; --t) {
+    if (!together) call.per_block(squash_vectors_backward<Real>, backward_iteration(vectors, t), "squash_vectors_backward");
     if (call.absorbed) call.transform(ds + t * call.vectors, z.B, true, ds_poses + t * absorbed_size);
     const Real* const V_now = t > 0 ? seen_V + t * seen_size : nullptr;
     const Real* const ds_now = in.detach ? nullptr : seen_ds + t * seen_size;
@@ -379,7 +382,6 @@ int64_t run_backward(const Routing<Real>& in, bool allow_tf32, const Gradients<R
     set_to_zero(out.d_prior, size * sizeof(Real), call.stream);
   }
   if (out.d_bias) {
-    vectors = call.vector_call();
     vectors.ds = ds + first * call.vectors, vectors.T = int(z.T - first), vectors.d_bias = out.d_bias;
     call.per_warp(bias_gradient<Real>, z.J * z.D_out, vectors, "bias_gradient");
   }

@@ -152,10 +152,10 @@ __device__ inline void load_pose(float (&x)[2], const TileCall& call, int b, int
   if constexpr (F::TF32) x[0] = rounded_to_tf32(x[0]), x[1] = rounded_to_tf32(x[1]);
 }
 
-// Instructions m0 .. m0 + count - 1 of the votes of an input capsule for 8 samples; x are the first entries of the poses.
-template <class F, class T, int m0, int count>
-__device__ inline void votes(float* u, const float4* fragments, const float (&x)[2], const TileCall& call, int b, int i,
-                             int end) {
+// Instructions m0 .. m0 + count - 1 of the votes of an input capsule for 8 samples; x are the first entries of the poses,
+// further ones are had by load(float (&)[2], first of eight entries).
+template <class F, class T, int m0, int count, class Load>
+__device__ inline void votes(float* u, const float4* fragments, const float (&x)[2], const TileCall& call, Load&& load) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int m = 0; m < count; ++m) {
@@ -165,7 +165,7 @@ __device__ inline void votes(float* u, const float4* fragments, const float (&x)
   }
   for (int d = 8; !F::PLAIN && d < call.D_in; d += 8) {
     float next[2];
-    load_pose<F>(next, call, b, i, end, d + 2 * (lane % 4));
+    load(next, d);
     fragments += T::M * 32;
 #pragma unroll
     for (int m = 0; m < count; ++m) {
@@ -253,9 +253,10 @@ struct Sums {
   }
 
   // What input capsule i adds.
-  __device__ void add(const float4* fragments, const float (&x)[2], int i, int end) {
+  template <class Load>
+  __device__ void add(const float4* fragments, const float (&x)[2], int i, Load&& load) {
     float u[4 * T::M];
-    votes<F, T, 0, T::M>(u, fragments, x, call, first_b + g, i, end);
+    votes<F, T, 0, T::M>(u, fragments, x, call, load);
     if constexpr (kind == Sweep::uniform) {
 #pragma unroll
       for (int n = 0; n < 4 * T::M; ++n) sums[n] += u[n];
@@ -409,7 +410,8 @@ __global__ void __launch_bounds__(kTileThreads, BACKWARD ? 2 : 3) tile_sweep(Til
       for (int n = turn; n < call.chunk && i + n < end; n += turns) {
         x[0] = next[0], x[1] = next[1];
         load_pose<F>(next, call, sums.first_b + sums.g, i + n + turns, end, d);
-        sums.add(now + n * step, x, i + n, end);
+        sums.add(now + n * step, x, i + n,
+                 [&](float(&more)[2], int first_d) { load_pose<F>(more, call, sums.first_b + sums.g, i + n, end, first_d + d); });
       }
       __syncthreads();
     }

@@ -63,7 +63,9 @@ struct LastSweep {
       if constexpr (F::TF32) columns[s] = rounded_to_tf32(columns[s]);
     }
     float u[4 * T::M], du[4 * T::M], db[T::blocks][2] = {};
-    votes<F, T, 0, T::M>(u, fragments, x, call, first_b + g, i, call.I);
+    votes<F, T, 0, T::M>(u, fragments, x, call, [&](float(&more)[2], int first) {
+      load_pose<F>(more, call, first_b + g, i, call.I, first + 2 * t);
+    });
     add_iterations(du, db, u, T::first_place(call.J, batch_tile, tile) + 4 * lane);
     if (!F::PLAIN && call.d_prior) add_prior(db);
     if (call.d_poses) {
@@ -183,7 +185,7 @@ struct LastSweep {
   // The sum of dx over the lanes with other capsules; each keeps a part of it: of sample g / 4, entries 2 (g % 4) and the
   // next.
   __device__ void store_poses() {
-halve<8>();
+    halve<8>();
     halve<4>();
     halve<2>();
     const int b = sample(g / 4), d = first_d + 2 * (g % 4);

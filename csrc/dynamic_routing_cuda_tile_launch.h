@@ -1,9 +1,9 @@
 // The kernels of dynamic_routing_cuda_tile.h behind one function for each form; a source file compiles one form.
 #pragma once
 
+#include "dynamic_routing_cuda_persistent.h"
 #include "dynamic_routing_cuda_tile.h"
 #include "dynamic_routing_cuda_tile_backward.h"
-#include "dynamic_routing_cuda_vectors.h"
 
 namespace fastcaps::cuda {
 
@@ -11,6 +11,10 @@ template <class In, bool TF32>
 void launch_tile_sweep(TileKind kind, Sweep sweep, bool plain, Grid grid, cudaStream_t stream, const TileCall& call);
 template <class In, bool TF32>
 void launch_tile_gradients(TileKind kind, bool plain, Grid grid, cudaStream_t stream, const TileCall& call);
+// All iterations of a forward or (but for the first one's sweep) backward; false if they do not fit the GPU at once.
+template <class In, bool TF32>
+bool launch_tile_persistent(TileKind kind, bool backward, bool plain, int64_t blocks, cudaStream_t stream,
+                            PersistentCall call);
 
 #ifdef FASTCAPS_TILE_FORM
 template <class In, bool TF32>
@@ -40,9 +44,24 @@ void launch_tile_gradients(TileKind kind, bool plain, Grid grid, cudaStream_t st
     launch(kernel, grid, stream, call, "tile_gradients", call);
   });
 }
+
+template <class In, bool TF32>
+bool launch_tile_persistent(TileKind kind, bool backward, bool plain, int64_t blocks, cudaStream_t stream,
+                            PersistentCall call) {
+  return with_tile(kind, [&]<class T>() {
+    using Plain = Form<In, TF32, true>;
+    using General = Form<In, TF32, false>;
+    void (*kernel)(PersistentCall) = backward ? tile_persistent<General, T, true> : tile_persistent<General, T, false>;
+    if (plain) kernel = backward ? tile_persistent<Plain, T, true> : tile_persistent<Plain, T, false>;
+    call.memory = persistent_memory<T>(call.tile);
+    const Grid grid{blocks, kTileThreads, call.memory.size};
+    return launch_together(kernel, grid, stream, call, "tile_persistent", call.tile);
+  });
+}
 #define FASTCAPS_INSTANTIATE(...)                                                                              \
   template void launch_tile_sweep<__VA_ARGS__>(TileKind, Sweep, bool, Grid, cudaStream_t, const TileCall&);    \
-  template void launch_tile_gradients<__VA_ARGS__>(TileKind, bool, Grid, cudaStream_t, const TileCall&);
+  template void launch_tile_gradients<__VA_ARGS__>(TileKind, bool, Grid, cudaStream_t, const TileCall&);       \
+  template bool launch_tile_persistent<__VA_ARGS__>(TileKind, bool, bool, int64_t, cudaStream_t, PersistentCall);
 FASTCAPS_INSTANTIATE(FASTCAPS_TILE_FORM)
 #endif
 

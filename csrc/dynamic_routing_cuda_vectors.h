@@ -70,39 +70,69 @@ __device__ inline Real squash_scale(Real q, Real eps) {
   return eps > 0 ? q / (1 + q) / sqrt(q + eps) : sqrt(q) / (1 + q);
 }
 
-// Vectors of a block: some when they are short.
+// Vectors that a block takes at a time, some when they are short, how often there are so many, and the numbers in shared
+// memory that it needs for them.
 FASTCAPS_INDEX int64_t rows_of_block(int64_t D_out) { return D_out < 64 ? 64 / D_out : 1; }
-
-// The sums over parts of the block's vectors into `total`, always in the same order: each warp takes every eighth part.
 template <class Real>
-__device__ inline void sum_parts(Real* total, const VectorCall<Real>& call, int64_t first, int64_t count) {
-  constexpr int warps = kVectorThreads / 32;
-  __shared__ Real sums[warps][32];
+FASTCAPS_INDEX int64_t groups_of_rows(const VectorCall<Real>& call) {
+  return pieces(call.B * call.J, rows_of_block(call.D_out));
+}
+FASTCAPS_INDEX int64_t vector_memory(int64_t D_out, int threads) { return rows_of_block(D_out) * D_out + threads / 32 * 64; }
+
+// The sums over parts of `count` numbers from `first` on, always in the same order: of W warps each takes every W-th part.
+template <int THREADS, class Real>
+__device__ inline void sum_parts(Real* total, Real* sums, const VectorCall<Real>& call, int64_t first, int64_t count) {
+  constexpr int warps = THREADS / 32;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t size = call.B * call.J * call.D_out;
-  for (int64_t n = lane; n - lane < count; n += 32) {
-    Real sum = 0;
-#pragma unroll 4
-    for (int64_t part = warp; n < count && part < call.parts; part += warps) sum += call.partial[part * size + first + n];
-    sums[warp][lane] = sum;
+  for (int64_t begin = 0; begin < count; begin += 64) {
+    const int64_t left = count - begin;
+    Real low = 0, high = 0;
+    const Real* from = call.partial + first + begin + lane;
+#pragma unroll 8  // so many loads are on their way at a time
+    for (int64_t part = warp; part < call.parts; part += warps) {
+      if (lane < left) low += from[part * size];
+      if (lane + 32 < left) high += from[part * size + 32];
+    }
+    sums[warp * 64 + lane] = low, sums[warp * 64 + lane + 32] = high;
     __syncthreads();
-    if (warp == 0 && n < count) {
-      for (int other = 1; other < warps; ++other) sum += sums[other][lane];
-      total[n] = sum;
+    if (threadIdx.x < 64 && threadIdx.x < left) {
+      Real sum = 0;
+      for (int other = 0; other < warps; ++other) sum += sums[other * 64 + threadIdx.x];
+      total[begin + threadIdx.x] = sum;
     }
     __syncthreads();
   }
 }
 
-// s = bias + the sum of the parts, and what an iteration leaves to the next one or to the caller.
+// Of the call for all iterations, that of one. Forward: s = bias + the sum of the parts becomes the output and, before the
+// last iteration, V. Backward: from the incoming gradient or the sum of later dV, ds.
 template <class Real>
-__global__ void __launch_bounds__(kVectorThreads) squash_vectors(VectorCall<Real> call) {
+FASTCAPS_INDEX VectorCall<Real> forward_iteration(VectorCall<Real> call, int64_t t) {
+  const bool last = t == call.T - 1;
+  call.new_sums += t * call.B * call.J * call.D_out;
+  call.V = t > 0 ? call.V_next : nullptr;
+  if (last) call.V_next = nullptr;
+  if (!last) call.out = nullptr;
+  return call;
+}
+template <class Real>
+FASTCAPS_INDEX VectorCall<Real> backward_iteration(VectorCall<Real> call, int64_t t) {
+  call.sums += t * call.B * call.J * call.D_out;
+  call.ds += t * call.stride_t;
+  if (t < call.T - 1) call.grad = nullptr;
+  call.more = t < call.T - 2;
+  return call;
+}
+
+// s = bias + the sum of the parts, and what an iteration leaves to the next one or to the caller.
+template <int THREADS, class Real>
+__device__ inline void squash_rows(const VectorCall<Real>& call, int64_t group, Real* total) {
   const int lane = threadIdx.x % 32;
-  const int64_t rows = rows_of_block(call.D_out), first = blockIdx.x * rows, N = call.B * call.J;
+  const int64_t rows = rows_of_block(call.D_out), first = group * rows, N = call.B * call.J;
   const int64_t count = (first + rows < N ? rows : N - first) * call.D_out;
-  Real* const total = shared_memory<Real>();
-  sum_parts(total, call, first * call.D_out, count);
-  for (int64_t row = threadIdx.x / 32; row < count / call.D_out; row += kVectorThreads / 32) {
+  sum_parts<THREADS>(total, total + rows * call.D_out, call, first * call.D_out, count);
+  for (int64_t row = threadIdx.x / 32; row < count / call.D_out; row += THREADS / 32) {
     const int64_t at = (first + row) * call.D_out;
     Real* const s = total + row * call.D_out;
     Real q = 0;
@@ -123,15 +153,19 @@ __global__ void __launch_bounds__(kVectorThreads) squash_vectors(VectorCall<Real
   }
 }
 
-// ds = squash'(s)^T dv, dv the incoming gradient or the sum over later iterations' dV.
 template <class Real>
-__global__ void __launch_bounds__(kVectorThreads) squash_vectors_backward(VectorCall<Real> call) {
+__global__ void __launch_bounds__(kVectorThreads) squash_vectors(VectorCall<Real> call) {
+  squash_rows<kVectorThreads>(call, blockIdx.x, shared_memory<Real>());
+}
+
+// ds = squash'(s)^T dv, dv the incoming gradient or the sum over later iterations' dV.
+template <int THREADS, class Real>
+__device__ inline void squash_rows_backward(const VectorCall<Real>& call, int64_t group, Real* total) {
   const int lane = threadIdx.x % 32;
-  const int64_t rows = rows_of_block(call.D_out), first = blockIdx.x * rows, N = call.B * call.J;
+  const int64_t rows = rows_of_block(call.D_out), first = group * rows, N = call.B * call.J;
   const int64_t count = (first + rows < N ? rows : N - first) * call.D_out;
-  Real* const total = shared_memory<Real>();
-  if (!call.grad) sum_parts(total, call, first * call.D_out, count);
-  for (int64_t row = threadIdx.x / 32; row < count / call.D_out; row += kVectorThreads / 32) {
+  if (!call.grad) sum_parts<THREADS>(total, total + rows * call.D_out, call, first * call.D_out, count);
+  for (int64_t row = threadIdx.x / 32; row < count / call.D_out; row += THREADS / 32) {
     const int64_t at = (first + row) * call.D_out;
     Real* const d = total + row * call.D_out;
     Real q = 0, along = 0;
@@ -153,12 +187,16 @@ __global__ void __launch_bounds__(kVectorThreads) squash_vectors_backward(Vector
   }
 }
 
-// log2(e) V_t, V_t = v_0 + ... + v_{t-1}, of all iterations, from the weighted sums.
 template <class Real>
-__global__ void __launch_bounds__(kVectorThreads) earlier_outputs(VectorCall<Real> call) {
+__global__ void __launch_bounds__(kVectorThreads) squash_vectors_backward(VectorCall<Real> call) {
+  squash_rows_backward<kVectorThreads>(call, blockIdx.x, shared_memory<Real>());
+}
+
+// log2(e) V_t, V_t = v_0 + ... + v_{t-1}, of all iterations, from the weighted sums; a warp takes a row.
+template <class Real>
+__device__ inline void earlier_outputs_of_row(const VectorCall<Real>& call, int64_t row) {
   const int lane = threadIdx.x % 32;
-  const int64_t row = (int64_t(blockIdx.x) * kVectorThreads + threadIdx.x) / 32, N = call.B * call.J;
-  if (row >= N) return;
+  const int64_t N = call.B * call.J;
   for (int t = 0; t < call.T; ++t) {
     const Real* const s = call.sums + (t * N + row) * call.D_out;
     const Real* const before = call.V_next + (t - 1) * call.stride_t;
@@ -172,6 +210,11 @@ __global__ void __launch_bounds__(kVectorThreads) earlier_outputs(VectorCall<Rea
       call.V_next[t * call.stride_t + at] = t > 0 ? fma(scale, last[e], before[at]) : 0;
     }
   }
+}
+template <class Real>
+__global__ void __launch_bounds__(kVectorThreads) earlier_outputs(VectorCall<Real> call) {
+  const int64_t row = (int64_t(blockIdx.x) * kVectorThreads + threadIdx.x) / 32;
+  if (row < call.B * call.J) earlier_outputs_of_row(call, row);
 }
 
 // sum_b of ds of the iterations, a warp for each (j, e).

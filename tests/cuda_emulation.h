@@ -1,7 +1,8 @@
 // CUDA for the host, just enough to run the kernels of csrc/ without a GPU: every thread of a block is a fiber, what a
-// warp does together (shuffles, matrix instructions) and __syncthreads are meetings that fibers wait at. Blocks run one
-// after the other. Fibers run until they have to wait, in ascending or (emulated::backwards) descending order, so that a
-// missing barrier shows in one of the two. Shared memory is full of NaN when a block starts, with canaries at its end.
+// warp does together (shuffles, matrix instructions), __syncthreads and the barrier of a grid are meetings that fibers
+// wait at. Blocks run one after the other, unless they may wait for each other. Fibers run until they have to wait, in
+// ascending or (emulated::backwards) descending order, so that a missing barrier shows in one of the two. Shared memory
+// is full of NaN when a block starts, with canaries at its end.
 #pragma once
 
 #include <setjmp.h>
@@ -20,7 +21,6 @@
 #define __global__
 #define __device__
 #define __host__
-#define __shared__ static
 #define __launch_bounds__(...)
 
 struct float2 {
@@ -35,7 +35,7 @@ struct uint2 {
 struct Index {
   unsigned x;
 };
-inline Index threadIdx, blockIdx, blockDim;
+inline Index threadIdx, blockIdx, blockDim, gridDim;
 using cudaStream_t = void*;
 
 namespace emulated {
@@ -72,105 +72,131 @@ inline uint16_t narrow_float16(float x) {
 
 // ---------------------------------------------------------------------------------------------------------- fibers
 
-constexpr int kMostThreads = 256, kStack = 128 << 10;
+constexpr int kMostThreads = 256, kStack = 128 << 10, kCanaries = 64;
 
-struct Fiber {
-  ucontext_t first;
-  jmp_buf here;
-  bool started, done;
-  int meetings[2];  // that it has been at: of its warp, of its block
-  std::unique_ptr<char[]> stack{new char[kStack]};
-};
+enum Scope { of_warp, of_block, of_grid };
+
 struct Exchange {
   uint32_t words[6];
 };
+struct Block {
+  unsigned index;
+  int arrived[kMostThreads / 32 + 1][2];  // of each warp, and last of the block, for odd and even meetings
+  Exchange exchanges[2][kMostThreads];
+  std::vector<uint32_t> memory;
+  char* shared_memory;
+};
+struct Fiber {
+  ucontext_t first;
+  jmp_buf here;
+  Block* block;
+  unsigned thread;
+  bool started, done;
+  int meetings[3];  // that it has been at, of each scope
+  std::unique_ptr<char[]> stack{new char[kStack]};
+};
 
 inline bool backwards = false;
-inline Fiber* fibers = nullptr;
+inline int64_t resident_blocks = 0;  // that may wait for each other in one launch
+inline int64_t launches = 0;
+inline Fiber* current = nullptr;
 inline jmp_buf scheduler;
-inline ucontext_t scheduler_context;
-inline std::function<void()>* body = nullptr;
+inline std::function<void()> body;
 inline int64_t progress = 0;
-inline int arrived[kMostThreads / 32 + 1][2];          // of each warp, and last of the block, for odd and even meetings
-inline Exchange exchanges[2][kMostThreads];
+inline int arrived_of_grid[2];
 inline char* shared_memory = nullptr;
 
-inline void wait() {
-  Fiber& fiber = fibers[threadIdx.x];
-  const unsigned thread = threadIdx.x;
-  if (!_setjmp(fiber.here)) _longjmp(scheduler, 1);
-  threadIdx.x = thread;
+// From here on `fiber` runs.
+inline void enter(Fiber& fiber) {
+  current = &fiber;
+  threadIdx.x = fiber.thread, blockIdx.x = fiber.block->index, shared_memory = fiber.block->shared_memory;
 }
 
-// Waits until all of the warp (or of the block) have come here; says whether this meeting is an odd one.
-inline int meet(bool block) {
-  Fiber& fiber = fibers[threadIdx.x];
-  const int parity = fiber.meetings[block]++ & 1, place = block ? kMostThreads / 32 : threadIdx.x / 32;
-  const int everybody = block ? blockDim.x : 32;
-  int& count = arrived[place][parity];
-  if (count >= everybody) count = 0;  // all have left the meeting before last, as all have been at the last one
-  ++count, ++progress;
-  while (arrived[place][parity] < everybody) wait();
+inline void wait() {
+  if (!_setjmp(current->here)) _longjmp(scheduler, 1);
+}
+
+// Waits until all of the scope have come here; says whether this meeting is an odd one.
+inline int meet(Scope scope) {
+  const int parity = current->meetings[scope]++ & 1, place = scope == of_block ? kMostThreads / 32 : threadIdx.x / 32;
+  const unsigned everybody = scope == of_warp ? 32 : blockDim.x * (scope == of_grid ? gridDim.x : 1);
+  int* const count = scope == of_grid ? &arrived_of_grid[parity] : &current->block->arrived[place][parity];
+  if (*count >= int(everybody)) *count = 0;  // all have left the meeting before last, as all have been at the last one
+  ++*count, ++progress;
+  while (*count < int(everybody)) wait();
   return parity;
 }
 
 inline void start_fiber() {
-  (*body)();
-  fibers[threadIdx.x].done = true;
+  body();
+  current->done = true;
   ++progress;
   _longjmp(scheduler, 1);
 }
 
-inline void launch(int64_t blocks, int threads, int64_t shared_bytes, std::function<void()> kernel) {
+// Blocks first .. first + blocks - 1 at the same time.
+inline void run(int64_t first, int64_t blocks, int threads, int64_t shared_bytes) {
+  static std::vector<Fiber> fibers;
+  static std::vector<Block> all_blocks;
+  if (int64_t(fibers.size()) < blocks * threads) fibers = std::vector<Fiber>(blocks * threads);
+  if (int64_t(all_blocks.size()) < blocks) all_blocks = std::vector<Block>(blocks);
+  arrived_of_grid[0] = arrived_of_grid[1] = 0;
+  for (int64_t n = 0; n < blocks; ++n) {
+    Block& block = all_blocks[n];
+    block.index = unsigned(first + n);
+    std::memset(block.arrived, 0, sizeof(block.arrived));
+    block.memory.assign(shared_bytes / 4 + kCanaries + 4, 0xffffffff);
+    block.shared_memory = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(block.memory.data()) + 15) / 16 * 16);
+  }
+  for (int64_t n = 0; n < blocks * threads; ++n) {
+    Fiber& fiber = fibers[n];
+    fiber.block = &all_blocks[n / threads], fiber.thread = unsigned(n % threads);
+    fiber.started = fiber.done = false, fiber.meetings[0] = fiber.meetings[1] = fiber.meetings[2] = 0;
+    getcontext(&fiber.first);
+    fiber.first.uc_stack.ss_sp = fiber.stack.get(), fiber.first.uc_stack.ss_size = kStack;
+    fiber.first.uc_link = nullptr;
+    makecontext(&fiber.first, start_fiber, 0);
+  }
+  static int64_t left, turn, before, count;  // not on the stack: setjmp may forget them there
+  left = count = blocks * threads;
+  while (left > 0) {
+    before = progress;
+    for (turn = 0; turn < count; ++turn) {
+      Fiber& fiber = fibers[backwards ? count - 1 - turn : turn];
+      if (fiber.done) continue;
+      enter(fiber);
+      if (!_setjmp(scheduler)) {
+        if (fiber.started) _longjmp(fiber.here, 1);
+        fiber.started = true;
+        setcontext(&fiber.first);
+      }
+      if (current->done) --left;
+    }
+    require(progress != before, "threads wait for each other forever");
+  }
+  for (int64_t n = 0; n < blocks; ++n) {
+    const char* end = all_blocks[n].shared_memory + shared_bytes;
+    for (int m = 0; m < kCanaries; ++m)
+      require(reinterpret_cast<const uint32_t*>(end)[m] == 0xffffffff, "a write past the end of shared memory");
+  }
+}
+
+// `together`: the blocks may wait for each other.
+inline void launch(int64_t blocks, int threads, int64_t shared_bytes, std::function<void()> kernel, bool together = false) {
   require(threads <= kMostThreads && threads % 32 == 0, "threads of a block");
   require(shared_bytes <= 99 * 1024, "shared memory that not every GPU has");
-  static std::unique_ptr<Fiber[]> all(new Fiber[kMostThreads]);
-  constexpr int kCanaries = 64;
-  std::vector<uint32_t> memory(shared_bytes / 4 + kCanaries + 4);
-  fibers = all.get(), body = &kernel, blockDim.x = threads;
-  shared_memory = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory.data()) + 15) / 16 * 16);
-  for (int64_t block = 0; block < blocks; ++block) {
-    blockIdx.x = unsigned(block);
-    std::fill(memory.begin(), memory.end(), 0xffffffff);
-    std::memset(arrived, 0, sizeof(arrived));
-    for (int n = 0; n < threads; ++n) {
-      Fiber& fiber = fibers[n];
-      fiber.started = fiber.done = false, fiber.meetings[0] = fiber.meetings[1] = 0;
-      getcontext(&fiber.first);
-      fiber.first.uc_stack.ss_sp = fiber.stack.get(), fiber.first.uc_stack.ss_size = kStack;
-      fiber.first.uc_link = nullptr;
-      makecontext(&fiber.first, start_fiber, 0);
-    }
-    static int left, turn;  // not on the stack: setjmp may forget them there
-    static int64_t before;
-    left = threads;
-    while (left > 0) {
-      before = progress;
-      for (turn = 0; turn < threads; ++turn) {
-        const int n = backwards ? threads - 1 - turn : turn;
-        Fiber& fiber = fibers[n];
-        if (fiber.done) continue;
-        threadIdx.x = n;
-        if (!_setjmp(scheduler)) {
-          if (fiber.started) _longjmp(fiber.here, 1);
-          fiber.started = true;
-          setcontext(&fiber.first);
-        }
-        if (fibers[threadIdx.x].done) --left;
-      }
-      require(progress != before, "threads wait for each other forever");
-    }
-    const uint32_t* canary = reinterpret_cast<const uint32_t*>(shared_memory + shared_bytes);
-    for (int n = 0; n < kCanaries; ++n) require(canary[n] == 0xffffffff, "a write past the end of shared memory");
-  }
+  ++launches;
+  body = std::move(kernel), blockDim.x = threads, gridDim.x = unsigned(blocks);
+  if (together) return run(0, blocks, threads, shared_bytes);
+  for (int64_t block = 0; block < blocks; ++block) run(block, 1, threads, shared_bytes);
 }
 
 // Everybody's words, after all have given theirs.
 inline const Exchange* exchange(const Exchange& mine) {
-  const int parity = fibers[threadIdx.x].meetings[0] & 1;
-  exchanges[parity][threadIdx.x] = mine;
-  meet(false);
-  return exchanges[parity] + threadIdx.x / 32 * 32;
+  Exchange* const all = current->block->exchanges[current->meetings[of_warp] & 1];
+  all[threadIdx.x] = mine;
+  meet(of_warp);
+  return all + threadIdx.x / 32 * 32;
 }
 
 // What the tensor cores do, as far as it is known: operands cut to tf32, exact products, a sum that is cut off.
@@ -195,8 +221,8 @@ inline void mma(float* c, const float (&a)[4], const float (&b)[2]) {
 
 }  // namespace emulated
 
-inline void __syncthreads() { emulated::meet(true); }
-inline void __syncwarp() { emulated::meet(false); }
+inline void __syncthreads() { emulated::meet(emulated::of_block); }
+inline void __syncwarp() { emulated::meet(emulated::of_warp); }
 template <class T>
 T __shfl_xor_sync(unsigned, T x, int mask) {
   emulated::Exchange mine{};

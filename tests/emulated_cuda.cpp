@@ -34,15 +34,17 @@ void run(bool backwards_pass, const int64_t* n, void* const* p, double eps) {
 }
 }  // namespace
 
-// numbers: B, I, J, D_in, D_out, T, stored, stride_i, stride_j, prior_stride_b, leaky, detach, allow_tf32, descending.
-// pointers: poses, weight, prior, bias, mask; then out and sums, or grad, sums and the four gradients.
-extern "C" void emulated_dynamic_routing(int is_double, int is_backward, const int64_t* numbers, void* const* pointers,
-                                         double eps) {
-  emulated::backwards = numbers[13];
+// numbers: B, I, J, D_in, D_out, T, stored, stride_i, stride_j, prior_stride_b, leaky, detach, allow_tf32, descending,
+// resident_blocks. pointers: poses, weight, prior, bias, mask; then out and sums, or grad, sums and the four gradients.
+// Returns how many kernels were launched.
+extern "C" int64_t emulated_dynamic_routing(int is_double, int is_backward, const int64_t* numbers, void* const* pointers,
+                                            double eps) {
+  emulated::backwards = numbers[13], emulated::resident_blocks = numbers[14], emulated::launches = 0;
   if (is_double)
     run<double>(is_backward, numbers, pointers, eps);
   else
     run<float>(is_backward, numbers, pointers, eps);
+  return emulated::launches;
 }
 
 // ------------------------------------------------------------------------------------------------------- index maths

@@ -21,6 +21,8 @@ WANTED = os.environ.get("FASTCAPS_EMULATE_CUDA") == "1"
 STORED = {torch.float64: 0, torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 descending = False  # the order in which the threads of a block run
+resident_blocks = 6  # how many blocks may wait for each other
+launches = 0  # kernels, in the last call
 
 
 @functools.cache
@@ -51,6 +53,7 @@ def call(
     results: list[Tensor | None],
 ) -> None:
     """Run a direction on contiguous tensors; what is not given is null."""
+    global launches
     num_iterations, leaky, detach, eps, allow_tf32 = options
     J = output_capsules(poses, weight, prior, bias)
     B, I = poses.shape[:2]
@@ -59,11 +62,12 @@ def call(
     stride_j = 0 if (poses.shape[2] if weight is None else weight.shape[1]) == 1 else matrix
     stride_i = 0 if weight is None or weight.shape[0] == 1 else weight.shape[1] * matrix
     numbers = [B, I, J, D_in, D_out, num_iterations, STORED[poses.dtype], stride_i, stride_j]
-    numbers += [I * J if prior is not None and prior.dim() == 3 else 0, leaky, detach, allow_tf32, descending]
+    numbers += [I * J if prior is not None and prior.dim() == 3 else 0, leaky, detach, allow_tf32]
+    numbers += [descending, resident_blocks]
     tensors = [poses, weight, prior, bias, mask, *results]
     assert all(x is None or x.is_contiguous() for x in tensors)
     pointers = (ctypes.c_void_p * len(tensors))(*[None if x is None else x.data_ptr() for x in tensors])
-    library().emulated_dynamic_routing(
+    launches = library().emulated_dynamic_routing(
         int(poses.dtype == torch.float64),
         int(is_backward),
         (ctypes.c_int64 * len(numbers))(*map(int, numbers)),
