@@ -76,8 +76,9 @@ struct Call {
       const int64_t tiles = pieces(z.B, 8);
       batch_tiles = std::max<int64_t>(tiles >= 3 ? 4 : tiles, 4 / chunk());
       const int64_t blocks = std::max<int64_t>(pieces(tiles, batch_tiles) * pieces(z.J, capsules), 1);
-      // One wave of blocks, with four input capsules or more for a warp: the slices' sums are to be added again.
-      slices = most_slices(std::min(multiprocessors() * resident / blocks, z.I * batch_tiles / 16));
+      // One wave of blocks; of many slices, whose sums are to be added again, only those with four input capsules a warp.
+      const int64_t worth_it = std::max<int64_t>(64, z.I * batch_tiles / 16);
+      slices = most_slices(std::min(multiprocessors() * resident / blocks, worth_it));
     }
   }
 
@@ -247,21 +248,22 @@ int64_t run_forward(const Routing<Real>& in, bool allow_tf32, void* out, Real* s
 
 // ----------------------------------------------------------------------------------------------------------- backward
 
-// The gradients of poses (or votes), of the weight unless absorbed, and of the prior; the last sweep.
+// The gradients of poses (or votes), of the weight unless absorbed, and of the prior; the last sweep. By tiles a group of
+// input capsules for each block, or equal shares where that would leave much of the last wave of blocks empty.
 template <class Real>
 struct LastSweepMemory {
-  int64_t parts = 1;
-  Real *weight_parts = nullptr, *prior_parts = nullptr, *poses_sum = nullptr;
+  Items items{};
+  Real *parts = nullptr, *poses_sum = nullptr;
 
   LastSweepMemory(const Call<Real>& call, const Gradients<Real>& out, Scratch& scratch) {
     const Sizes& z = call.z;
     if (call.kind == TileKind::none) return;
-    const int64_t blocks = z.I * pieces(z.D_in, 8), weight = z.I * z.J * z.D_out * z.D_in;
-    if (blocks == 0) return;
-    const int64_t affordable = (32 << 20) / (4 * weight);  // 32 MB of partial gradients
-    parts = std::max<int64_t>(1, std::min({4 * multiprocessors() / blocks, affordable, pieces(z.B, 32)}));
-    if (parts > 1 && out.d_weight) weight_parts = scratch.take<Real>(parts * weight);
-    if (parts > 1 && out.d_prior && !call.in.prior_stride_b) prior_parts = scratch.take<Real>(parts * z.I * z.J);
+    const int64_t capsules = call.chunk(), groups = pieces(z.I, capsules) * pieces(z.D_in, 8), tiles = pieces(z.B, 8);
+    items = {groups, tiles, tiles > 0 ? groups : 0};
+    const int64_t resident = 2 * multiprocessors(), blocks = std::min(groups * tiles, resident);
+    const int64_t size = 2 * blocks * capsules * z.J * (8 * z.D_out + 1);
+    const bool uneven = 10 * groups < 9 * resident * pieces(groups, resident);
+    if (uneven && tiles > 1 && 4 * size <= 128 << 20) items.blocks = blocks, parts = scratch.take<Real>(size);
     if (call.tiles() > 1 && out.d_poses)
       poses_sum = call.in.stored == Stored::real ? static_cast<Real*>(out.d_poses) : scratch.take<Real>(z.B * z.I * z.D_in);
   }
@@ -275,22 +277,30 @@ void last_sweep(const Call<Real>& call, const Gradients<Real>& out, const LastSw
   const bool weight = out.d_weight && !call.absorbed;
   Real* const d_prior = in.detach ? nullptr : out.d_prior;
   if (!out.d_poses && !weight && !d_prior) return;
+  if (z.B == 0 && call.kind != TileKind::none) {
+    const int64_t matrices = z.I * z.J;
+    if (weight) set_to_zero(out.d_weight, matrices * z.D_out * z.D_in * (in.stored == Stored::real ? 4 : 2), call.stream);
+    if (d_prior && !in.prior_stride_b) set_to_zero(d_prior, matrices * 4, call.stream);
+    return;
+  }
   if constexpr (std::is_same_v<Real, float>) {
     if (call.kind != TileKind::none) {
       TileCall tile = call.tile_call();
       tile.V = V, tile.ds = ds, tile.stats = stats, tile.T = int(z.T), tile.first_t = in.detach ? int(z.T) - 1 : 0;
-      tile.detach = in.detach, tile.parts = int(memory.parts);
-      tile.d_poses = out.d_poses, tile.d_weight = out.d_weight;
-      tile.d_weight_parts = memory.weight_parts, tile.d_poses_sum = memory.poses_sum;
-      tile.d_prior = memory.prior_parts ? memory.prior_parts : d_prior;
+      tile.detach = in.detach, tile.items = memory.items, tile.parts = memory.parts;
+      tile.d_poses = out.d_poses, tile.d_weight = out.d_weight, tile.d_poses_sum = memory.poses_sum, tile.d_prior = d_prior;
       const int64_t matrix = 4 * call.capsules * call.rows;  // bytes of one entry of its rows
-      const Grid grid{z.I * pieces(z.D_in, 8) * memory.parts, kTileThreads, call.matrix_bytes() + 8 * matrix + 256 + 32 * matrix};
+      const int64_t rows = with_tile(call.kind, [&]<class T>() { return int64_t(Rows<T>::size) * 4; });
+      const int64_t shared = std::max(call.chunk() * (call.matrix_bytes() + rows), 32 * matrix);
+      const Grid grid{memory.items.blocks, kTileThreads, shared};
       call.with_form([&]<class In, bool TF32>() {
         launch_tile_gradients<In, TF32>(call.kind, call.plain(), grid, call.stream, tile);
       });
-      if (memory.weight_parts)
-        call.sum(memory.weight_parts, memory.parts, z.I * z.J * z.D_out * z.D_in, out.d_weight, in.stored);
-      if (memory.prior_parts && d_prior) call.sum(memory.prior_parts, memory.parts, z.I * z.J, d_prior, Stored::real);
+      if (memory.parts) {
+        const int64_t threads = memory.items.groups * part_size(tile);
+        launch(add_split_gradients<Real>, {pieces(threads, kVectorThreads), kVectorThreads, 0}, call.stream,
+               SplitCall{tile, in.stored}, "add_split_gradients", z);
+      }
       return;
     }
   }

@@ -19,6 +19,19 @@ FASTCAPS_INDEX int64_t part_begin(int64_t n, int64_t parts, int64_t part) {
   return n * part / parts;
 }
 
+// The last sweep's items are all pairs of a group (of input capsules) and a batch tile, the tile running fastest; a block
+// has an equal share of them, so that no multiprocessor waits for others. Of a group that several blocks have, each
+// leaves its part of the gradients: the block that begins the group in its second place for a part, others in their first.
+struct Items {
+  int64_t groups, batch_tiles, blocks;
+
+  FASTCAPS_INDEX int64_t begin(int64_t block) const { return part_begin(groups * batch_tiles, blocks, block); }
+  FASTCAPS_INDEX int64_t block_of(int64_t item) const { return pieces((item + 1) * blocks, groups * batch_tiles) - 1; }
+  FASTCAPS_INDEX int64_t first_block(int64_t group) const { return block_of(group * batch_tiles); }
+  FASTCAPS_INDEX int64_t last_block(int64_t group) const { return block_of((group + 1) * batch_tiles - 1); }
+  FASTCAPS_INDEX int64_t part(int64_t block, bool begins) const { return 2 * block + begins; }
+};
+
 // mma.sync.m16n8k8, c [16, 8] += a [16, 8] b [8, 8], lane = 4 g + t, g < 8, t < 4. Register r of c: row g + 8 (r / 2),
 // column 2 t + r % 2. Registers of a: rows g, g + 8, g, g + 8 of column slots t, t, t + 4, t + 4. Registers of b: row
 // slots t, t + 4 of column g. A product does not care which of the eight entries lies in which slot, as long as a and b

@@ -33,11 +33,17 @@ struct TileCall {
   float share;          // the coupling where it is the same for all: 1 / (J + leaky)
   bool leaky, vectors;  // whether four entries of a pose's matrix row can be loaded at once
   // Of the last sweep only: V and ds are [T, Tile::places], stats [T, 3, I, B].
-  int T, first_t, parts;
+  int T, first_t;
   bool detach;
-  float *d_weight_parts, *d_prior, *d_poses_sum;  // float32: [parts, I, J, D_out, D_in]; [B or parts, I, J]; [B, I, D_in]
+  Items items;          // a group: `chunk` input capsules and eight entries of D_in
+  float* parts;         // [2 blocks, part_size], of groups that several blocks have
+  float *d_prior, *d_poses_sum;  // float32: [I, J] or [B, I, J]; [B, I, D_in]
   void *d_poses, *d_weight;
 };
+
+// A group's part of the gradients of weight, [chunk, J, D_out, 8], and of a prior for all samples, [chunk, J].
+FASTCAPS_INDEX int64_t weight_part_size(const TileCall& call) { return int64_t(call.chunk) * call.J * call.D_out * 8; }
+FASTCAPS_INDEX int64_t part_size(const TileCall& call) { return weight_part_size(call) + int64_t(call.chunk) * call.J; }
 
 // In: the type of poses and weight. TF32: whether float32 may be rounded to tf32. PLAIN: D_in is 4 or 8 and rows are
 // aligned, there is no prior, mask or leak, and tiles are full, so that the inner loop need not ask.

@@ -2,13 +2,16 @@
 //
 // With V, ds and the statistics of the softmax at hand all is local to one (sample, input capsule, output capsule):
 //   du = sum_t c_t ds_t + db_t V_t with c_t = 2^(logit - top - log), db_t = c_t (dc_t - sum_j c_t dc_t).
-// A block has one input capsule, its four warps take turns with the samples. du is laid out as the left operand of
-// d_weight = du poses^T wants it; d_poses = weight^T du is plain arithmetic and a sum over lanes.
+// A warp has one input capsule and goes through the samples, beside warps with other capsules that need the same V and ds
+// at the same time: these come out of the L1 cache then. (Where matrices are large, warps share a capsule and take turns.)
+// du is laid out as the left operand of d_weight = du poses^T wants it; d_poses = weight^T du is plain arithmetic and a
+// sum over lanes.
 #pragma once
 
 #include <type_traits>
 
 #include "dynamic_routing_cuda_tile.h"
+#include "dynamic_routing_cuda_vectors.h"
 
 namespace fastcaps::cuda {
 
@@ -50,6 +53,14 @@ struct LastSweep {
   float d_weight[4 * T::M], d_prior[T::blocks], dx[16];  // dx: eight entries of two samples
 
   __device__ int sample(int s) const { return first_b + 2 * t + s; }
+
+  __device__ void start(int next_tile) {
+    tile = next_tile;
+#pragma unroll
+    for (int n = 0; n < 4 * T::M; ++n) d_weight[n] = 0;
+#pragma unroll
+    for (int block = 0; block < T::blocks; ++block) d_prior[block] = 0;
+  }
 
   __device__ void add(int batch_tile) {
     first_b = 8 * batch_tile;
@@ -205,70 +216,126 @@ struct LastSweep {
   }
 };
 
-// Block: (input capsule, eight entries of D_in, part of the batch), the last running fastest.
+// A block's share of the work: runs of batch tiles of one group after the other.
 template <class F, class T>
-__global__ void __launch_bounds__(kTileThreads, 2) tile_gradients(TileCall call) {
-  const int chunks = (call.D_in + 7) / 8, steps = chunks, warp = warp_of_block(), lane = threadIdx.x % 32;
-  const int part = blockIdx.x % call.parts, chunk = blockIdx.x / call.parts % chunks, i = blockIdx.x / call.parts / chunks;
-  const int batch_tiles = int(pieces(call.B, 8));
-  const int begin = int(part_begin(batch_tiles, call.parts, part)), end = int(part_begin(batch_tiles, call.parts, part + 1));
-  float4* const fragments = shared_memory<float4>();
-  float* const rows = reinterpret_cast<float*>(fragments + steps * T::M * 32);
-  float* const sums = rows + Rows<T>::size;  // of four warps, [4, M, 4 registers, 32 lanes]
-  LastSweep<F, T> sweep{call, fragments, rows, i, 0, 8 * chunk};
-  for (int tile = 0; tile * T::JT < call.J; ++tile) {
-    sweep.tile = tile;
+struct GroupGradients {
+  static constexpr int warps = kTileThreads / 32, registers = 4 * T::M;
+  const TileCall& call;
+  const int steps = (call.D_in + 7) / 8, capsules = call.chunk, sharing = warps / capsules;  // warps with one capsule
+  const int warp = warp_of_block(), lane = threadIdx.x % 32, g = lane / 4;
+  float4* const fragments = shared_memory<float4>();  // of all capsules
+  float* const rows = reinterpret_cast<float*>(fragments + capsules * steps * T::M * 32);
+  float* const sums = shared_memory<float>();  // of all warps, in the place of both, when these are no longer needed
+  int first_i, d_chunk;
+  float* part;  // null: the group is this block's alone
+
+  __device__ void run(int64_t group, int begin, int end) {
+    first_i = int(group / steps) * capsules, d_chunk = int(group % steps);
+    const bool whole = begin == 0 && end == call.items.batch_tiles;
+    part = whole ? nullptr : call.parts + call.items.part(blockIdx.x, begin == 0) * part_size(call);
+    const int capsule = warp / sharing, i = first_i + capsule;
+    LastSweep<F, T> sweep{call, fragments + capsule * steps * T::M * 32, rows + capsule * Rows<T>::size, i, 0, 8 * d_chunk};
+    for (int tile = 0; tile * T::JT < call.J; ++tile) {
+      load(tile);
+      sweep.start(tile);
+#pragma unroll 1
+      for (int batch_tile = begin + warp % sharing; i < call.I && batch_tile < end; batch_tile += sharing)
+        sweep.add(batch_tile);
+      if (call.d_weight) write_weight(sweep, tile);
+      if (!F::PLAIN && call.d_prior && call.prior_stride_b == 0 && d_chunk == 0) write_prior(sweep, tile);
+    }
+  }
+
+  __device__ void load(int tile) const {
     __syncthreads();
-    fill<F, T>(fragments, call, i, i + 1, 1, tile * T::JT);
-#pragma unroll
-    for (int n = 0; n < 4 * T::M; ++n) sweep.d_weight[n] = 0;
-#pragma unroll
-    for (int block = 0; block < T::blocks; ++block) sweep.d_prior[block] = 0;
+    fill<F, T>(fragments, call, first_i, call.I, capsules, tile * T::JT);
     __syncthreads();
-    for (int m = warp; m < T::M; m += kTileThreads / 32) {
-      const int block = T::block_of_m(m), g = lane / 4;
-      const float4 w = fragments[(chunk * T::M + m) * 32 + lane];
-      float* row = rows + Rows<T>::place(block, g) + 16 * (m - T::first_m(block)) + 2 * (lane % 4);
+    for (int n = warp; n < capsules * T::M; n += warps) {
+      const int capsule = n / T::M, m = n % T::M, block = T::block_of_m(m);
+      const float4 w = fragments[((capsule * steps + d_chunk) * T::M + m) * 32 + lane];
+      float* row = rows + capsule * Rows<T>::size + Rows<T>::place(block, g) + 16 * (m - T::first_m(block)) + 2 * (lane % 4);
       row[0] = w.x, row[1] = w.z, row[8] = w.y, row[9] = w.w;
     }
     __syncthreads();
-#pragma unroll 1
-    for (int batch_tile = begin + warp; batch_tile < end; batch_tile += kTileThreads / 32) sweep.add(batch_tile);
-    if (call.d_weight) {
-#pragma unroll
-      for (int n = 0; n < 4 * T::M; ++n) sums[(warp * 4 * T::M + n) * 32 + lane] = sweep.d_weight[n];
-    }
+  }
+
+  // Sums over the warps that share a capsule.
+  __device__ void write_weight(const LastSweep<F, T>& sweep, int tile) const {
     __syncthreads();
-    if (call.d_weight)
-      for (int n = warp; n < 4 * T::M; n += kTileThreads / 32) {
-        const float* at = sums + n * 32 + lane;
-        constexpr int next = 4 * T::M * 32;
-        const float total = at[0] + at[next] + at[2 * next] + at[3 * next];
-        const int m = n / 4, row = fragment_row(lane, n % 4), d = 8 * chunk + fragment_column(lane, n % 4);
-        const int j = tile * T::JT + T::row_capsule(m, row);
-        const int e = T::row_entry(m, row);
-        if (j >= call.J || e >= call.D_out || d >= call.D_in) continue;
-        const int64_t to = (matrix_of(call, i, j) * call.D_out + e) * call.D_in + d;
-        if (call.d_weight_parts)
-          call.d_weight_parts[matrix_of(call, part * call.I, 0) * call.D_out * call.D_in + to] = total;
-        else
-          narrow(total, static_cast<typename F::In*>(call.d_weight)[to]);
-      }
-    if (!F::PLAIN && call.d_prior && call.prior_stride_b == 0 && chunk == 0) {
-      __syncthreads();
-      each<T::blocks>([&]<int block>() {  // over the lanes with other samples
-        const float two = sweep.d_prior[block] + exchanged(sweep.d_prior[block], 1);
-        const float all = two + exchanged(two, 2);
-        const int g = lane / 4;
-        if (lane % 4 == 0 && g % T::sharing(block) == 0) sums[warp * T::JT + T::capsule(block, g)] = all;
-      });
-      __syncthreads();
-      const int j = tile * T::JT + int(threadIdx.x);
-      if (threadIdx.x < T::JT && j < call.J) {
-        const float* at = sums + threadIdx.x;
-        call.d_prior[matrix_of(call, part * call.I + i, j)] = at[0] + at[T::JT] + at[2 * T::JT] + at[3 * T::JT];
-      }
+#pragma unroll
+    for (int n = 0; n < registers; ++n) sums[(warp * registers + n) * 32 + lane] = sweep.d_weight[n];
+    __syncthreads();
+    for (int n = warp; n < capsules * registers; n += warps) {
+      const int capsule = n / registers, r = n % registers, row = fragment_row(lane, r % 4);
+      const float* at = sums + (capsule * sharing * registers + r) * 32 + lane;
+      float total = 0;
+      for (int other = 0; other < sharing; ++other) total += at[other * registers * 32];
+      const int j = tile * T::JT + T::row_capsule(r / 4, row), e = T::row_entry(r / 4, row);
+      const int column = fragment_column(lane, r % 4), i = first_i + capsule;
+      if (i >= call.I || j >= call.J || e >= call.D_out || 8 * d_chunk + column >= call.D_in) continue;
+      if (part)
+        part[((int64_t(capsule) * call.J + j) * call.D_out + e) * 8 + column] = total;
+      else
+        narrow(total, static_cast<typename F::In*>(
+                          call.d_weight)[(matrix_of(call, i, j) * call.D_out + e) * call.D_in + 8 * d_chunk + column]);
     }
+  }
+
+  __device__ void write_prior(const LastSweep<F, T>& sweep, int tile) const {
+    __syncthreads();
+    each<T::blocks>([&]<int block>() {  // over the lanes with other samples
+      const float two = sweep.d_prior[block] + exchanged(sweep.d_prior[block], 1);
+      const float all = two + exchanged(two, 2);
+      if (lane % 4 == 0 && g % T::sharing(block) == 0) sums[warp * T::JT + T::capsule(block, g)] = all;
+    });
+    __syncthreads();
+    const int capsule = threadIdx.x / T::JT, j = tile * T::JT + threadIdx.x % T::JT, i = first_i + capsule;
+    if (capsule >= capsules || i >= call.I || j >= call.J) return;
+    float total = 0;
+    for (int other = 0; other < sharing; ++other)
+      total += sums[(capsule * sharing + other) * T::JT + threadIdx.x % T::JT];
+    if (part)
+      part[weight_part_size(call) + int64_t(capsule) * call.J + j] = total;
+    else
+      call.d_prior[matrix_of(call, i, j)] = total;
+  }
+};
+
+template <class F, class T>
+__global__ void __launch_bounds__(kTileThreads, 2) tile_gradients(TileCall call) {
+  const int64_t end = call.items.begin(blockIdx.x + 1), tiles = call.items.batch_tiles;
+  GroupGradients<F, T> gradients{call};
+#pragma unroll 1
+  for (int64_t item = call.items.begin(blockIdx.x); item < end;) {
+    const int64_t first = item % tiles, left = end - item, last = first + left < tiles ? first + left : tiles;
+    gradients.run(item / tiles, int(first), int(last));
+    item += last - first;
+  }
+}
+
+// The sums of the parts that several blocks have left of a group, in the order of the blocks.
+struct SplitCall {
+  TileCall tile;
+  Stored stored;  // of d_weight
+};
+template <class Real>
+__global__ void __launch_bounds__(kVectorThreads) add_split_gradients(SplitCall split) {
+  const TileCall& call = split.tile;
+  const int64_t n = int64_t(blockIdx.x) * kVectorThreads + threadIdx.x, size = part_size(call);
+  const int64_t group = n / size, at = n % size;
+  if (group >= call.items.groups) return;
+  const int64_t first = call.items.first_block(group), last = call.items.last_block(group);
+  if (first == last) return;
+  const int64_t chunks = pieces(call.D_in, 8), first_i = group / chunks * call.chunk, weights = weight_part_size(call);
+  Real sum = 0;
+  for (int64_t block = first; block <= last; ++block) sum += call.parts[call.items.part(block, block == first) * size + at];
+  if (at < weights) {
+    const int64_t d = group % chunks * 8 + at % 8, row = at / 8, i = first_i + row / (int64_t(call.J) * call.D_out);
+    if (call.d_weight && d < call.D_in && i < call.I)
+      write(sum, call.d_weight, split.stored, (first_i * call.J * call.D_out + row) * call.D_in + d);
+  } else if (call.d_prior && call.prior_stride_b == 0 && group % chunks == 0) {
+    const int64_t row = at - weights;
+    if (first_i + row / call.J < call.I) call.d_prior[first_i * call.J + row] = sum;
   }
 }
 

@@ -123,13 +123,38 @@ const char* check_parts() {
   return nullptr;
 }
 
+// Every item belongs to one block, the one that the sum of a split group asks for; no two parts have one place.
+const char* check_items() {
+  for (int64_t groups : {1, 5, 288})
+    for (int64_t tiles : {1, 7, 16})
+      for (int64_t blocks : {1, 4, 264}) {
+        if (blocks > groups * tiles) continue;
+        const fastcaps::cuda::Items items{groups, tiles, blocks};
+        std::vector<int> places(2 * blocks);
+        for (int64_t block = 0, item = 0; block < blocks; ++block)
+          for (; item < items.begin(block + 1); ++item) {
+            if (items.block_of(item) != block) return "an item belongs to another block";
+            const int64_t group = item / tiles;
+            if (item != items.begin(block) && item % tiles != 0) continue;  // in the middle of a run
+            if (items.first_block(group) == items.last_block(group)) continue;
+            ++places[items.part(block, block == items.first_block(group))];
+            if ((block == items.first_block(group)) != (item % tiles == 0)) return "a group begins elsewhere";
+          }
+        for (int count : places)
+          if (count > 1) return "two parts have one place";
+      }
+  const fastcaps::cuda::Items large{int64_t(1) << 30, int64_t(1) << 22, 264};
+  if (large.block_of(large.begin(263)) != 263 || large.block_of(large.begin(263) - 1) != 262) return "large items are wrong";
+  return nullptr;
+}
+
 }  // namespace
 
 // What is wrong with the index maths, or null.
 extern "C" const char* check_index_maths() {
   using namespace fastcaps::cuda;
   for (const char* found : {check_tile<Tile<8, 16>>(), check_tile<Tile<10, 16>>(), check_tile<Tile<5, 32>>(), check_product(),
-                            check_parts()})
+                            check_parts(), check_items()})
     if (found) return found;
   return nullptr;
 }

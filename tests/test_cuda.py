@@ -85,6 +85,7 @@ def test_one_launch_where_all_blocks_are_resident_and_one_for_each_pass_elsewher
         return [*found, emulated_cuda.launches]
 
     assert launches(40, 32, 10, 8, 16) == [1, 2]  # and the last sweep
+    assert launches(40, 6, 10, 8, 16) == [1, 3]  # and the sums of what blocks share
     assert launches(40, 32, 10, 8, 16, num_iterations=5) == [1, 2]
     assert launches(40, 32, 10, 8, 16, num_iterations=1) == [2, 3]
     assert launches(40, 32, 11, 8, 16) == [2 * 3 + 2, 1 + 3 + 2 * 2 + 1]  # several tiles: statistics first
