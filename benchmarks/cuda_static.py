@@ -66,11 +66,14 @@ def counted(names: list[str]) -> dict[str, int]:
     return {"slots": len(names), **{k: sum(kinds[i] for i in group) for k, group in CLASSES.items()}, **wide}
 
 
-def unit(names: list[str], loops: list[tuple[int, int]], gradients: bool) -> dict[str, int]:
-    """One round of the loop with matrix instructions: the innermost, and the longest of several that are."""
+def unit(names: list[str], loops: list[tuple[int, int]], gradients: bool, plain: bool) -> dict[str, int]:
+    """One round of the loop over input capsules or samples: the innermost with matrix instructions, and the longest of
+    several that are; without `plain` the loop around it, as the innermost is then the one over D_in."""
     matrix = [loop for loop in loops if any(name.startswith("HMMA") for name in names[loop[0] : loop[1] + 1])]
     around = [(a, b) for a, b in matrix if any(a <= c and d <= b and (a, b) != (c, d) for c, d in matrix)]
     first, last = [loop for loop in matrix if loop not in around][-1]
+    if not plain:
+        first, last = next((a, b) for a, b in around if a <= first and last <= b)
     total = collections.Counter(counted(names[first : last + 1]))
     if gradients:  # one iteration is in there: of three, the first is the uniform one and goes another, short way
         for inner in loops:
@@ -104,7 +107,7 @@ def kernels(file: Path, architecture: str) -> list[dict[str, Any]]:
         row = {"architecture": architecture, "kernel": name, "registers": registers, "stack": stack}
         row["all"] = counted(names)
         if name.startswith("tile_"):
-            row["unit"] = unit(names, loops, "gradients" in name)
+            row["unit"] = unit(names, loops, "gradients" in name, plain(row))
         rows.append(row)
     return rows
 

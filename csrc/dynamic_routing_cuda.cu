@@ -190,7 +190,7 @@ struct Call {
     return call;
   }
   void per_block(void (*kernel)(VectorCall<Real>), const VectorCall<Real>& call, const char* name) const {
-    const int64_t bytes = vector_memory(z.D_out, kVectorThreads) * int64_t(sizeof(Real));
+    const int64_t bytes = vector_memory(z.D_out) * int64_t(sizeof(Real));
     launch(kernel, {groups_of_rows(call), kVectorThreads, bytes}, stream, call, name, z);
   }
   void per_warp(void (*kernel)(VectorCall<Real>), int64_t warps, const VectorCall<Real>& call, const char* name) const {

@@ -18,7 +18,7 @@ PersistentMemory persistent_memory(const TileCall& call) {
   const int64_t poses_of_tile = pieces(call.I, call.slices) * pieces(call.D_in, 8);
   const int64_t poses = poses_of_tile * T::M * 512, sums = poses + poses_of_tile * call.batch_tiles * 256;
   const int64_t vectors = sums + (call.batch_tiles < 4 ? kTileThreads / 32 * T::M * 512 : 0);
-  return {poses, sums, vectors, vectors + vector_memory(call.D_out, kTileThreads) * 4};
+  return {poses, sums, vectors, vectors + vector_memory(call.D_out) * 4};
 }
 
 // As for the launches of single passes, with the pointers of iteration 0.

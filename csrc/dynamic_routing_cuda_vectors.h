@@ -77,28 +77,30 @@ template <class Real>
 FASTCAPS_INDEX int64_t groups_of_rows(const VectorCall<Real>& call) {
   return pieces(call.B * call.J, rows_of_block(call.D_out));
 }
-FASTCAPS_INDEX int64_t vector_memory(int64_t D_out, int threads) { return rows_of_block(D_out) * D_out + threads / 32 * 64; }
+constexpr int kSums = 8;
+FASTCAPS_INDEX int64_t vector_memory(int64_t D_out) { return rows_of_block(D_out) * D_out + kSums * 64; }
 
-// The sums over parts of `count` numbers from `first` on, always in the same order: of W warps each takes every W-th part.
+// The sums over parts of `count` numbers from `first` on, always in the same order: eight sums of every eighth part first.
 template <int THREADS, class Real>
 __device__ inline void sum_parts(Real* total, Real* sums, const VectorCall<Real>& call, int64_t first, int64_t count) {
-  constexpr int warps = THREADS / 32;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t size = call.B * call.J * call.D_out;
   for (int64_t begin = 0; begin < count; begin += 64) {
     const int64_t left = count - begin;
-    Real low = 0, high = 0;
     const Real* from = call.partial + first + begin + lane;
+    for (int n = warp; n < kSums; n += THREADS / 32) {
+      Real low = 0, high = 0;
 #pragma unroll 8  // so many loads are on their way at a time
-    for (int64_t part = warp; part < call.parts; part += warps) {
-      if (lane < left) low += from[part * size];
-      if (lane + 32 < left) high += from[part * size + 32];
+      for (int64_t part = n; part < call.parts; part += kSums) {
+        if (lane < left) low += from[part * size];
+        if (lane + 32 < left) high += from[part * size + 32];
+      }
+      sums[n * 64 + lane] = low, sums[n * 64 + lane + 32] = high;
     }
-    sums[warp * 64 + lane] = low, sums[warp * 64 + lane + 32] = high;
     __syncthreads();
     if (threadIdx.x < 64 && threadIdx.x < left) {
       Real sum = 0;
-      for (int other = 0; other < warps; ++other) sum += sums[other * 64 + threadIdx.x];
+      for (int n = 0; n < kSums; ++n) sum += sums[n * 64 + threadIdx.x];
       total[begin + threadIdx.x] = sum;
     }
     __syncthreads();

