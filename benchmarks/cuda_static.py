@@ -9,11 +9,13 @@ per unit: 8 samples times one input capsule times a tile of output capsules, whi
 
 import argparse
 import collections
+import itertools
 import json
 import re
 import subprocess
 import sys
 import tempfile
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -84,19 +86,18 @@ def unit(names: list[str], loops: list[tuple[int, int]], gradients: bool, plain:
 
 def table(architectures: list[str]) -> list[dict[str, Any]]:
     """A row for each kernel and architecture of the extension."""
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ThreadPool() as pool:  # the time is that of the tools
         for architecture in architectures:
             subprocess.run(
                 [TOOLS / "cuobjdump", "-xelf", architecture, EXTENSION], cwd=folder, capture_output=True, check=True
             )
-            for file in sorted(Path(folder).glob(f"*.{architecture}.cubin")):
-                rows += kernels(file, architecture)
-    return sorted(rows, key=lambda row: (row["architecture"], row["kernel"]))
+        found = pool.map(kernels, sorted(Path(folder).glob("*.cubin")))
+    return sorted(itertools.chain(*found), key=lambda row: (row["architecture"], row["kernel"]))
 
 
-def kernels(file: Path, architecture: str) -> list[dict[str, Any]]:
+def kernels(file: Path) -> list[dict[str, Any]]:
     """The rows of one file of machine code."""
+    architecture = file.name.split(".")[-2]
     usage = dict(re.findall(r"Function (\S+):\s+(REG:\d+ STACK:\d+)", tool("cuobjdump", "-res-usage", file)))
     sections = re.split(r"(?=\.section\s+\.text\.)", tool("nvdisasm", "-c", file))[1:]
     mangled = [re.match(r"\.section\s+\.text\.([^,\s]+)", section)[1] for section in sections]  # type: ignore[index]
