@@ -35,9 +35,16 @@ bench: $(READY)
 	  --benchmark-json=benchmarks/results/cpu-$$($(BIN)/python benchmarks/machine.py)-2threads.json
 	$(BIN)/python benchmarks/report.py
 
-# 10,000 random cases through the CPU kernels, built without Python under the address and undefined-behaviour sanitizers.
-sanitize: $(INSTRUCTION_SETS:%=$(SANITIZE)/%)
+# 10,000 random cases through the CPU kernels, built without Python under the address and undefined-behaviour sanitizers;
+# 120 through the CUDA kernels in their emulation under the address sanitizer.
+sanitize: $(SANITIZE)/emulated_cuda $(INSTRUCTION_SETS:%=$(SANITIZE)/%)
 	set -e; for isa in $(INSTRUCTION_SETS); do $(SANITIZE)/$$isa 2500; done
+	$(SANITIZE)/emulated_cuda 120
+
+$(SANITIZE)/emulated_cuda: tests/kernels.cpp $(wildcard tests/*emulat* csrc/*cuda* csrc/dynamic_routing.h)
+	@mkdir -p $(@D)
+	$(CXX) -std=c++20 -O1 -g1 -Wno-unknown-pragmas -fsanitize=address,alignment,bounds -fno-sanitize-recover=all \
+	  --param asan-stack=0 -Icsrc -Itests -DFASTCAPS_SOURCE='"emulated_cuda.cpp"' $< -o $@
 
 $(SANITIZE)/%: tests/kernels.cpp $(wildcard csrc/dynamic_routing*) csrc/vector.h
 	@mkdir -p $(@D)
@@ -77,8 +84,8 @@ clean:
 	rm -rf $(VENV) build dist demo fastcaps/*.so fastcaps.egg-info
 
 # A warning in a CUDA kernel is an error here, and so is a toolkit whose kernels end up missing.
-$(READY): export NVCC_APPEND_FLAGS = -Werror all-warnings
-$(READY): export FASTCAPS_CUDA = $(if $(shell command -v nvcc),1,auto)
+$(READY): export NVCC_APPEND_FLAGS += -Werror all-warnings
+$(READY): export FASTCAPS_CUDA ?= $(if $(shell command -v nvcc),1,auto)
 $(READY): requirements-dev.txt pyproject.toml setup.py $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fastcaps needs Python 3.10 or later: make PYTHON=...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

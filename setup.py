@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zlib
 from itertools import chain
 from multiprocessing.pool import ThreadPool
 
@@ -23,10 +24,20 @@ from setuptools.command.bdist_wheel import bdist_wheel
 
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512bf16")
 CUDA_ARCHITECTURES = ("80", "90", "100", "120")
+CUDA = os.environ.get("FASTCAPS_CUDA", "auto")
+if CUDA not in ("auto", "0", "1"):
+    sys.exit(f"FASTCAPS_CUDA must be auto, 0 or 1, got {CUDA!r}")
 
 
 def note(message):
     print(f"fastcaps: {message}", file=sys.stderr)
+
+
+def left_out(part, reason):
+    """A part that the package can be without, unless FASTCAPS_CUDA=1 demands the CUDA kernels."""
+    if CUDA == "1":
+        sys.exit(f"fastcaps: FASTCAPS_CUDA=1, but there will be no CUDA kernels: {reason}")
+    note(f"installing without {part}: {reason}")
 
 
 class BuildOptional(build_ext):
@@ -35,7 +46,7 @@ class BuildOptional(build_ext):
     def build_extensions(self):
         compiler = (getattr(self.compiler, "compiler_cxx", None) or [None])[0]
         if self.compiler.compiler_type != "msvc" and not (compiler and shutil.which(compiler)):
-            note(f"no C++ compiler ({compiler or 'g++'} not found): installing without the native backend")
+            left_out("the native backend", f"no C++ compiler ({compiler or 'g++'} not found)")
             return
         # Many files that each take long, and nobody else compiles them side by side.
         compile_all = self.compiler.compile
@@ -49,19 +60,13 @@ class BuildOptional(build_ext):
             super().build_extensions()
 
     def cuda_objects(self, pool):
-        """(Where the toolkit is, the architectures, the compiled kernels), or None: with a message, or an error where
-        FASTCAPS_CUDA=1 demands them."""
-        wanted = os.environ.get("FASTCAPS_CUDA", "auto")
-        if wanted not in ("auto", "0", "1"):
-            sys.exit(f"FASTCAPS_CUDA must be auto, 0 or 1, got {wanted!r}")
-        if wanted == "0" or not self.extensions:
+        """(Where the toolkit is, the architectures, the compiled kernels), or None."""
+        if CUDA == "0" or not self.extensions:
             return None
         try:
             return compile_cuda(pool, self.build_temp)
         except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
-            if wanted == "1":
-                sys.exit(f"fastcaps: FASTCAPS_CUDA=1, but there will be no CUDA kernels: {error}")
-            note(f"installing without CUDA kernels: {error}")
+            left_out("CUDA kernels", error)
             return None
 
 
@@ -97,6 +102,9 @@ def compile_cuda(pool, folder):
     release = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     new = int(re.search(r"release (\d+)", release)[1]) >= 13
     flags.append("--compress-mode=size" if new else "-Xfatbin=-compress-all")  # 34 MB are 9 then
+    # What another compiler or other flags have left does not count, nor what a killed build has left half written.
+    command = [nvcc, *flags]
+    folder = os.path.join(folder, f"cuda-{zlib.crc32(repr((release, command)).encode()):08x}")
     os.makedirs(folder, exist_ok=True)
     newest = max(os.path.getmtime(path) for path in [*glob.glob("csrc/*"), __file__])
 
@@ -104,7 +112,8 @@ def compile_cuda(pool, folder):
         target = os.path.join(folder, os.path.basename(source) + ".o")
         if os.path.exists(target) and os.path.getmtime(target) > newest:
             return target
-        subprocess.run([nvcc, *flags, "-c", source, "-o", target], check=True)
+        subprocess.run([*command, "-c", source, "-o", target + ".new"], check=True)
+        os.replace(target + ".new", target)
         return target
 
     return library, architectures, pool.map(compile_one, sorted(glob.glob("csrc/*.cu")))
@@ -120,7 +129,8 @@ def add_cuda(extension, cuda):
         extension.define_macros.append(("FASTCAPS_WITH_CUDA", None))
         # libtorch stays in the list of what the file needs, although it uses nothing of it: so the stream's function
         # in libtorch_cuda is found where there is one.
-        extension.extra_link_args += ["-Wl,--no-as-needed", "-ltorch", f"-L{library}", "-lcudart_static"]
+        # Functions of Python are bound when they are called, which in a program without Python they never are.
+        extension.extra_link_args += ["-Wl,-z,lazy", "-Wl,--no-as-needed", "-ltorch", f"-L{library}", "-lcudart_static"]
         extension.extra_link_args += ["-lrt", "-ldl", "-lpthread", "-Wl,--exclude-libs,ALL"]
     extension.define_macros.append(("FASTCAPS_BUILD", f'"{" and ".join(kinds)}, built with torch {TORCH}"'))
 
@@ -140,7 +150,7 @@ def extensions():
         # Not a build requirement on purpose: an isolated build would download and build against another torch.
         from torch.utils.cpp_extension import include_paths, library_paths
     except ImportError:
-        note("torch is not visible to this build, so the native backend is left out; build with --no-build-isolation")
+        left_out("the native backend", "torch is not visible to this build; build with --no-build-isolation")
         return []
 
     flags = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-Wall"]
@@ -164,7 +174,7 @@ def extensions():
             extra_compile_args=flags,
             language="c++",
             py_limited_api=True,
-            optional=True,
+            optional=CUDA != "1",
         )
     ]
 

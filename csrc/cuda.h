@@ -98,12 +98,6 @@ __device__ inline float log_of_two(float x) {
 }
 __device__ inline double log_of_two(double x) { return log2(x); }
 
-// The larger; unlike fmax a NaN wins.
-template <class Real>
-__device__ inline Real larger(Real a, Real b) {
-  return a > b || a != a ? a : b;
-}
-
 // ------------------------------------------------------------------------------------------------------------- tf32
 
 // To the nearest number that tf32 holds, if the hardware then cuts the last 13 bits off. A NaN with all bits set would
@@ -201,10 +195,12 @@ inline int device_attribute(cudaDeviceAttr attribute) {
   cudaDeviceGetAttribute(&value, attribute, device);
   return value;
 }
+// All that there is, as a smaller permission would be taken from a launch of another thread.
 template <class Argument>
 cudaError_t allow_shared_memory(void (*kernel)(Argument), int64_t bytes) {
   if (bytes <= 48 * 1024) return cudaSuccess;
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
+  const int most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
 }
 #endif
 

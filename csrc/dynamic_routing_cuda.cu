@@ -17,20 +17,26 @@
 namespace fastcaps::cuda {
 namespace {
 
-// Scratch memory, cut into pieces; without memory it only counts.
+// Scratch memory, cut into pieces, or only counted.
 struct Scratch {
   char* memory;
+  bool only_counted = false;
   int64_t used = 0;
 
   template <class T>
   T* take(int64_t count) {
     T* const piece = memory ? reinterpret_cast<T*>(memory + used) : nullptr;
     used += pieces(count * int64_t(sizeof(T)), 256) * 256;
+#ifdef FASTCAPS_EMULATED
+    if (memory) emulated::fence(memory + used);
+    used += emulated::kFence;
+#endif
     return piece;
   }
 };
 
 void set_to_zero(void* memory, int64_t bytes, cudaStream_t stream) {
+  if (bytes == 0) return;
 #ifdef FASTCAPS_EMULATED
   std::memset(memory, 0, bytes);
 #else
@@ -45,6 +51,7 @@ template <class Real>
 TileKind tile_kind(const Routing<Real>& in) {
   const Sizes& z = in.size;
   const bool matrices = in.weight && (in.stride_i || z.I == 1) && (in.stride_j || z.J == 1);
+  if (std::max({z.B, z.I, z.J}) > INT32_MAX - 64) return TileKind::none;
   if (!std::is_same_v<Real, float> || !matrices || z.D_in > 64 || z.D_out > 32) return TileKind::none;
   if (z.D_out > 16) return TileKind::capsules5;
   return pieces(z.J, 8) * 8 <= pieces(z.J, 10) * 10 ? TileKind::capsules8 : TileKind::capsules10;
@@ -82,7 +89,11 @@ struct Call {
     }
   }
 
-  int64_t most_slices(int64_t wanted) const { return std::clamp<int64_t>(wanted, 1, std::max<int64_t>(z.I, 1)); }
+  // As many as wanted, if there are so many input capsules and their sums take at most 64 MB.
+  int64_t most_slices(int64_t wanted) const {
+    const int64_t affordable = (64 << 20) / std::max<int64_t>(z.B * z.J * D_sum * int64_t(sizeof(Real)), 1);
+    return std::max<int64_t>(std::min({wanted, z.I, affordable}), 1);
+  }
   bool padded() const { return vectors > N; }
   int64_t tiles() const { return kind == TileKind::none ? 1 : pieces(z.J, capsules); }
 
@@ -156,10 +167,15 @@ struct Call {
     }
     AnyCall<Real> call = any_call();
     call.V = V, call.ds = ds, call.stats = uniform ? nullptr : stats, call.partial = partial;
-    const int64_t bytes = kWarps * z.J * D_sum * int64_t(sizeof(Real));
-    call.in_shared_memory = partial && bytes <= 32 * 1024;
-    const Grid grid{pieces(slices * z.B, kWarps), 32 * kWarps, call.in_shared_memory ? bytes : 0};
+    const int64_t bytes = z.J * D_sum * int64_t(sizeof(Real));
+    call.in_shared_memory = partial && bytes <= 8 * 1024;
+    const Grid grid = grid_of_warps(slices * z.B, call.in_shared_memory ? bytes : 0);
     with_type([&]<class In>() { launch(any_sweep<Real, In>, grid, stream, call, "any_sweep", z); });
+  }
+  // Of kernels without tiles: four warps to a block unless that is too much shared memory.
+  static Grid grid_of_warps(int64_t warps, int64_t bytes_of_a_warp) {
+    const int of_block = 4 * bytes_of_a_warp <= 48 * 1024 ? 4 : 1;
+    return {pieces(warps, of_block), 32 * of_block, of_block * bytes_of_a_warp};
   }
   void tile_sweep(Sweep sweep, const TileCall& call) const {
     const int64_t groups = pieces(pieces(z.B, 8), batch_tiles);
@@ -223,7 +239,7 @@ int64_t run_forward(const Routing<Real>& in, bool allow_tf32, void* out, Real* s
   Real* const V_poses = scratch.take<Real>(absorbed_size);
   Real* const sum_poses = scratch.take<Real>(absorbed_size);
   Real* const sum = scratch.take<Real>(call.absorbed ? call.N : 0);
-  if (!scratch.memory) return scratch.used;
+  if (scratch.only_counted) return scratch.used;
 
   if (call.padded()) set_to_zero(V, call.vectors * sizeof(Real), call.stream);
   VectorCall<Real> vectors = call.vector_call();
@@ -307,16 +323,16 @@ void last_sweep(const Call<Real>& call, const Gradients<Real>& out, const LastSw
   AnyCall<Real> any = call.any_call();
   any.V = V, any.ds = ds, any.stats = stats, any.first_t = in.detach ? z.T - 1 : 0;
   any.d_poses = out.d_poses, any.d_weight = weight ? out.d_weight : nullptr, any.d_prior = d_prior;
-  const int64_t D_out = any.in.size.D_out, D = any.in.weight ? z.D_in : D_out, warp = kWarps * int64_t(sizeof(Real));
+  const int64_t D_out = any.in.size.D_out, D = any.in.weight ? z.D_in : D_out, number = sizeof(Real);
   any.columns = weight ? std::clamp<int64_t>(1024 / D_out, 1, z.D_in) : 0;
   const bool shared = in.stride_j == 0 && weight;
   const int64_t warps = z.I * (shared ? 1 : z.J) * (weight ? pieces(z.D_in, any.columns) : 1);
   call.with_type([&]<class In>() {
     if (out.d_poses)
-      launch(any_poses<Real, In>, {pieces(z.B * z.I, kWarps), 32 * kWarps, warp * (D_out + D)}, call.stream, any, "any_poses", z);
+      launch(any_poses<Real, In>, call.grid_of_warps(z.B * z.I, number * (D_out + D)), call.stream, any, "any_poses", z);
     if (weight || d_prior)
-      launch(any_weight<Real, In>, {pieces(warps, kWarps), 32 * kWarps, warp * D_out * (1 + any.columns)},
-             call.stream, any, "any_weight", z);
+      launch(any_weight<Real, In>, call.grid_of_warps(warps, number * D_out * (1 + any.columns)), call.stream, any,
+             "any_weight", z);
   });
 }
 
@@ -340,7 +356,7 @@ int64_t run_backward(const Routing<Real>& in, bool allow_tf32, const Gradients<R
   const int64_t matrix = (in.stride_j ? z.J : 1) * z.D_out * z.D_in;
   Real* const matrices = scratch.take<Real>(absorbed_weight ? matrix_parts * matrix : 0);
   const LastSweepMemory<Real> memory(call, out, scratch);
-  if (!scratch.memory) return scratch.used;
+  if (scratch.only_counted) return scratch.used;
 
   if (call.padded()) {
     set_to_zero(V, z.T * call.vectors * sizeof(Real), call.stream);
@@ -411,11 +427,11 @@ const char* why_unavailable(int device) {
 
 template <class Real>
 int64_t forward_scratch(const Routing<Real>& in) {
-  return run_forward<Real>(in, false, nullptr, nullptr, Scratch{nullptr}, nullptr);
+  return run_forward<Real>(in, false, nullptr, nullptr, Scratch{nullptr, true}, nullptr);
 }
 template <class Real>
 int64_t backward_scratch(const Routing<Real>& in, const Gradients<Real>& out) {
-  return run_backward<Real>(in, false, out, Scratch{nullptr}, nullptr);
+  return run_backward<Real>(in, false, out, Scratch{nullptr, true}, nullptr);
 }
 template <class Real>
 void forward(const Routing<Real>& in, bool allow_tf32, void* out, Real* sums, void* scratch, void* stream) {

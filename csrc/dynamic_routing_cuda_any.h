@@ -10,7 +10,7 @@
 
 namespace fastcaps::cuda {
 
-constexpr int kWarps = 4;  // of a block
+constexpr int kWarps = 4;  // of a block, at most
 
 template <class Real>
 struct AnyCall {
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(32 * kWarps) any_sweep(AnyCall<Real> call) {
   const Routing<Real>& in = call.in;
   const Sizes& z = in.size;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t index = int64_t(blockIdx.x) * kWarps + warp, slice = index / z.B, b = index % z.B, N = z.J * z.D_out;
+  const int64_t index = int64_t(blockIdx.x) * (blockDim.x / 32) + warp, slice = index / z.B, b = index % z.B, N = z.J * z.D_out;
   if (slice >= call.slices) return;
   const bool uniform = !call.V && !in.prior && !call.ds;
   Real* const partial = call.partial ? call.partial + (slice * z.B + b) * N : nullptr;
@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(32 * kWarps) any_poses(AnyCall<Real> call) {
   const Routing<Real>& in = call.in;
   const Sizes& z = in.size;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t row = int64_t(blockIdx.x) * kWarps + warp, b = row / z.I, i = row % z.I;
+  const int64_t row = int64_t(blockIdx.x) * (blockDim.x / 32) + warp, b = row / z.I, i = row % z.I;
   if (b >= z.B) return;
   const int64_t D = in.weight ? z.D_in : z.D_out;
   const bool added = in.weight || in.stride_j == 0, hidden = masked(in, b, i);
@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(32 * kWarps) any_weight(AnyCall<Real> call) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const bool shared = in.stride_j == 0 && z.J > 1 && call.d_weight;
   const int64_t chunks = call.d_weight ? pieces(z.D_in, call.columns) : 1, matrices = shared ? 1 : z.J;
-  const int64_t index = int64_t(blockIdx.x) * kWarps + warp, chunk = index % chunks, i = index / chunks / matrices;
+  const int64_t index = int64_t(blockIdx.x) * (blockDim.x / 32) + warp, chunk = index % chunks, i = index / chunks / matrices;
   if (i >= z.I) return;
   const int64_t first_j = index / chunks % matrices, first_d = chunk * call.columns;
   const int64_t N = call.d_weight ? z.D_out * call.columns : 0;

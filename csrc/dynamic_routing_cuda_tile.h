@@ -242,15 +242,16 @@ struct Sums {
   __device__ void start(int batch_tile, int tile) {
     first_b = 8 * batch_tile, first_j = tile * T::JT;
     const int64_t at = T::first_place(call.J, batch_tile, tile) + 4 * lane;
+    const bool there = first_b < call.B;  // the last block may have fewer samples
 #pragma unroll
     for (int m = 0; m < T::M; ++m) {
       const float4 zero{0, 0, 0, 0};
       if constexpr (kind != Sweep::uniform) {
-        const float4 x = call.V ? *reinterpret_cast<const float4*>(call.V + at + m * 128) : zero;
+        const float4 x = call.V && there ? *reinterpret_cast<const float4*>(call.V + at + m * 128) : zero;
         V[4 * m] = x.x, V[4 * m + 1] = x.y, V[4 * m + 2] = x.z, V[4 * m + 3] = x.w;
       }
       if constexpr (BACKWARD) {
-        const float4 x = *reinterpret_cast<const float4*>(call.ds + at + m * 128);
+        const float4 x = there ? *reinterpret_cast<const float4*>(call.ds + at + m * 128) : zero;
         ds[4 * m] = x.x, ds[4 * m + 1] = x.y, ds[4 * m + 2] = x.z, ds[4 * m + 3] = x.w;
       }
       if constexpr (summed)

@@ -327,16 +327,17 @@ __global__ void __launch_bounds__(kVectorThreads) add_split_gradients(SplitCall 
   const int64_t first = call.items.first_block(group), last = call.items.last_block(group);
   if (first == last) return;
   const int64_t chunks = pieces(call.D_in, 8), first_i = group / chunks * call.chunk, weights = weight_part_size(call);
+  const bool of_weight = at < weights;
+  const int64_t row = of_weight ? at / 8 : at - weights, d = group % chunks * 8 + at % 8;
+  const int64_t i = first_i + row / (int64_t(call.J) * (of_weight ? call.D_out : 1));
+  if (i >= call.I) return;
+  if (of_weight ? !call.d_weight || d >= call.D_in : !call.d_prior || call.prior_stride_b || group % chunks) return;
   Real sum = 0;
   for (int64_t block = first; block <= last; ++block) sum += call.parts[call.items.part(block, block == first) * size + at];
-  if (at < weights) {
-    const int64_t d = group % chunks * 8 + at % 8, row = at / 8, i = first_i + row / (int64_t(call.J) * call.D_out);
-    if (call.d_weight && d < call.D_in && i < call.I)
-      write(sum, call.d_weight, split.stored, (first_i * call.J * call.D_out + row) * call.D_in + d);
-  } else if (call.d_prior && call.prior_stride_b == 0 && group % chunks == 0) {
-    const int64_t row = at - weights;
-    if (first_i + row / call.J < call.I) call.d_prior[first_i * call.J + row] = sum;
-  }
+  if (of_weight)
+    write(sum, call.d_weight, split.stored, (first_i * call.J * call.D_out + row) * call.D_in + d);
+  else
+    call.d_prior[first_i * call.J + row] = sum;
 }
 
 }  // namespace fastcaps::cuda

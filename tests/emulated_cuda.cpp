@@ -13,6 +13,21 @@ using namespace fastcaps;
 
 namespace {
 template <class Real>
+void forward(const Routing<Real>& in, bool allow_tf32, void* out, Real* sums) {
+  const int64_t bytes = cuda::forward_scratch(in);
+  std::unique_ptr<char[]> scratch(bytes > 0 ? new char[bytes] : nullptr);  // as PyTorch's empty tensors
+  std::memset(scratch.get(), 0xff, bytes);  // NaN
+  cuda::forward(in, allow_tf32, out, sums, scratch.get(), nullptr);
+}
+template <class Real>
+void backward(const Routing<Real>& in, bool allow_tf32, const Gradients<Real>& out) {
+  const int64_t bytes = cuda::backward_scratch(in, out);
+  std::unique_ptr<char[]> scratch(bytes > 0 ? new char[bytes] : nullptr);
+  std::memset(scratch.get(), 0xff, bytes);
+  cuda::backward(in, allow_tf32, out, scratch.get(), nullptr);
+}
+
+template <class Real>
 void run(bool backwards_pass, const int64_t* n, void* const* p, double eps) {
   Routing<Real> in{};
   in.size = {n[0], n[1], n[2], n[3], n[4], n[5]};
@@ -24,15 +39,36 @@ void run(bool backwards_pass, const int64_t* n, void* const* p, double eps) {
   in.leaky = n[10], in.detach = n[11], in.eps = Real(eps);
   const bool allow_tf32 = n[12];
   Gradients<Real> out{p[5], static_cast<const Real*>(p[6]), p[7], p[8], static_cast<Real*>(p[9]), static_cast<Real*>(p[10])};
-  const int64_t bytes = backwards_pass ? cuda::backward_scratch(in, out) : cuda::forward_scratch(in);
-  std::unique_ptr<char[]> scratch(new char[bytes + 1]);
-  std::memset(scratch.get(), 0xff, bytes + 1);  // NaN
   if (backwards_pass)
-    cuda::backward(in, allow_tf32, out, scratch.get(), nullptr);
+    backward(in, allow_tf32, out);
   else
-    cuda::forward(in, allow_tf32, p[5], static_cast<Real*>(p[6]), scratch.get(), nullptr);
+    forward(in, allow_tf32, p[5], static_cast<Real*>(p[6]));
 }
 }  // namespace
+
+// For kernels.cpp: the other order of threads, and one launch for each pass, where it wants the other order of parts.
+#define FASTCAPS_ISA emulated_cuda
+namespace fastcaps::emulated_cuda {
+inline float widen_bfloat16(uint16_t x) { return cuda::widen(cuda::bfloat16{x}); }
+inline float widen_float16(uint16_t x) { return cuda::widen(cuda::float16{x}); }
+inline uint16_t narrow_bfloat16(float x) {
+  cuda::bfloat16 to;
+  cuda::narrow(x, to);
+  return to.bits;
+}
+inline uint16_t narrow_float16(float x) { return emulated::narrow_float16(x); }
+inline void choose(bool other) { emulated::backwards = other, emulated::resident_blocks = other ? 0 : 6; }
+template <class Real>
+void forward(const Routing<Real>& in, void* out, Real* sums, bool other) {
+  choose(other);
+  ::forward(in, false, out, sums);
+}
+template <class Real>
+void backward(const Routing<Real>& in, const Gradients<Real>& out, bool other) {
+  choose(other);
+  ::backward(in, false, out);
+}
+}  // namespace fastcaps::emulated_cuda
 
 // numbers: B, I, J, D_in, D_out, T, stored, stride_i, stride_j, prior_stride_b, leaky, detach, allow_tf32, descending,
 // resident_blocks. pointers: poses, weight, prior, bias, mask; then out and sums, or grad, sums and the four gradients.

@@ -47,12 +47,13 @@ def emulated(monkeypatch):
     return backend_op("native")
 
 
+@pytest.mark.timeout(900)
 def test_numbers_in_the_emulation(emulated):
     """The core's tests in a process of their own."""
     command = [sys.executable, "-m", "pytest", "-W", "ignore", "tests/test_dynamic_routing.py", "-k", IN_THE_EMULATION]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "FASTCAPS_EMULATE_CUDA": "1"}
     result = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=290, check=False
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=880, check=False
     )
     assert result.returncode == 0, result.stdout[-3000:]
     assert int(result.stdout.split(" passed")[0].split()[-1]) > 150, result.stdout[-500:]
@@ -105,6 +106,15 @@ def test_tf32_is_rounded_and_as_exact_as_that_is(emulated, monkeypatch, sizes):
     rounded = run(emulated, case, inputs, torch.float32, "cpu")
     for name, value in exact.items():
         assert 1e-5 < relative_error(rounded[name], value) < 5e-3, name
+
+
+@pytest.mark.parametrize("share", ["none", "inputs"])
+def test_wide_vectors_fit_into_shared_memory(emulated, share):
+    """Of GPUs that have 99 KB of it, up to the limit that the choice of a backend knows."""
+    if share == "none":
+        check(emulated, Case(sizes=(2, 3, 2, 4, backends.CUDA_D), votes=True), torch.float64)
+    else:
+        check(emulated, Case(sizes=(2, 3, 2, backends.CUDA_D, 3), share=share), torch.float64)
 
 
 def test_index_maths(emulated):
@@ -205,6 +215,9 @@ def test_native_is_for_what_triton_cannot_do_and_for_exports(a_gpu, monkeypatch)
     assert choose_backend("native", a_gpu, torch.float64) == "native"
     assert choose_backend(None, a_gpu, torch.float64) == "native"
     assert choose_backend(None, a_gpu, torch.float32, 513) == "native"
+    assert choose_backend(None, a_gpu, torch.float32, 4097) == "reference"
+    with pytest.raises(ValueError, match="vectors of up to 4096 entries, got 4097"):
+        choose_backend("native", a_gpu, torch.float32, 4097)
     monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
     assert choose_backend(None, a_gpu) == "native"
     monkeypatch.undo()
@@ -224,15 +237,20 @@ def test_no_cuda_kernels_and_no_gpu_are_said_with_a_cure(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("wanted", "home", "message"),
-    [("yes", "", "FASTCAPS_CUDA must be auto, 0 or 1, got 'yes'"), ("1", "/nowhere", "there will be no CUDA kernels")],
+    ("wanted", "where", "message"),
+    [
+        ("yes", {}, "FASTCAPS_CUDA must be auto, 0 or 1, got 'yes'"),
+        ("1", {"CUDA_HOME": "/nowhere"}, "there will be no CUDA kernels: no CUDA toolkit (/nowhere/bin/nvcc"),
+        ("1", {"CXX": "/nowhere/g++"}, "there will be no CUDA kernels: no C++ compiler (/nowhere/g++"),
+    ],
+    ids=["neither", "no toolkit", "no compiler"],
 )
-def test_a_build_that_must_have_cuda_says_why_it_fails(tmp_path, wanted, home, message):
+def test_a_build_that_must_have_cuda_says_why_it_fails(tmp_path, wanted, where, message):
     for part in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "fastcaps", "csrc"):
         source = ROOT / part
         copy = shutil.copytree if source.is_dir() else shutil.copy
         copy(source, tmp_path / part)
-    environment = {**os.environ, "FASTCAPS_CUDA": wanted, "CUDA_HOME": home}
+    environment = {**os.environ, "FASTCAPS_CUDA": wanted, **where}
     result = subprocess.run(
         [sys.executable, "setup.py", "build_ext", "--build-temp", "temp", "--build-lib", "out"],
         cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False,

@@ -15,6 +15,7 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 TRITON = (3, 6)  # the oldest version that the kernels compile with
 TRITON_D = 512  # entries of a vote, in registers
+CUDA_D = 4096  # in shared memory
 
 _REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps . (in a checkout of fastcaps)"
 
@@ -46,8 +47,8 @@ def _why_no_native_cuda(device: torch.device) -> str | None:
 def _look_for_native_cuda(device: torch.device) -> str | None:
     if "CUDA" not in (EXTENSION_BUILD or ""):
         return (
-            "the compiled extension has no CUDA kernels, as there was no CUDA toolkit (nvcc) where it was built. "
-            f"Install one, then: FASTCAPS_CUDA=1 {_REBUILD}"
+            "the compiled extension was built without CUDA kernels. With a CUDA toolkit (nvcc) in place: "
+            f"FASTCAPS_CUDA=1 {_REBUILD}"
         )
     if not torch.cuda.is_available():
         return "PyTorch sees no CUDA device"
@@ -119,6 +120,8 @@ def why_unavailable(
         if EXTENSION_BUILD is None:
             return _EXTENSION_ERROR
         if device.type == "cuda":
+            if D > CUDA_D:
+                return f"the CUDA kernels take vectors of up to {CUDA_D} entries, got {D}; use backend='reference'"
             return _why_no_native_cuda(device)
         if device.type != "cpu":
             return f"the native kernels are for CPU and CUDA tensors, not for '{device.type}'; use backend='reference'"
