@@ -152,7 +152,7 @@ def name(row: dict) -> str:
 
 def test_nothing_is_spilled_in_a_loop(rows):
     """A register or two may wait outside of the loops for the usual sizes, some more of those where priors, masks and
-    further entries of D_in are looked for. There a round takes one from memory at most; of the last sweep, which has all
+    further entries of D_in are looked for. There a round takes one from memory at most; in the last sweep, with its
     255, up to five."""
     tiles = [row for row in rows if row["kernel"].startswith("tile_")]
     assert not [name(row) for row in tiles if row["stack"] > (16 if ", true>, Tile" in row["kernel"] else 48)]
