@@ -37,9 +37,15 @@ bench: $(READY)
 
 # 10,000 random cases through the CPU kernels, built without Python under the address and undefined-behaviour sanitizers;
 # 120 through the CUDA kernels in their emulation under the address sanitizer.
-sanitize: $(SANITIZE)/emulated_cuda $(INSTRUCTION_SETS:%=$(SANITIZE)/%)
-	set -e; for isa in $(INSTRUCTION_SETS); do $(SANITIZE)/$$isa 2500; done
-	$(SANITIZE)/emulated_cuda 120
+sanitize: sanitize-emulated_cuda $(INSTRUCTION_SETS:%=sanitize-%)
+
+.PRECIOUS: $(SANITIZE)/%
+
+sanitize-emulated_cuda: $(SANITIZE)/emulated_cuda
+	$< 120
+
+sanitize-%: $(SANITIZE)/%
+	$< 2500
 
 $(SANITIZE)/emulated_cuda: tests/kernels.cpp $(wildcard tests/*emulat* csrc/*cuda* csrc/dynamic_routing.h)
 	@mkdir -p $(@D)
