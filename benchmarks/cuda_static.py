@@ -84,6 +84,12 @@ def unit(names: list[str], loops: list[tuple[int, int]], gradients: bool, plain:
     return dict(total)
 
 
+def compiler() -> str:
+    """The version of the CUDA compiler on the PATH."""
+    said = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    return re.search(r"V([\d.]+)", said)[1]  # type: ignore[index]
+
+
 def table(architectures: list[str]) -> list[dict[str, Any]]:
     """A row for each kernel and architecture of the extension."""
     with tempfile.TemporaryDirectory() as folder, ThreadPool() as pool:  # the time is that of the tools
@@ -139,10 +145,8 @@ def main() -> int:
     rows = table(arguments.architectures.split(","))
     print(text(rows))
     if arguments.write:
-        release = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
-        version = re.search(r"V([\d.]+)", release)[1]  # type: ignore[index]
         lines = ",\n".join(json.dumps({k: row[k] for k in row if k != "all"}) for row in rows if plain(row))
-        RESULTS.write_text(f'{{"nvcc": "{version}", "rows": [\n{lines}\n]}}\n')
+        RESULTS.write_text(f'{{"nvcc": "{compiler()}", "rows": [\n{lines}\n]}}\n')
     return 0
 
 

@@ -172,7 +172,7 @@ def test_registers_let_the_promised_blocks_be_resident(rows):
 def test_instructions_are_those_of_the_design(rows):
     """Of a unit, one input capsule for 8 samples: a product of 16 x 8 for every 16 rows of the tile, three of them
     where float32 is exact; 16 bytes at a time from shared memory; and no more of anything than was committed."""
-    from cuda_static import RESULTS
+    from cuda_static import RESULTS, compiler
 
     plain = [row for row in rows if row["kernel"].startswith("tile_") and ", true>, Tile" in row["kernel"]]
     assert len(plain) == 4 * 4 * 3 * 6  # architectures, forms, tiles, kernels
@@ -187,6 +187,8 @@ def test_instructions_are_those_of_the_design(rows):
         of_a_pose = row["kernel"].startswith("tile_persistent")
         assert row["unit"]["LDS"] == row["unit"]["LDS 16 bytes"] + of_a_pose, name(row)
     committed = json.loads(RESULTS.read_text())
+    if committed["nvcc"] != compiler():
+        pytest.skip(f"what was committed is of nvcc {committed['nvcc']}: another one's instructions differ")
     before = {(row["kernel"], row["architecture"]): row["unit"] for row in committed["rows"]}
     worse = [
         f"{name(row)}: {count} {kind}, {before[row['kernel'], row['architecture']][kind]} before"
