@@ -101,7 +101,7 @@ def compile_cuda(pool, folder):
     flags += ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
     release = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     new = int(re.search(r"release (\d+)", release)[1]) >= 13
-    flags.append("--compress-mode=size" if new else "-Xfatbin=-compress-all")  # 34 MB are 9 then
+    flags.append("--compress-mode=size" if new else "-Xfatbin=-compress-all")  # a third of the size
     # What another compiler or other flags have left does not count, nor what a killed build has left half written.
     command = [nvcc, *flags]
     folder = os.path.join(folder, f"cuda-{zlib.crc32(repr((release, command)).encode()):08x}")

@@ -48,17 +48,18 @@ def demangled(names: list[str]) -> list[str]:
 
 
 def instructions(section: str) -> tuple[list[str], list[tuple[int, int]]]:
-    """The instructions of a kernel, without predicates, and its loops (first, last), innermost first."""
+    """The names of a kernel's instructions, and its loops (first, last), shortest first."""
     found: list[str] = []
     labels: dict[str, int] = {}
     for line in section.splitlines():
         if label := re.match(r"\s*(\.L_x_\d+):", line):
             labels[label[1]] = len(found)
         elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
-            found.append(re.sub(r"^@!?U?P\w+\s+", "", instruction[1]))
+            found.append(re.sub(r"^@!?U?P\d+\s+", "", instruction[1]))  # and not "@!PT", which never runs
     jumps = [(n, re.search(r"^BRA.*?`\((\.L_x_\d+)\)", text)) for n, text in enumerate(found)]
+    # An endless loop of one instruction pads the end of a kernel.
     loops = {(labels[j[1]], n) for n, j in jumps if j and labels.get(j[1], n + 1) < n}
-    return [text.split()[0] for text in found], sorted(loops, key=lambda loop: loop[1] - loop[0])
+    return [text.split()[0] for text in found], sorted(loops, key=lambda loop: (loop[1] - loop[0], loop))
 
 
 def counted(names: list[str]) -> dict[str, int]:

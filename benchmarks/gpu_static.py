@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cuda_static
 import torch
 import triton
 from gpu_bench import PRECISIONS, SHAPES
@@ -29,7 +30,7 @@ from triton.compiler import ASTSource
 from fastcaps.routing import dynamic_triton
 
 RESULTS = Path(__file__).parent / "results" / "triton-static.json"
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TOOLS = cuda_static.TOOLS
 CAPABILITIES = [80, 90, 100]
 # Bytes that a block may have: compute capability -> limit. The same kernels run on 8.6, 8.9 and 12.0.
 SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
@@ -133,19 +134,8 @@ def compiled(name: str, types: dict, constants: dict, divisible: list[str], opti
 def loops(text: str) -> tuple[dict[str, int], int]:
     """Instructions by class (and all, "slots") of the innermost loop that has most of them; and how many in any
     innermost loop reach into local memory, where spilled registers lie."""
-    instructions: list[str] = []
-    labels: dict[str, int] = {}
-    for line in text.splitlines():
-        if label := re.match(r"\s*(\.L_x_\d+):", line):
-            labels[label[1]] = len(instructions)
-        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
-            instructions.append(re.sub(r"^@!?U?P\d+\s+", "", instruction[1]))
-    names = [instruction.split()[0].split(".")[0] for instruction in instructions]
-    found = []
-    for n, instruction in enumerate(instructions):
-        jump = re.search(r"^BRA.*?`\((\.L_x_\d+)\)", instruction)
-        if jump and labels.get(jump[1], n + 1) < n:  # an endless loop of one instruction pads the end of a kernel
-            found.append((labels[jump[1]], n))
+    whole, found = cuda_static.instructions(text)
+    names = [name.split(".")[0] for name in whole]
     innermost = [a for a in found if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in found)]
     spilled = sum(name in CLASSES["local"] for a, b in innermost for name in names[a : b + 1])
     if not innermost:

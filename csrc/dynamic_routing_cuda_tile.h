@@ -158,14 +158,14 @@ __device__ inline void load_pose(float (&x)[2], const TileCall& call, int b, int
   if constexpr (F::TF32) x[0] = rounded_to_tf32(x[0]), x[1] = rounded_to_tf32(x[1]);
 }
 
-// Instructions m0 .. m0 + count - 1 of the votes of an input capsule for 8 samples; x are the first entries of the poses,
-// further ones are had by load(float (&)[2], first of eight entries).
-template <class F, class T, int m0, int count, class Load>
+// The votes of an input capsule for 8 samples; x are the first entries of the poses, further ones are had by
+// load(float (&)[2], first of eight entries).
+template <class F, class T, class Load>
 __device__ inline void votes(float* u, const float4* fragments, const float (&x)[2], const TileCall& call, Load&& load) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
-  for (int m = 0; m < count; ++m) {
-    const float4 w = fragments[(m0 + m) * 32 + lane];
+  for (int m = 0; m < T::M; ++m) {
+    const float4 w = fragments[m * 32 + lane];
     const float a[4] = {w.x, w.y, w.z, w.w};
     exact_product<F>(u + 4 * m, a, x);
   }
@@ -174,8 +174,8 @@ __device__ inline void votes(float* u, const float4* fragments, const float (&x)
     load(next, d);
     fragments += T::M * 32;
 #pragma unroll
-    for (int m = 0; m < count; ++m) {
-      const float4 w = fragments[(m0 + m) * 32 + lane];
+    for (int m = 0; m < T::M; ++m) {
+      const float4 w = fragments[m * 32 + lane];
       const float a[4] = {w.x, w.y, w.z, w.w};
       float more[4];
       exact_product<F>(more, a, next);
@@ -263,7 +263,7 @@ struct Sums {
   template <class Load>
   __device__ void add(const float4* fragments, const float (&x)[2], int i, Load&& load) {
     float u[4 * T::M];
-    votes<F, T, 0, T::M>(u, fragments, x, call, load);
+    votes<F, T>(u, fragments, x, call, load);
     if constexpr (kind == Sweep::uniform) {
 #pragma unroll
       for (int n = 0; n < 4 * T::M; ++n) sums[n] += u[n];

@@ -74,7 +74,7 @@ struct LastSweep {
       if constexpr (F::TF32) columns[s] = rounded_to_tf32(columns[s]);
     }
     float u[4 * T::M], du[4 * T::M], db[T::blocks][2] = {};
-    votes<F, T, 0, T::M>(u, fragments, x, call, [&](float(&more)[2], int first) {
+    votes<F, T>(u, fragments, x, call, [&](float(&more)[2], int first) {
       load_pose<F>(more, call, first_b + g, i, call.I, first + 2 * t);
     });
     add_iterations(du, db, u, T::first_place(call.J, batch_tile, tile) + 4 * lane);
