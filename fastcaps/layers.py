@@ -1,7 +1,6 @@
 """Capsule layers: from feature maps to capsules, and from capsules to capsules."""
 
 import math
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -9,11 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from fastcaps.functional import squash
+from fastcaps.layouts import Layout
 from fastcaps.routing import dynamic_routing
 from fastcaps.routing.dynamic import check_prior
 
 PRIMARY_LAYOUTS = ("capsule-major", "dimension-major", "flat")
 SHARE_WEIGHT = ("none", "inputs", "both")
+WEIGHT_AXES = ("I", "J", "D_out", "D_in")
 
 
 def require_positive(**sizes: Any) -> None:
@@ -293,13 +294,13 @@ class CapsuleLayer(nn.Module):
             raise TypeError(f"weight must be a floating-point tensor, got {got}")
         require_positive(**{name: options[name] for name in names.values() if name in options})
         sizes = {axis: options.pop(name) for axis, name in names.items() if name in options}
-        canonical = _canonical_weight(weight, layout, sizes)  # fills in what sizes lacks
+        axes = Layout.parse(layout, WEIGHT_AXES, ("D_in", "D_out"))
+        canonical = axes.canonical(weight, sizes)  # fills in what sizes lacks
         missing = [names[axis] for axis in names if axis not in sizes]
         if missing:
             raise ValueError(f"layout {layout!r} does not tell {' and '.join(missing)}: pass it as a keyword")
         share = {(False, False): "none", (True, False): "inputs", (True, True): "both"}
-        axes = layout.replace("(", " ").replace(")", " ").split()
-        shared = ("I" not in axes, "J" not in axes)
+        shared = ("I" not in axes.axes, "J" not in axes.axes)
         if shared not in share:
             raise ValueError(f"layout {layout!r}: a weight shared over J only is not a CapsuleLayer's")
         options = {"share_weight": share[shared], "device": weight.device, "dtype": weight.dtype, **options}
@@ -307,36 +308,3 @@ class CapsuleLayer(nn.Module):
         with torch.no_grad():
             layer.weight.copy_(canonical)
         return layer
-
-
-def _canonical_weight(weight: Tensor, layout: str, sizes: dict[str, int]) -> Tensor:
-    """``weight`` as a view of shape ``[I or 1, J or 1, D_out, D_in]``; adds the sizes it finds to ``sizes``."""
-    order = ("I", "J", "D_out", "D_in")
-    if not isinstance(layout, str):
-        raise TypeError(f"layout must be a string, got {layout!r}")
-    if re.sub(r"\([^()]*\)", "", layout).strip("IJD_outin1 "):
-        raise ValueError(f"layout must be made of I, J, D_out, D_in, 1 and pairs of parentheses, got {layout!r}")
-    groups = [group.strip("()").split() for group in re.findall(r"\([^()]*\)|[^\s()]+", layout)]
-    axes = [axis for group in groups for axis in group if axis != "1"]
-    if len(set(axes)) != len(axes) or not {"D_in", "D_out"} <= set(axes) <= set(order):
-        raise ValueError(f"layout must name D_in and D_out, and may name I and J, each once; got {layout!r}")
-    if len(groups) != weight.dim():
-        raise ValueError(f"layout {layout!r} has {len(groups)} axes, the weight {weight.dim()}: {tuple(weight.shape)}")
-    shape: list[int] = []
-    for group, total in zip(groups, weight.shape, strict=True):
-        unknown = [axis for axis in group if axis != "1" and axis not in sizes]
-        known = math.prod(sizes[axis] for axis in group if axis in sizes)
-        if len(unknown) > 1:
-            raise ValueError(f"layout {layout!r}: the size of {' or '.join(unknown)} must be given")
-        if unknown and known:
-            sizes[unknown[0]] = total // known
-        group_shape = [1 if axis == "1" else sizes[axis] for axis in group]
-        if math.prod(group_shape) != total:
-            raise ValueError(f"layout {layout!r}: axis ({' '.join(group)}) of size {total} is not {group_shape}")
-        shape += [size for axis, size in zip(group, group_shape, strict=True) if axis != "1"]
-    present = [axis for axis in order if axis in axes]
-    canonical = weight.reshape(shape).permute([axes.index(axis) for axis in present])
-    for position, axis in enumerate(order):
-        if axis not in axes:
-            canonical = canonical.unsqueeze(position)
-    return canonical

@@ -1,0 +1,184 @@
+"""Routing as published capsule layers do it, mistakes included, in plain PyTorch: for parity, and to recognise them.
+
+The op knows none of this. Two conventions are wrong: a softmax over the input capsules (the shares that an input
+capsule gives away no longer sum to 1), and logits that are averaged over the batch (the output for one image depends
+on the other images). A squash over an axis of length 1 is a third.
+"""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from fastcaps.functional import check_number, compute_dtype, squash
+from fastcaps.routing.dynamic_reference import coupling, transform
+
+VOTES_AT_ONCE = 4_000_000  # entries; 16 MB in float32
+
+CHOICES = {"softmax": ("outputs", "inputs"), "logits": ("sample", "batch"), "squash": ("norm", "elementwise")}
+
+EFFECTS = {
+    "softmax": "the softmax runs over the input capsules, so the shares of an input capsule do not sum to 1: inputs "
+    "compete for an output capsule instead of deciding between output capsules",
+    "logits": "the routing logits are averaged over the batch, so the output for one sample depends on the others",
+    "squash": "squash takes the norm over an axis of length 1, so it bends each entry instead of a pose's length",
+}
+
+
+class Routed(NamedTuple):
+    """What :func:`plain_routing` returns: poses ``[B, J, D_out]``, the last coupling ``[B, I, J]`` and weighted sum."""
+
+    poses: Tensor
+    coupling: Tensor
+    sums: Tensor
+
+
+@dataclass(frozen=True)
+class Convention:
+    """How a layer deviates from procedure 1; called like :func:`fastcaps.dynamic_routing`, with memory that is bounded.
+
+    As ``CapsuleLayer(..., routing=Convention(softmax="inputs"))`` it makes a layer that routes so.
+
+    Attributes:
+        softmax: over which capsules the coupling sums to 1: ``"outputs"`` (the paper), or ``"inputs"``.
+        logits: one set for each ``"sample"`` (the paper), or the average over the ``"batch"``.
+        squash: of the ``"norm"`` (the paper), or ``"elementwise"``.
+        norm_eps: added to the norm that squash divides by.
+
+    Raises:
+        ValueError: a choice is unknown.
+
+    Example:
+        >>> Convention(softmax="inputs")(torch.randn(2, 6, 4), torch.randn(6, 3, 8, 4), num_iterations=3).shape
+        torch.Size([2, 3, 8])
+    """
+
+    softmax: str = "outputs"
+    logits: str = "sample"
+    squash: str = "norm"
+    norm_eps: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                wanted = " or ".join(map(repr, choices))
+                raise ValueError(f"{name} must be {wanted}, got {getattr(self, name)!r}")
+        check_number("norm_eps", self.norm_eps)
+
+    @property
+    def effects(self) -> list[str]:
+        """What is wrong with it, in words."""
+        return [EFFECTS[name] for name, choices in CHOICES.items() if getattr(self, name) != choices[0]]
+
+    def __call__(
+        self,
+        poses: Tensor,
+        weight: Tensor,
+        *,
+        num_iterations: int = 3,
+        prior: Tensor | None = None,
+        bias: Tensor | None = None,
+        leaky: bool = False,
+        detach: bool = False,
+        eps: float = 0.0,
+    ) -> Tensor:
+        """Poses ``[B, I, D_in]`` and weight ``[I or 1, J, D_out, D_in]`` to ``[B, J, D_out]``; prior ``[I, J]``."""
+        kind, dtype = poses.device.type, compute_dtype(poses.dtype)
+        with torch.autocast(kind, enabled=False):
+            x, W = poses.to(dtype), weight.to(dtype).expand(poses.shape[1], -1, -1, -1)
+            b, a = (None if t is None else t.to(dtype) for t in (prior, bias))
+
+            def part(x: Tensor) -> Tensor:
+                v = plain_routing(x, W, b, a, num_iterations, self, leaky=leaky, detach=detach, eps=eps)
+                return v.poses
+
+            if self.logits == "batch":
+                v = self._batch_shared(x, W, b, a, num_iterations, leaky, detach, eps)
+            else:  # samples are independent: a few at a time, computed again in the backward
+                chunk = max(1, VOTES_AT_ONCE // max(1, W[..., 0].numel()))
+                v = torch.cat([checkpoint(part, few, use_reentrant=False) for few in x.split(chunk)])
+        return v.to(poses.dtype)
+
+    def _batch_shared(
+        self,
+        x: Tensor,
+        W: Tensor,
+        prior: Tensor | None,
+        bias: Tensor | None,
+        num_iterations: int,
+        leaky: bool,
+        detach: bool,
+        eps: float,
+    ) -> Tensor:
+        """One set of logits needs no votes: ``sum_i c u = sum_i (c W) x``, and the mean agreement likewise."""
+        B, I, D_in = x.shape
+        J, D_out = W.shape[1:3]
+        logits = x.new_zeros(I, J) if prior is None else prior.detach() if detach else prior
+        for t in range(num_iterations):
+            last = t == num_iterations - 1
+            constant = detach and not last
+            y, w = (x.detach(), W.detach()) if constant else (x, W)
+            c = self.coupling(logits, leaky)  # [I, J]
+            matrix = (c[..., None, None] * w).permute(0, 3, 1, 2).reshape(I * D_in, J * D_out)
+            s = (y.reshape(B, I * D_in) @ matrix).view(B, J, D_out)
+            v = self._squash(s if bias is None else s + (bias.detach() if constant else bias), eps)
+            if not last:
+                mean = (y.reshape(B, I * D_in).mT @ v.reshape(B, J * D_out)).view(I, D_in, J, D_out) / max(B, 1)
+                logits = logits + torch.einsum("ijdk,ikjd->ij", w, mean)
+        return v
+
+    def coupling(self, logits: Tensor, leaky: bool) -> Tensor:
+        """``[..., I, J]``, summing to 1 over J or over I."""
+        return coupling(logits, leaky) if self.softmax == "outputs" else coupling(logits.mT, leaky).mT
+
+    def _squash(self, s: Tensor, eps: float) -> Tensor:
+        if self.squash == "elementwise":
+            return replace(self, squash="norm")._squash(s[..., None], eps)[..., 0]
+        if self.norm_eps:
+            n = (s * s).sum(-1, keepdim=True).sqrt()
+            return s * (n * n / (1 + n * n) / (n + self.norm_eps))
+        return squash(s, eps=eps)
+
+
+def plain_routing(
+    poses: Tensor,
+    weight: Tensor,
+    prior: Tensor | None,
+    bias: Tensor | None,
+    num_iterations: int,
+    convention: Convention,
+    *,
+    leaky: bool = False,
+    detach: bool = False,
+    eps: float = 0.0,
+) -> Routed:
+    """Any convention with the votes in memory: the twin that a layer is compared with, step by step as published.
+
+    Args:
+        poses: ``[B, I, D_in]``.
+        weight: ``[I or 1, J, D_out, D_in]``.
+        prior: ``[I, J]`` or None.
+        bias: ``[J, D_out]`` or None.
+        num_iterations: T.
+        convention: what deviates from the paper.
+        leaky: as in :func:`fastcaps.dynamic_routing`.
+        detach: as there.
+        eps: as there.
+    """
+    u = transform(poses, weight)  # [B, I, J, D_out]
+    routed = u.detach() if detach else u
+    logits = u.new_zeros(()) if prior is None else prior.detach() if detach else prior
+    logits = logits.expand(u.shape[:-1])
+    for t in range(num_iterations):
+        last = t == num_iterations - 1
+        c = convention.coupling(logits, leaky)
+        s = (c[..., None] * (u if last else routed)).sum(1)
+        if bias is not None:
+            s = s + (bias.detach() if detach and not last else bias)
+        v = convention._squash(s, eps)
+        if not last:
+            agreement = (routed * v[:, None]).sum(-1)
+            logits = logits + (agreement.mean(0, keepdim=True) if convention.logits == "batch" else agreement)
+    return Routed(v, c, s)

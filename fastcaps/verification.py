@@ -1,0 +1,399 @@
+"""Is a capsule layer what a recipe says? Old layer, new layer and recipe run side by side, forward and backward.
+
+With small weights the coupling is nearly uniform, and one iteration and three, or a full and a detached gradient,
+cannot be told apart; with large ones an epsilon in squash cannot be seen. So every comparison is made at the model's
+weights, at weights so large that routing decides, and at weights so small that an epsilon counts.
+"""
+
+import contextlib
+import copy
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastcaps.conventions import CHOICES
+from fastcaps.ready import error_budget, relative_error
+from fastcaps.recipes import Plan, Recipe, get_path, set_path
+
+LIMIT = 1e-9  # relative L2, float64
+NORM_EPS_LIMIT = 1e-5  # what leaving norm_eps out may change
+DECISIVE = 0.7  # of log J: below this entropy of the coupling, routing decides
+SHORT = 1e-4  # |s| at which an epsilon of 1e-16 still changes squash by more than LIMIT
+EPSILONS = (0.0, 1e-16, 1e-12, 1e-10, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4)
+
+Tensors = dict[str, Tensor]
+Call = Callable[["Situation", Tensor], Any]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What :func:`verify` found.
+
+    Attributes:
+        refused: why the layer must not be replaced, or None.
+        output: largest relative L2 difference of the outputs, old against new, at the model's weights.
+        gradient: likewise of the gradients of poses and parameters.
+        notes: what else there is to know.
+    """
+
+    refused: str | None
+    output: float = math.nan
+    gradient: float = math.nan
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Situation:
+    """One comparison: a copy of the old layer, and poses as the layer takes them."""
+
+    name: str
+    layer: nn.Module
+    poses: Tensor
+    num_iterations: int
+
+
+def detached_copy(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy without hooks, in another dtype, which requires gradients of all its parameters."""
+    inner = {id(t): t.detach().clone() for m in layer.modules() for t in vars(m).values() if isinstance(t, Tensor)}
+    twin = copy.deepcopy(layer, inner).to(dtype)  # tensors with a history cannot be copied by deepcopy itself
+    for module in twin.modules():
+        for name, hooks in vars(module).items():
+            if name.endswith("_hooks") and hasattr(hooks, "clear"):
+                hooks.clear()
+        for name, value in vars(module).items():  # a constant that is neither parameter nor buffer
+            if isinstance(value, Tensor) and value.is_floating_point():
+                vars(module)[name] = value.to(dtype)
+    return twin.requires_grad_()
+
+
+def verify(layer: nn.Module, recipe: Recipe, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Verdict:
+    """Compare a layer with what a recipe makes of it; the layer itself is not touched.
+
+    Args:
+        layer: the old layer.
+        recipe: the recipe.
+        args: positional arguments of one call of the layer.
+        kwargs: its keyword arguments.
+    """
+    try:
+        plan = Plan.of(recipe, layer)
+        poses, num_iterations = plan.bind(layer, args, kwargs)
+        plan.tensors(layer, poses)
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        return Verdict(f"the recipe does not fit: {error}")
+    if num_iterations < 1:
+        return Verdict(f"it routes {num_iterations} times")
+    for dtype in (torch.float64, torch.float32):
+        try:
+            call = _old_call(plan, args, kwargs, dtype)
+            situations = list(_situations(layer, plan, poses, num_iterations, dtype))
+            call(situations[0], situations[0].poses)
+        except Exception as error:
+            failed = f"the old layer cannot run alone: {type(error).__name__}: {error}"
+            continue
+        return _compare(plan, call, situations, dtype)
+    return Verdict(failed)
+
+
+def _old_call(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any], dtype: torch.dtype) -> Call:
+    """The old layer in a situation, as a function of its poses; with the other arguments that it was called with."""
+
+    def call(place: Situation, poses: Tensor) -> Any:
+        given = [poses, *(_cast(value, dtype) for value in args[1:])]
+        named = {key: _cast(value, dtype) for key, value in kwargs.items() if key != plan.arguments[0]}
+        if plan.extra is not None:
+            T = place.num_iterations - plan.recipe.offset
+            position = plan.arguments.index(plan.extra)
+            given[position : position + 1] = [T] if position < len(given) else []
+            named |= {plan.extra: T} if position >= len(given) else {}
+        with _default_dtype(dtype):  # many layers make their logits by torch.zeros without a dtype
+            return place.layer(*given, **named)
+
+    return call
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _situations(
+    layer: nn.Module, plan: Plan, poses: Tensor, num_iterations: int, dtype: torch.dtype
+) -> Iterator[Situation]:
+    """Two samples, each at three scales of the weights."""
+    x = plan.layouts["input"].canonical(poses.detach(), plan.sizes(layer), "input").to(dtype)
+    I, D_in = x.shape[1:]
+    generator = torch.Generator().manual_seed(0)
+    sizes = {I, D_in, plan.tensors(layer, poses)["weight"].shape[1]}
+    B = next(n for n in (3, 4, 5, 6, 7) if n not in sizes)  # two axes of one size could be confused
+    size = x.double().pow(2).mean().sqrt().item()
+    size = size if 0 < size < math.inf else 1.0
+    random = torch.randn(B, I, D_in, generator=generator, dtype=torch.float64).to(x) * size
+    for name, few in (("the sample", x[:4]), ("random poses", random)):
+        if not few.numel():
+            continue
+        sample = plan.layouts["input"].arranged(few)
+        yield Situation(f"{name}, the model's weights", detached_copy(layer, dtype), sample, num_iterations)
+        for decisive in (True, False):
+            twin = detached_copy(layer, dtype)
+            T = num_iterations
+            if decisive and not isinstance(plan.recipe.iterations, int):
+                T = max(T, 2)  # it may be changed later: one iteration alone would not tell what a second one does
+                if plan.extra is None:
+                    set_path(twin, plan.recipe.iterations, T - plan.recipe.offset)
+            if _rescale(twin, plan, sample, T, decisive, generator):
+                what = "weights that make routing decide" if decisive else "weights that make capsules short"
+                yield Situation(f"{name}, {what}", twin, sample, T)
+
+
+@torch.no_grad()
+def _rescale(
+    twin: nn.Module, plan: Plan, poses: Tensor, num_iterations: int, decisive: bool, generator: torch.Generator
+) -> bool:
+    """Scale the weights until the coupling is decided, or until |s| is about :data:`SHORT`; whether that worked."""
+    weight = get_path(twin, plan.recipe.weight)
+    extra = [get_path(twin, path) for path in (plan.recipe.prior, plan.recipe.bias) if path is not None]
+    if decisive:
+        for parameter in extra:  # what is still at its initial value would hide a mistake
+            parameter += torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter)
+        axis = -1 if plan.recipe.softmax == "outputs" else 1
+        for _ in range(64):
+            c = plan.plain(twin, poses, max(num_iterations, 2)).coupling
+            most = math.log(c.shape[axis]) if c.shape[axis] > 1 else math.inf
+            entropy = torch.special.entr(c).sum(axis).mean().item()
+            if not math.isfinite(entropy):
+                return False
+            if entropy < DECISIVE * most:
+                return True
+            weight *= 1.5
+        return False
+    length = plan.plain(twin, poses, num_iterations).sums.norm(dim=-1).median().item()
+    if not 0 < length < math.inf:
+        return False
+    for parameter in [weight] + ([get_path(twin, plan.recipe.bias)] if plan.recipe.bias is not None else []):
+        parameter *= SHORT / length
+    return True
+
+
+def _compare(plan: Plan, old_call: Call, situations: list[Situation], dtype: torch.dtype) -> Verdict:
+    recipe = plan.recipe
+    dropped = bool(recipe.norm_eps) and not recipe.convention.effects
+    without = replace(recipe, norm_eps=0.0) if dropped else recipe
+    notes: list[str] = [] if dtype == torch.float64 else ["compared in float32, as the old layer cannot run in float64"]
+    usable, results, worst = [], [], {"output": 0.0, "gradient": 0.0}
+    for place in situations:
+        before = _held_tensors(place.layer)
+        old = _gradients(lambda x: old_call(place, x), place.layer, place.poses)  # noqa: B023
+        changed = []
+        for name, (value, version) in _held_tensors(place.layer).items():
+            earlier = before.get(name)
+            if earlier is None or earlier[0] is not value or earlier[1] != version:
+                changed.append(name)
+        if changed:
+            return Verdict(f"its forward also sets {', '.join(sorted(changed))}, which a converted layer would not")
+        shape = _shape_error(plan, old, place)
+        if shape:
+            return Verdict(shape)
+        finite = _finite_rows(plan, place, old)
+        if not finite.all():
+            count = f"{int((~finite).sum())} of {len(finite)} samples"
+            note = f"{place.name}: the old layer gives NaN or infinity for {count}, which are not compared"
+            notes += [note] if "model's" in place.name else []
+            if recipe.logits == "batch" or not finite.any():
+                continue
+            layout = plan.layouts["input"]
+            rows = layout.canonical(place.poses, plan.sizes(place.layer), "input")[finite]
+            place = replace(place, poses=layout.arranged(rows))
+            old = _gradients(lambda x: old_call(place, x), place.layer, place.poses)  # noqa: B023
+            if not all(t.isfinite().all() for t in old.values()):
+                continue
+        usable.append(place)
+        results.append(old)
+    decided = [place for place in usable if "decide" in place.name]
+    if not decided:
+        return Verdict(
+            "no weights were found for which the old layer is finite and its routing decides", notes=tuple(notes)
+        )
+    for place, old in zip(usable, results, strict=True):
+        new = _gradients(lambda x: _new(plan, place, x), place.layer, place.poses)  # noqa: B023
+        if not _close(old, _twin(recipe, place), _twin(recipe, place, dtype), dtype):
+            return Verdict(_diagnosis(recipe, usable, results, dtype), *_largest(old, new), tuple(notes))
+        exact = _twin(without, place) if dropped else _twin(recipe, place)
+        if not _close(new, exact, _twin(without, place, dtype), dtype):
+            return Verdict(f"fastcaps itself is wrong here ({place.name}): please report this", *_largest(old, new))
+        if "model's" in place.name:
+            output, gradient = _largest(old, new)
+            worst = {"output": max(worst["output"], output), "gradient": max(worst["gradient"], gradient)}
+    if dropped:
+        notes.append(f"the {recipe.norm_eps:g} that squash adds to the norm is left out")
+        if dtype == torch.float64 and not max(worst.values()) <= NORM_EPS_LIMIT:
+            reason = f"capsules are so short that the {recipe.norm_eps:g} which squash adds to the norm matters"
+            return Verdict(reason, worst["output"], worst["gradient"], tuple(notes))
+    return Verdict(None, worst["output"], worst["gradient"], tuple(notes))
+
+
+def _new(plan: Plan, place: Situation, x: Tensor) -> Any:
+    recipe = plan.recipe
+    given: dict[str, Any] = {plan.arguments[0]: x}
+    if plan.extra is not None:
+        given[plan.extra] = place.num_iterations - recipe.offset
+    return plan.call(place.layer, (), given)
+
+
+def _twin(recipe: Recipe, place: Situation, dtype: torch.dtype = torch.float64) -> Tensors:
+    """What the recipe says, step by step in plain PyTorch: by default in float64 on the same numbers."""
+    layer = detached_copy(place.layer, dtype)
+    plan = Plan.of(recipe, layer)
+
+    def call(x: Tensor) -> Any:
+        routed = plan.plain(layer, x, place.num_iterations)
+        out = plan.layouts["output"].arranged(routed.poses)
+        return (out, plan.layouts["coupling"].arranged(routed.coupling)) if "coupling" in plan.layouts else out
+
+    return _gradients(call, layer, place.poses.to(dtype))
+
+
+def _gradients(call: Callable[[Tensor], Any], layer: nn.Module, poses: Tensor) -> Tensors:
+    """Outputs and gradients of poses and parameters for one fixed incoming gradient."""
+    x = poses.clone().requires_grad_()
+    names, parameters = zip(*layer.named_parameters(), strict=True)
+    with torch.enable_grad():
+        out = call(x)
+    outputs = dict(zip(("output", "coupling"), out if isinstance(out, (tuple, list)) else (out,), strict=False))
+    generator = torch.Generator().manual_seed(1)
+    sent = {n: torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) for n, o in outputs.items()}
+    differentiable = [n for n, o in outputs.items() if o.requires_grad]
+    grads = torch.autograd.grad(
+        [outputs[n] for n in differentiable], [x, *parameters], [sent[n] for n in differentiable], allow_unused=True
+    )
+    named = zip(("poses", *names), grads, (x, *parameters), strict=True)
+    grads_by_name = {f"gradient of {n}": torch.zeros_like(p) if g is None else g for n, g, p in named}
+    return {n: o.detach() for n, o in outputs.items()} | grads_by_name
+
+
+def _held_tensors(layer: nn.Module) -> dict[str, tuple[Tensor, int]]:
+    """The tensors that a layer holds beside its parameters, and their versions: both tell what ``forward`` sets."""
+    found = {}
+    for prefix, module in layer.named_modules():
+        for name, value in {**vars(module), **module._buffers}.items():
+            if isinstance(value, Tensor):
+                found[".".join(filter(None, (prefix, name)))] = value, value._version
+    return found
+
+
+def _shape_error(plan: Plan, old: Tensors, place: Situation) -> str | None:
+    tensors = plan.tensors(place.layer, place.poses)
+    (B, I, _), (J, D_out) = tensors["poses"].shape, tensors["weight"].shape[1:3]
+    wanted = {"output": plan.layouts["output"].arranged(place.poses.new_empty(B, J, D_out)).shape}
+    if "coupling" in plan.layouts:
+        wanted["coupling"] = plan.layouts["coupling"].arranged(place.poses.new_empty(B, I, J)).shape
+    for name in ("output", "coupling"):
+        got = tuple(old[name].shape) if name in old else None
+        if got != (tuple(wanted[name]) if name in wanted else None):
+            return (
+                f"{name}: the old layer returns {got or 'none'}, the recipe's {tuple(wanted.get(name, ())) or 'none'} "
+                "(most likely the flag output)"
+            )
+    return None
+
+
+def _finite_rows(plan: Plan, place: Situation, old: Tensors) -> Tensor:
+    """``[B]`` bool: the samples whose output and whose gradient of the poses are finite."""
+    sizes = plan.sizes(place.layer)
+    grad = plan.layouts["input"].canonical(old["gradient of poses"], dict(sizes), "input")
+    out = plan.layouts["output"].canonical(old["output"], dict(sizes), "output")
+    return grad.isfinite().flatten(1).all(1) & out.isfinite().flatten(1).all(1)
+
+
+def _errors(value: Tensors, exact: Tensors) -> dict[str, float]:
+    if value.keys() != exact.keys() or any(value[n].shape != exact[n].shape for n in exact):
+        return dict.fromkeys(exact, math.inf)
+    return {n: relative_error(value[n], exact[n]) for n in exact}
+
+
+def _close(value: Tensors, exact: Tensors, reference: Tensors, dtype: torch.dtype) -> bool:
+    """Whether all errors are within their limits; ``reference`` is plain PyTorch in the same dtype."""
+    allowed = dict.fromkeys(exact, LIMIT)
+    if dtype != torch.float64:
+        own = _errors(reference, exact)
+        allowed = {n: error_budget(dtype, own[n], gradient=n.startswith("gradient")) for n in exact}
+    return all(error <= allowed[n] for n, error in _errors(value, exact).items())
+
+
+def _largest(old: Tensors, new: Tensors) -> tuple[float, float]:
+    errors = _errors(new, old)
+    gradient = {n: e for n, e in errors.items() if n.startswith("gradient")}
+    return max(e for n, e in errors.items() if n not in gradient), max(gradient.values())
+
+
+# ------------------------------------------------------------------------------------------- in which flag it lies
+
+
+def _variants(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
+    """The recipe with one flag changed, and how to say so."""
+    changes: list[tuple[str, Any]] = [
+        (name, choice) for name, choices in CHOICES.items() for choice in choices if choice != getattr(recipe, name)
+    ]
+    changes += [("detach", not recipe.detach)]
+    changes += [("leaky", value) for value in (True, False) if value is not recipe.leaky]
+    changes += [("offset", recipe.offset + step) for step in (-1, 1, -2, 2)]
+    changes += [(name, e) for name in ("eps", "norm_eps") for e in EPSILONS if e != getattr(recipe, name)]
+    changes += [("layout", swapped) for swapped in _swaps(recipe.layout, ("I", "J"), ("D_in", "D_out"), ("J", "D_out"))]
+    changes += [("input", swapped) for swapped in _swaps(recipe.input, ("I", "D_in"), ("B", "I"))]
+    if isinstance(recipe.output, str):
+        changes += [("output", swapped) for swapped in _swaps(recipe.output, ("J", "D_out"), ("B", "J"))]
+    if recipe.prior is not None:
+        changes += [("prior", None)] + [("prior_layout", s) for s in _swaps(recipe.prior_layout, ("I", "J"))]
+    if recipe.bias is not None:
+        changes += [("bias", None)] + [("bias_layout", s) for s in _swaps(recipe.bias_layout, ("J", "D_out"))]
+    for name, value in changes:
+        other = {"eps": "norm_eps", "norm_eps": "eps"}.get(name)
+        if other is not None and value and getattr(recipe, other):  # one or the other
+            yield f"{name}={value!r} and {other}=0", replace(recipe, **{name: value, other: 0.0})
+        else:
+            yield f"{name}={value!r} instead of {getattr(recipe, name)!r}", replace(recipe, **{name: value})
+
+
+def _swaps(layout: str, *pairs: tuple[str, str]) -> Iterator[str]:
+    """The layout with two axes exchanged."""
+    for a, b in pairs:
+        table = {a: b, b: a}
+        words = layout.replace("(", "( ").replace(")", " )").split()
+        swapped = " ".join(table.get(word, word) for word in words).replace("( ", "(").replace(" )", ")")
+        if swapped != layout:
+            yield swapped
+
+
+def _diagnosis(recipe: Recipe, situations: list[Situation], results: list[Tensors], dtype: torch.dtype) -> str:
+    """Which single change of the recipe explains the old layer."""
+    best, closest = "", math.inf
+    for text, variant in _variants(recipe):
+        worst = 0.0
+        for place, old in zip(situations, results, strict=True):
+            try:
+                T = place.num_iterations + variant.offset - recipe.offset
+                exact = _twin(variant, replace(place, num_iterations=T)) if T > 0 else {}
+                worst = max(worst, max(_errors(old, exact).values(), default=math.inf))
+            except (ValueError, RuntimeError, AttributeError, UnboundLocalError):
+                worst = math.inf
+            if not worst < closest:
+                break
+        if worst < closest:
+            best, closest = text, worst
+    limit = LIMIT if dtype == torch.float64 else 1e-4
+    if closest <= limit:
+        return f"it differs; most likely {best} (with that the difference is {closest:.0e})"
+    return f"it differs, and no single flag explains it; the closest is {best} (difference {closest:.0e})"
