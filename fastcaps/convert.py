@@ -45,8 +45,7 @@ def _old_class(layer: Any) -> type:
 
 
 def _unpickled(old: type) -> Any:
-    new = _converted_class(old)
-    return new.__new__(new)
+    return object.__new__(_converted_class(old))
 
 
 def _convert(layer: nn.Module, plan: Plan) -> None:

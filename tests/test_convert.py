@@ -662,4 +662,4 @@ def test_a_distributed_training_continues_across_the_swap(tmp_path):
         cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]
-    assert sorted(run.stdout.split()) == ["0", "1", "equal", "equal"]
+    assert run.stdout.count("equal") == 2, run.stdout
