@@ -84,6 +84,29 @@ def tune(sizes: list[int], dtype: str, iterations: int) -> int:
     return 0
 
 
+def convert(checkpoint: Path, recipe: str, out: Path, iterations: int, image_shape: list[int] | None, fix: bool) -> int:
+    """Convert a checkpoint of a public capsule network into a fastcaps.CapsNet."""
+    from fastcaps.checkpoints import convert_checkpoint, read_state_dict, what_fix_changes
+
+    try:
+        state = read_state_dict(checkpoint)
+        network = convert_checkpoint(state, recipe, num_iterations=iterations, image_shape=image_shape, fix=fix)
+        network.save(out)
+    except (OSError, ValueError) as error:
+        print(f"fastcaps convert: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        print(f"fastcaps convert needs {error.name}: pip install {error.name}", file=sys.stderr)
+        return 1
+    C, H, W = network.image_shape
+    print(f"{out}: {network.num_classes} classes, images of {C} x {H} x {W}, {network.capsules}")
+    for effect in getattr(network.capsules.routing, "effects", []):
+        print(f"kept as it was trained: {effect}; --fix routes as in the paper")
+    if fix and (changed := what_fix_changes(recipe)):
+        print(f"fixed, so measure the accuracy again: {'; '.join(changed)}")
+    return 0
+
+
 def _at_least(least: int):  # type: ignore[no-untyped-def]
     def parse(text: str) -> int:
         if int(text) < least:
@@ -109,11 +132,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tune_parser.add_argument("sizes", type=_at_least(1), nargs=5, metavar=("B", "I", "J", "D_in", "D_out"))
     tune_parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     tune_parser.add_argument("--iterations", type=_at_least(1), default=3, help="routing iterations (default: 3)")
+    convert_parser = commands.add_parser("convert", help="a checkpoint of a public capsule network as a CapsNet file")
+    convert_parser.add_argument("checkpoint", type=Path, help="a state dict: .safetensors, or what torch.save wrote")
+    convert_parser.add_argument("--recipe", required=True, help="whose network it is: xifengguo, gram-ai, ...")
+    convert_parser.add_argument("-o", "--out", type=Path, required=True, help="the .safetensors file to write")
+    convert_parser.add_argument(
+        "--iterations", type=_at_least(0), default=3, help="as its own constructor counts them (default: 3)"
+    )
+    convert_parser.add_argument("--image-shape", type=_at_least(1), nargs=3, metavar=("C", "H", "W"))
+    convert_parser.add_argument("--fix", action="store_true", help="route as in the paper where the network does not")
     parsed = parser.parse_args(arguments)
     if parsed.command == "info":
         return info()
     if parsed.command == "selftest":
         return selftest()
+    if parsed.command == "convert":
+        return convert(parsed.checkpoint, parsed.recipe, parsed.out, parsed.iterations, parsed.image_shape, parsed.fix)
     if parsed.command == "tune":
         return tune(parsed.sizes, parsed.dtype, parsed.iterations)
     return demo(parsed.out, parsed.epochs, parsed.rounds)

@@ -36,11 +36,11 @@ class ConvertedCapsules:
 
 
 @functools.cache
-def _converted_class(old: type) -> type:
+def _converted_class(old: Any) -> Any:
     return type(f"Fused{old.__name__}", (ConvertedCapsules, old), {"__module__": __name__})
 
 
-def _old_class(layer: Any) -> type:
+def _old_class(layer: Any) -> Any:
     return type(layer).__mro__[2]  # after the converted class itself and ConvertedCapsules
 
 
@@ -48,13 +48,14 @@ def _unpickled(old: type) -> Any:
     return object.__new__(_converted_class(old))
 
 
-def _convert(layer: nn.Module, plan: Plan) -> None:
+def _convert(layer: Any, plan: Plan) -> None:
     """In place, so that everything that holds the layer keeps it."""
     layer.__dict__["_fastcaps_plan"] = plan
-    layer.__class__ = _converted_class(type(layer))
+    old: Any = type(layer)
+    layer.__class__ = _converted_class(old)
 
 
-def _restore(layer: nn.Module) -> None:
+def _restore(layer: Any) -> None:
     layer.__class__ = _old_class(layer)
     del layer.__dict__["_fastcaps_plan"]
 

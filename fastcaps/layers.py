@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastcaps.functional import squash
+from fastcaps.functional import check_number, squash
 from fastcaps.layouts import Layout
 from fastcaps.routing import dynamic_routing
 from fastcaps.routing.dynamic import check_prior
@@ -49,9 +49,10 @@ class PrimaryCapsules(nn.Module):
         layout: which channels form a capsule. ``"capsule-major"``: channel ``type * dim + k`` is entry k of a pose;
             ``"dimension-major"``: channel ``k * types + type`` is; ``"flat"``: a pose is ``dim`` consecutive values of
             the flattened feature map, as many public repositories do by mistake: for their checkpoints only.
+        eps: as in :func:`fastcaps.squash`.
 
     Raises:
-        TypeError: a size is not an int.
+        TypeError: a size is not an int, or ``eps`` no number.
         ValueError: a size is below 1, or the layout is unknown.
 
     Example:
@@ -68,6 +69,7 @@ class PrimaryCapsules(nn.Module):
         stride: int = 1,
         padding: int = 0,
         layout: str = "capsule-major",
+        eps: float = 0.0,
     ) -> None:
         super().__init__()
         require_positive(in_channels=in_channels, types=types, dim=dim, kernel_size=kernel_size, stride=stride)
@@ -77,7 +79,8 @@ class PrimaryCapsules(nn.Module):
             raise ValueError(f"padding must not be negative, got {padding}")
         if layout not in PRIMARY_LAYOUTS:
             raise ValueError(f"layout must be one of {', '.join(map(repr, PRIMARY_LAYOUTS))}, got {layout!r}")
-        self.types, self.dim, self.layout = types, dim, layout
+        check_number("eps", eps)
+        self.types, self.dim, self.layout, self.eps = types, dim, layout, eps
         self.conv = nn.Conv2d(in_channels, types * dim, kernel_size, stride, padding)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -104,11 +107,12 @@ class PrimaryCapsules(nn.Module):
             x = x.unflatten(1, (self.dim, self.types)).movedim(1, -1).flatten(1, 3)
         else:
             x = x.flatten(1).unflatten(1, (-1, self.dim))
-        return squash(x)  # [B, types * H_out * W_out, dim]
+        return squash(x, eps=self.eps)  # [B, types * H_out * W_out, dim]
 
     def extra_repr(self) -> str:
         """What ``repr`` shows beside the convolution."""
-        return f"types={self.types}, dim={self.dim}, layout={self.layout!r}"
+        eps = f", eps={self.eps!r}" if self.eps else ""
+        return f"types={self.types}, dim={self.dim}, layout={self.layout!r}{eps}"
 
 
 class CapsuleLayer(nn.Module):

@@ -1,17 +1,25 @@
 """The capsule network of Sabour et al. (2017), for any image size, channel count and number of classes."""
 
+import dataclasses
 import itertools
+import json
 import math
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastcaps._version import __version__
+from fastcaps.conventions import Convention
 from fastcaps.functional import length
 from fastcaps.layers import CapsuleLayer, PrimaryCapsules, require_like, require_positive
 from fastcaps.losses import check_labels, margin_loss, one_hot, reconstruction_loss
+
+METADATA = "fastcaps"  # under this key a file says what it holds
 
 
 class CapsNetOutput(NamedTuple):
@@ -111,6 +119,8 @@ class CapsNet(nn.Module):
         types: primary capsule types.
         primary_dim: pose size of the primary capsules.
         primary_stride: stride of the second convolution, in pixels.
+        primary_layout: as ``layout`` in :class:`PrimaryCapsules`.
+        primary_eps: as ``eps`` there.
         capsule_dim: D_out, pose size of the class capsules.
         num_iterations: T.
         decoder: whether to reconstruct the image.
@@ -139,12 +149,16 @@ class CapsNet(nn.Module):
         types: int = 32,
         primary_dim: int = 8,
         primary_stride: int = 2,
+        primary_layout: str = "capsule-major",
+        primary_eps: float = 0.0,
         capsule_dim: int = 16,
         num_iterations: int = 3,
         decoder: bool = True,
         **layer_options: Any,
     ) -> None:
         super().__init__()
+        self.config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        self.config |= self.config.pop("layer_options")
         self.image_shape = C, H, W = _check_image_shape(image_shape)
         require_positive(num_classes=num_classes, stem_channels=stem_channels, kernel_size=kernel_size)
         require_positive(types=types, primary_dim=primary_dim, primary_stride=primary_stride, capsule_dim=capsule_dim)
@@ -156,7 +170,9 @@ class CapsNet(nn.Module):
             )
         self.num_classes = num_classes
         self.stem = nn.Conv2d(C, stem_channels, kernel_size)
-        self.primary = PrimaryCapsules(stem_channels, types, primary_dim, kernel_size, primary_stride)
+        self.primary = PrimaryCapsules(
+            stem_channels, types, primary_dim, kernel_size, primary_stride, layout=primary_layout, eps=primary_eps
+        )
         rows, columns = ((size - smallest) // primary_stride + 1 for size in (H, W))
         self.capsules = CapsuleLayer(
             types * rows * columns, primary_dim, num_classes, capsule_dim, num_iterations, **layer_options
@@ -259,6 +275,80 @@ class CapsNet(nn.Module):
         if self.decoder is None:
             raise ValueError("this network was made with decoder=False: it cannot reconstruct")
         return self.decoder(poses, labels)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write parameters and configuration to a safetensors file: whole or not at all, and readable without pickle.
+
+        Args:
+            path: the file, ``.safetensors`` by custom; one that is there is replaced.
+
+        Raises:
+            TypeError: the routing is a function of one's own, which a file cannot hold.
+            OSError: it cannot be written.
+
+        Example:
+            >>> import tempfile
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     CapsNet((1, 8, 8), 10, kernel_size=3).save(f"{folder}/model.safetensors")
+            ...     CapsNet.load(f"{folder}/model.safetensors").num_classes
+            10
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        config = {name: value for name, value in self.config.items() if name != "backend"}  # this machine's choice
+        routing = config.get("routing")
+        if isinstance(routing, Convention):
+            config["routing"] = dataclasses.asdict(routing)
+        elif routing is not None:
+            raise TypeError(f"routing={routing!r} cannot be saved: only what fastcaps knows can")
+        described = json.dumps({"model": "CapsNet", "version": __version__, "config": config})
+        partial = Path(f"{os.fspath(path)}.partial")
+        try:
+            save_file({k: v.contiguous() for k, v in self.state_dict().items()}, partial, {METADATA: described})
+            os.replace(partial, path)
+        except SafetensorError as error:
+            raise OSError(f"{os.fspath(path)!r} cannot be written: {error}") from error
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> "CapsNet":
+        """A network that :meth:`save` or ``fastcaps convert`` wrote.
+
+        Args:
+            path: the file.
+            device: where its parameters go.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is no safetensors file, or not one of a CapsNet.
+
+        Example:
+            >>> import tempfile
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     CapsNet((1, 8, 8), 10, kernel_size=3, detach=True).save(f"{folder}/model.safetensors")
+            ...     CapsNet.load(f"{folder}/model.safetensors").capsules.routing_options
+            {'detach': True}
+        """
+        from safetensors import SafetensorError, safe_open
+
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"there is no file {os.fspath(path)!r}")
+        try:
+            with safe_open(path, "pt", device=str(device)) as file:
+                described = json.loads((file.metadata() or {}).get(METADATA, "{}"))
+                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        except (SafetensorError, json.JSONDecodeError) as error:
+            raise ValueError(f"{os.fspath(path)!r} is not a whole safetensors file: {error}") from error
+        if not isinstance(described, dict) or described.get("model") != "CapsNet":
+            raise ValueError(f"{os.fspath(path)!r} does not say that it holds a fastcaps.CapsNet")
+        config = described["config"]
+        if "routing" in config:
+            config["routing"] = Convention(**config["routing"])
+        network = cls(**config).to(device, next(iter(state.values())).dtype)
+        network.load_state_dict(state)
+        return network
 
 
 def _check_image_shape(image_shape: Sequence[int]) -> tuple[int, int, int]:

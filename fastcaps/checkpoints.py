@@ -1,0 +1,236 @@
+"""Checkpoints of public capsule networks as fastcaps.CapsNet; nothing in them is ever executed."""
+
+import math
+import os
+import pickle
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastcaps.models import CapsNet
+from fastcaps.recipes import RECIPES, Recipe
+
+LARGEST_STRIDE = 8  # pixels
+
+
+@dataclass(frozen=True)
+class Network:
+    """Where a public network keeps what: prefixes of state-dict keys.
+
+    Attributes:
+        recipe: the name of its capsule layer's recipe.
+        stem: the first convolution.
+        primary: the second one; with ``{}`` in it several, which stand one after the other.
+        layout: of its channels, as in :class:`fastcaps.PrimaryCapsules`.
+        capsules: the capsule layer.
+        decoder: the three linear layers of the decoder.
+        eps: of the primary capsules' squash.
+        not_kept: what a CapsNet cannot reproduce, in words.
+    """
+
+    recipe: str
+    stem: str
+    primary: str
+    layout: str
+    capsules: str
+    decoder: tuple[str, str, str] = ("decoder.0", "decoder.2", "decoder.4")
+    eps: float = 0.0
+    not_kept: str | None = None
+
+
+NETWORKS = {
+    network.recipe: network
+    for network in (
+        Network("capsule", "conv1", "primary", "capsule-major", "digits", eps=1e-8),
+        Network("xifengguo", "conv1", "primarycaps.conv2d", "flat", "digitcaps"),
+        Network("gram-ai", "conv1", "primary_capsules.capsules.{}", "dimension-major", "digit_capsules"),
+        Network(
+            "adambielski", "conv1", "primaryCaps.conv", "capsule-major", "digitCaps",
+            decoder=("reconstruction_net.fc1", "reconstruction_net.fc2", "reconstruction_net.fc3"),
+        ),
+        Network(
+            "higgsfield", "conv_layer.conv", "primary_capsules.capsules.{}", "flat", "digit_capsules",
+            decoder=tuple(f"decoder.reconstraction_layers.{n}" for n in (0, 2, 4)),  # type: ignore[arg-type]
+        ),
+        Network(
+            "cedrickchee", "conv1.conv0", "primary.conv_units.{}", "dimension-major", "digits",
+            decoder=("decoder.fc1", "decoder.fc2", "decoder.fc3"),
+            not_kept="its primary capsules are squashed over the capsules instead of over each pose",
+        ),
+        Network("danielhavir", "conv1", "primary.conv", "flat", "digits"),
+    )
+}  # fmt: skip
+
+
+def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint: a safetensors file, or a torch file read with ``weights_only=True``.
+
+    Args:
+        path: the file. A state dict may lie in it under ``state_dict``, ``model_state_dict``, ``model`` or ``net``.
+
+    Returns:
+        The state dict, on the CPU, without the prefixes that data-parallel and compiled wrappers add.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds something other than a state dict, or could only be read by executing what it says.
+    """
+    name = os.fspath(path)
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {name!r}")
+    try:
+        if name.endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            state: Any = load_file(name)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"(?:Unsupported|unsupported GLOBAL) [^\n]*", str(error))  # torch adds advice against safety
+        raise ValueError(
+            f"{name!r} holds more than tensors, and reading it could execute what it says: refused"
+            f"{f' ({found[0]})' if found else ''}. If you trust it, load it where it was written and save "
+            "model.state_dict()"
+        ) from error
+    except Exception as error:  # truncated, or no checkpoint at all: many libraries have their own errors
+        raise ValueError(f"{name!r} cannot be read as a checkpoint: {type(error).__name__}: {error}") from error
+    for key in ("state_dict", "model_state_dict", "model", "net"):
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+    if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(f"{name!r} holds no state dict (names with tensors) but {type(state).__name__}")
+    cleaned = {}
+    for key, value in state.items():
+        for prefix in ("module.", "_orig_mod."):
+            key = str(key).removeprefix(prefix)
+        cleaned[key] = value
+    return cleaned
+
+
+def convert_checkpoint(
+    state: Mapping[str, Tensor],
+    recipe: str,
+    *,
+    num_iterations: int = 3,
+    image_shape: Sequence[int] | None = None,
+    fix: bool = False,
+) -> CapsNet:
+    """A :class:`fastcaps.CapsNet` that computes what a public network does, from its state dict.
+
+    Args:
+        state: the state dict, as :func:`read_state_dict` gives it.
+        recipe: whose network it is, a key of ``NETWORKS``.
+        num_iterations: as the network's own constructor counts them: it does not stand in a checkpoint.
+        image_shape: ``(C, H, W)``; None: square images, of the size that the decoder draws.
+        fix: whether wrong routing becomes the paper's, and what cannot be kept is changed. The accuracy must then be
+            measured again.
+
+    Returns:
+        The network. What it does otherwise than the paper, it does too (see ``repr`` of its ``capsules``).
+
+    Raises:
+        ValueError: the recipe is unknown, keys are missing or left over, sizes do not fit, or what the network does
+            cannot be reproduced and ``fix`` is False.
+    """
+    if recipe not in NETWORKS:
+        raise ValueError(f"recipe must be one of {', '.join(map(repr, NETWORKS))}, got {recipe!r}")
+    network, layer = NETWORKS[recipe], next(r for r in RECIPES if r.name == recipe)
+    if network.not_kept and not fix:
+        raise ValueError(f"a CapsNet cannot reproduce {recipe!r}: {network.not_kept}; fix=True (--fix) changes that")
+    # adambielski's network may stand alone, or in one that reconstructs as well
+    parts = _parts({key.removeprefix("capsnet."): value for key, value in state.items()}, network, layer)
+    # Where J and D_out share an axis, the prior tells J.
+    sizes = {} if layer.out_capsules is None else {"J": parts["capsules.prior"].shape[-1]}
+    weight = layer.layouts()["weight"].canonical(parts["capsules.weight"], sizes)
+    parts["capsules.weight"] = weight
+    options: dict[str, Any] = {"detach": layer.detach} if layer.detach else {}
+    options |= {"eps": layer.eps} if layer.eps else {}
+    if layer.convention.effects and not fix:
+        options["routing"] = layer.convention
+    converted = CapsNet(
+        **_sizes(parts, network, weight.shape, image_shape),
+        num_iterations=num_iterations + layer.offset,
+        learn_prior=layer.prior is not None,
+        primary_layout=network.layout,
+        primary_eps=network.eps,
+        decoder="decoder.layers.0.weight" in parts,
+        **options,
+    ).to(weight.dtype)
+    wrong = [
+        f"{name} is {list(parts[name].shape)}, not {list(own.shape)}"
+        for name, own in converted.state_dict().items()
+        if parts[name].shape != own.shape
+    ]
+    if wrong:
+        raise ValueError(f"the checkpoint is not of the network that {recipe!r} stands for: {'; '.join(wrong)}")
+    converted.load_state_dict(parts)
+    return converted
+
+
+def what_fix_changes(recipe: str) -> list[str]:
+    """What a network does that is not the paper's, in words."""
+    layer = next(r for r in RECIPES if r.name == recipe)
+    not_kept = NETWORKS[recipe].not_kept
+    return [*layer.convention.effects, *([not_kept] if not_kept else [])]
+
+
+def _parts(state: Mapping[str, Tensor], network: Network, layer: Recipe) -> dict[str, Tensor]:
+    """The checkpoint's tensors by the names of a CapsNet."""
+    prefix = re.escape(network.primary).replace(re.escape("{}"), r"(\d+)")
+    found = [key for key in state if re.fullmatch(prefix + r"\.weight", key)]
+    parts = {"stem": [network.stem], "primary.conv": [network.primary.format(n) for n in range(max(1, len(found)))]}
+    if any(key.startswith(tuple(f"{name}." for name in network.decoder)) for key in state):
+        parts |= {f"decoder.layers.{2 * n}": [name] for n, name in enumerate(network.decoder)}
+    named = {
+        f"{own}.{kind}": [f"{n}.{kind}" for n in names] for own, names in parts.items() for kind in ("weight", "bias")
+    }
+    named["capsules.weight"] = [f"{network.capsules}.{layer.weight}"]
+    if layer.prior is not None:
+        named["capsules.prior"] = [f"{network.capsules}.{layer.prior}"]
+    wanted = [key for keys in named.values() for key in keys]
+    missing, unexpected = [key for key in wanted if key not in state], [key for key in state if key not in wanted]
+    if missing or unexpected:
+        raise ValueError(
+            f"the checkpoint is not of the network that {network.recipe!r} stands for; "
+            f"missing: {', '.join(missing) or 'none'}; unexpected: {', '.join(unexpected) or 'none'}"
+        )
+    ranks = {"stem.weight": 4, "primary.conv.weight": 4, "capsules.weight": len(layer.layouts()["weight"].groups)}
+    for own, rank in ranks.items():
+        for key in named[own]:
+            if state[key].dim() != rank:
+                raise ValueError(f"{key} must have {rank} axes, got {list(state[key].shape)}")
+    return {own: torch.cat([state[key] for key in keys]) for own, keys in named.items()}
+
+
+def _sizes(
+    parts: Mapping[str, Tensor], network: Network, weight: Sequence[int], image_shape: Sequence[int] | None
+) -> dict[str, Any]:
+    """The sizes of the CapsNet; the stride follows from the number of capsules."""
+    (S, C, kernel_size, _), channels = parts["stem.weight"].shape, parts["primary.conv.weight"].shape[0]
+    I, J, D_out, D_in = weight
+    if image_shape is None:
+        if "decoder.layers.4.weight" not in parts:
+            raise ValueError("without a decoder the checkpoint does not tell the size of the images: give image_shape")
+        pixels = parts["decoder.layers.4.weight"].shape[0] // C
+        image_shape = (C, math.isqrt(pixels), math.isqrt(pixels))
+    types, left = channels // D_in, [size - (2 * kernel_size - 1) for size in image_shape[1:]]
+    strides = [n for n in range(1, LARGEST_STRIDE + 1) if types * math.prod(size // n + 1 for size in left) == I]
+    if not strides or min(left) < 0:
+        raise ValueError(
+            f"no stride makes {I} capsules of images {tuple(image_shape)}, kernels of {kernel_size} and {types} types"
+        )
+    return {
+        "image_shape": tuple(image_shape),
+        "num_classes": J,
+        "stem_channels": S,
+        "kernel_size": kernel_size,
+        "types": types,
+        "primary_dim": D_in,
+        "primary_stride": 2 if 2 in strides else strides[0],  # 2 in all of these networks; small ones leave a choice
+        "capsule_dim": D_out,
+    }

@@ -1,0 +1,229 @@
+"""Whole checkpoints of public networks, safe files, and what a checkpoint must not be able to do."""
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from peers import adambielski, cedrickchee, danielhavir, gram_ai, higgsfield, seed, xifengguo
+from safetensors.torch import save_file
+
+from fastcaps import CapsNet, cli
+from fastcaps.checkpoints import NETWORKS, convert_checkpoint, read_state_dict
+from fastcaps.conventions import Convention
+
+SMALL = {"size": 12, "kernel": 3, "stem": 5, "types": 3, "dim": 4, "classes": 7, "out_dim": 6}
+PEERS = {
+    "capsule": lambda **sizes: seed.Network(**sizes),
+    "xifengguo": lambda **sizes: xifengguo.Network(**sizes),
+    "gram-ai": lambda **sizes: gram_ai.Network(**sizes),
+    "adambielski": lambda **sizes: adambielski.Network(**sizes),
+    "higgsfield": lambda **sizes: higgsfield.Network(**sizes),
+    "jindongwang": lambda **sizes: higgsfield.Network(**sizes, jindongwang=True),
+    "danielhavir": lambda **sizes: danielhavir.Network(**sizes),
+}
+
+
+def run(*arguments) -> int:
+    return cli.main(["convert", *map(str, arguments)])
+
+
+@pytest.mark.parametrize("wrapper", ["state", "module", "compiled", "nested", "safetensors"])
+@pytest.mark.parametrize("name", PEERS)
+def test_a_checkpoint_becomes_a_network_that_computes_the_same(name, wrapper, tmp_path, capsys):
+    network = PEERS[name](**SMALL).double()
+    for parameter in network.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    state = network.state_dict()
+    file = tmp_path / ("model.safetensors" if wrapper == "safetensors" else "model.pt")
+    if wrapper == "safetensors":
+        save_file(state, file)
+    else:
+        prefix = {"module": "module.", "compiled": "_orig_mod."}.get(wrapper, "")
+        state = {prefix + key: value for key, value in state.items()}
+        torch.save({"epoch": 3, "state_dict": state} if wrapper == "nested" else state, file)
+    recipe = "higgsfield" if name == "jindongwang" else name
+    assert run(file, "--recipe", recipe, "-o", tmp_path / "out.safetensors") == 0
+    out = capsys.readouterr().out
+    assert "7 classes, images of 1 x 12 x 12" in out
+    assert ("kept as it was trained" in out) == (recipe in ("gram-ai", "higgsfield"))
+    ours, images = CapsNet.load(tmp_path / "out.safetensors"), torch.rand(4, 1, 12, 12).double()
+    torch.set_default_dtype(torch.float64)  # some networks make their logits by torch.zeros
+    try:
+        poses, reconstruction = network(images)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    result = ours(images)
+    # xifengguo and danielhavir add 1e-8 to the norm, which is left out.
+    tolerance = 1e-5 if recipe in ("xifengguo", "danielhavir") else 1e-9
+    assert torch.linalg.vector_norm(result.poses - poses) <= tolerance * torch.linalg.vector_norm(poses)
+    torch.testing.assert_close(result.reconstruction.flatten(1), reconstruction, rtol=1e-5, atol=1e-7)
+
+
+def test_the_paper_s_sizes_and_iterations(tmp_path):
+    network = adambielski.Network().capsnet  # alone, without the network that reconstructs
+    network.digitCaps.routing_module.n_iterations = 1
+    with pytest.raises(ValueError, match="give image_shape"):
+        convert_checkpoint(network.state_dict(), "adambielski")
+    ours = convert_checkpoint(network.state_dict(), "adambielski", num_iterations=1, image_shape=(1, 28, 28))
+    assert ours.capsules.num_iterations == 2
+    assert ours.decoder is None
+    assert ours.config["primary_stride"] == 2
+    assert ours.capsules.weight.shape == (1152, 10, 16, 8)
+
+
+def test_fix_routes_as_in_the_paper(tmp_path, capsys):
+    torch.save(gram_ai.Network(**SMALL).state_dict(), tmp_path / "model.pt")
+    assert run(tmp_path / "model.pt", "--recipe", "gram-ai", "--fix", "-o", tmp_path / "out.safetensors") == 0
+    assert "measure the accuracy again: the softmax runs over the input capsules" in capsys.readouterr().out
+    ours = CapsNet.load(tmp_path / "out.safetensors")
+    assert not isinstance(ours.capsules.routing, Convention)
+    torch.save(cedrickchee.Network(**SMALL).state_dict(), tmp_path / "model.pt")
+    assert run(tmp_path / "model.pt", "--recipe", "cedrickchee", "-o", tmp_path / "no.safetensors") == 1
+    assert "squashed over the capsules instead of over each pose; fix=True (--fix)" in capsys.readouterr().err
+    assert not (tmp_path / "no.safetensors").exists()
+    assert run(tmp_path / "model.pt", "--recipe", "cedrickchee", "--fix", "-o", tmp_path / "out.safetensors") == 0
+    assert "averaged over the batch" in capsys.readouterr().out
+    assert CapsNet.load(tmp_path / "out.safetensors").primary.layout == "dimension-major"
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+
+
+class Hostile:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("protocol", ["torch", "legacy", "pickle"])
+def test_a_hostile_checkpoint_is_refused_unexecuted(protocol, tmp_path, capsys):
+    file, made = tmp_path / "model.pt", tmp_path / "made"
+    content = {"conv1.weight": torch.ones(1), "more": Hostile(str(made))}
+    if protocol == "pickle":
+        file.write_bytes(pickle.dumps(content, protocol=2))
+    else:
+        torch.save(content, file, _use_new_zipfile_serialization=protocol == "torch")
+    assert run(file, "--recipe", "xifengguo", "-o", tmp_path / "out.safetensors") == 1
+    error = capsys.readouterr().err
+    assert "refused" in error
+    assert "posix.mkdir" in error or protocol == "pickle"  # there the tensor is refused first
+    assert "weights_only" not in error
+    assert not made.exists()
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_missing_and_unexpected_keys_are_all_named():
+    state = xifengguo.Network(**SMALL).state_dict()
+    del state["conv1.bias"], state["digitcaps.weight"]
+    state |= {"extra.weight": torch.ones(1), "another": torch.ones(1)}
+    with pytest.raises(ValueError, match=r"missing: conv1.bias, digitcaps.weight; unexpected: extra.weight, another"):
+        convert_checkpoint(state, "xifengguo")
+
+
+def test_sizes_that_do_not_fit_are_named():
+    state = xifengguo.Network(**SMALL).state_dict()
+    with pytest.raises(ValueError, match="no stride makes 48 capsules"):
+        convert_checkpoint(state, "xifengguo", image_shape=(1, 40, 40))
+    wrong = {**state, "decoder.0.weight": torch.ones(512, 6)}
+    with pytest.raises(ValueError, match=r"decoder.layers.0.weight is \[512, 6\], not \[512, 42\]"):
+        convert_checkpoint(wrong, "xifengguo")
+    wrong = {**state, "digitcaps.weight": torch.ones(7, 48)}
+    with pytest.raises(ValueError, match=r"digitcaps.weight must have 4 axes, got \[7, 48\]"):
+        convert_checkpoint(wrong, "xifengguo")
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (torch.ones(3), "holds no state dict .* but Tensor"),
+        ([torch.ones(3)], "holds no state dict .* but list"),
+        ({"epoch": 3}, "holds no state dict .* but dict"),
+        ({}, "holds no state dict"),
+        (b"not a checkpoint", "refused"),
+        (b"", "cannot be read as a checkpoint"),
+    ],
+    ids=["tensor", "list", "numbers", "empty", "text", "nothing"],
+)
+def test_what_is_no_state_dict(content, match, tmp_path):
+    file = tmp_path / "model.pt"
+    file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
+    with pytest.raises(ValueError, match=match):
+        read_state_dict(file)
+
+
+def test_truncated_files(tmp_path):
+    torch.save(xifengguo.Network(**SMALL).state_dict(), tmp_path / "a.pt")
+    save_file(xifengguo.Network(**SMALL).state_dict(), tmp_path / "a.safetensors")
+    for name in ("a.pt", "a.safetensors"):
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-100])
+        with pytest.raises(ValueError, match="cannot be read as a checkpoint"):
+            read_state_dict(tmp_path / name)
+
+
+def test_other_errors_of_the_command(tmp_path, capsys):
+    out = tmp_path / "out.safetensors"
+    assert run(tmp_path / "missing.pt", "--recipe", "xifengguo", "-o", out) == 1
+    assert "there is no file" in capsys.readouterr().err
+    torch.save(xifengguo.Network(**SMALL).state_dict(), tmp_path / "a.pt")
+    assert run(tmp_path / "a.pt", "--recipe", "somebody", "-o", out) == 1
+    assert all(repr(name) in capsys.readouterr().err for name in ["xifengguo"])
+    assert run(tmp_path / "a.pt", "--recipe", "xifengguo", "-o", tmp_path / "no" / "folder.safetensors") == 1
+    assert "fastcaps convert: " in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [tmp_path / "a.pt"]
+    assert set(NETWORKS) <= {*PEERS, "cedrickchee"}
+
+
+# ---------------------------------------------------------------------------------------------------------- our files
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"decoder": False, "share_weight": "inputs", "bias": True, "leaky": True},
+        {"learn_prior": True, "eps": 1e-8, "primary_eps": 1e-8, "primary_layout": "flat", "backend": "reference"},
+        {"routing": Convention(softmax="inputs"), "num_iterations": 2},
+    ],
+    ids=lambda options: " ".join(options) or "defaults",
+)
+def test_a_network_comes_back_from_its_file(options, tmp_path):
+    network = CapsNet((2, 9, 8), 3, stem_channels=4, kernel_size=3, types=2, **options).bfloat16()
+    network.save(tmp_path / "a.safetensors")
+    again = CapsNet.load(tmp_path / "a.safetensors")
+    images = torch.rand(2, 2, 9, 8, dtype=torch.bfloat16)
+    assert all(torch.equal(a, b) for a, b in zip(network(images)[:2], again(images)[:2], strict=True))
+    assert repr(again).replace(", backend='reference'", "") == repr(network).replace(", backend='reference'", "")
+    assert list(tmp_path.iterdir()) == [tmp_path / "a.safetensors"]
+
+
+def test_files_that_are_not_ours(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        CapsNet.load(tmp_path / "a.safetensors")
+    save_file({"a": torch.ones(1)}, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=r"does not say that it holds a fastcaps.CapsNet"):
+        CapsNet.load(tmp_path / "a.safetensors")
+    (tmp_path / "a.safetensors").write_bytes(b"12345")
+    with pytest.raises(ValueError, match="is not a whole safetensors file"):
+        CapsNet.load(tmp_path / "a.safetensors")
+    with pytest.raises(TypeError, match="cannot be saved"):
+        CapsNet((1, 9, 9), 3, kernel_size=3, routing=lambda *a, **k: None).save(tmp_path / "b.safetensors")
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    network = CapsNet((1, 9, 9), 3, stem_channels=4, kernel_size=3, types=2)
+    network.save(tmp_path / "a.safetensors")
+    before = (tmp_path / "a.safetensors").read_bytes()
+
+    def fail(*args):
+        Path(args[1]).write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
+    with pytest.raises(OSError, match="No space left"):
+        network.save(tmp_path / "a.safetensors")
+    assert (tmp_path / "a.safetensors").read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 1
