@@ -107,6 +107,28 @@ def convert(checkpoint: Path, recipe: str, out: Path, iterations: int, image_sha
     return 0
 
 
+def doctor(target: str, image_shape: list[int] | None) -> int:
+    """Look for the known mistakes in a capsule model or a checkpoint; 1 where something is wrong."""
+    from fastcaps.doctor import FINE, WRONG, examine, examine_checkpoint, load_target, random_sample
+
+    try:
+        if ":" in Path(target).name:
+            arguments = load_target(target)
+            if "sample" not in arguments:
+                arguments["sample"] = random_sample(arguments["model"], image_shape)
+            what, findings = target, examine(**arguments)
+        else:
+            what, findings = examine_checkpoint(Path(target), image_shape)
+    except (OSError, ValueError) as error:
+        print(f"fastcaps doctor: {error}", file=sys.stderr)
+        return 2
+    wrong = [finding for finding in findings if finding.verdict == WRONG]
+    print(f"{what}: {len(wrong)} of {len(findings)} checks found something wrong")
+    for finding in sorted(findings, key=lambda finding: finding.verdict == FINE):
+        print(finding)
+    return 1 if wrong else 0
+
+
 def _at_least(least: int):  # type: ignore[no-untyped-def]
     def parse(text: str) -> int:
         if int(text) < least:
@@ -141,11 +163,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     convert_parser.add_argument("--image-shape", type=_at_least(1), nargs=3, metavar=("C", "H", "W"))
     convert_parser.add_argument("--fix", action="store_true", help="route as in the paper where the network does not")
+    doctor_parser = commands.add_parser("doctor", help="known mistakes of capsule networks, looked for in yours")
+    doctor_parser.add_argument("target", help="FILE.py:FUNCTION that builds the model, or a checkpoint")
+    doctor_parser.add_argument("--image-shape", type=_at_least(1), nargs=3, metavar=("C", "H", "W"))
     parsed = parser.parse_args(arguments)
     if parsed.command == "info":
         return info()
     if parsed.command == "selftest":
         return selftest()
+    if parsed.command == "doctor":
+        return doctor(parsed.target, parsed.image_shape)
     if parsed.command == "convert":
         return convert(parsed.checkpoint, parsed.recipe, parsed.out, parsed.iterations, parsed.image_shape, parsed.fix)
     if parsed.command == "tune":

@@ -26,9 +26,11 @@ class ConvertedCapsules:
     pickled where its old class can.
     """
 
+    _fastcaps_plan: Plan
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the old layer's ``forward`` takes and returns."""
-        return self._fastcaps_plan.call(self, args, kwargs)  # type: ignore[attr-defined]
+        return self._fastcaps_plan.call(self, args, kwargs)  # type: ignore[arg-type]
 
     def __reduce__(self) -> tuple[Any, ...]:
         state = {name: value for name, value in vars(self).items() if name != "_compiled_call_impl"}

@@ -1,0 +1,312 @@
+"""The doctor: published networks have exactly the mistakes that are known of them; planted ones are found, alone."""
+
+import sys
+
+import pytest
+import torch
+from peers import adambielski, cedrickchee, danielhavir, gram_ai, higgsfield, readable_capsnet, seed, xifengguo
+from torch import nn
+
+import fastcaps
+from fastcaps import cli
+from fastcaps.checkpoints import convert_checkpoint
+from fastcaps.convert import replace_capsules
+from fastcaps.doctor import FINE, SUSPICIOUS, UNKNOWN, WRONG, examine, random_sample
+from fastcaps.losses import margin_loss
+
+SMALL = {"size": 12, "kernel": 3, "stem": 5, "types": 3, "dim": 4, "classes": 10, "out_dim": 6}
+SHAPE = (1, 12, 12)
+SCRAMBLED, ZERO, BATCH = "capsules keep their place", "zero capsules", "samples are independent"
+SOFTMAX, ITERATIONS, SQUASH = "softmax over the output capsules", "number of iterations", "squash over a pose"
+INPUTS, TRAINS, LOSS = "squash of the input poses", "it trains from here", "margin loss"
+
+KNOWN = {
+    "capsule": (seed, set()),
+    "xifengguo": (xifengguo, {SCRAMBLED}),
+    "gram-ai": (gram_ai, {SOFTMAX, ZERO}),
+    "adambielski": (adambielski, {ITERATIONS, ZERO}),
+    "higgsfield": (higgsfield, {BATCH, SOFTMAX, SQUASH, SCRAMBLED, ZERO}),
+    "cedrickchee": (cedrickchee, {BATCH, INPUTS, ZERO}),
+    "danielhavir": (danielhavir, {SCRAMBLED, ZERO}),
+}
+
+
+def wrong(findings):
+    return {finding.check for finding in findings if finding.verdict == WRONG}
+
+
+def look(model, shape=SHAPE, **losses):
+    return examine(model, random_sample(model, shape), **losses)
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_published_networks_have_the_mistakes_that_are_known_of_them(name):
+    module, mistakes = KNOWN[name]
+    model = module.Network(**SMALL)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    findings = look(model)
+    assert wrong(findings) == mistakes, "\n".join(map(str, findings))
+    assert all(finding.fix for finding in findings if finding.verdict == WRONG)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    assert model.training
+
+
+def test_evidence_is_in_numbers():
+    findings = {finding.check: finding for finding in look(higgsfield.Network(**SMALL))}
+    assert "sums to 1 over the 48 input capsules; over the 10 output capsules it sums to 0.21" in str(findings[SOFTMAX])
+    assert "one capsule is made from 4 places of the 4 x 4 feature map" in str(findings[SCRAMBLED])
+    assert "axis of size 1 (output (7, 10, 6, 1))" in str(findings[SQUASH])
+    assert findings[BATCH].where == "digit_capsules"
+    assert "average the agreement" in findings[BATCH].fix
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: fastcaps.CapsNet(SHAPE, 10, kernel_size=3, stem_channels=5, types=3),
+        lambda: fastcaps.CapsNet(SHAPE, 10, kernel_size=3, stem_channels=5, types=3, primary_layout="dimension-major"),
+        lambda: fastcaps.CapsNet(SHAPE, 10, kernel_size=3, stem_channels=5, types=3, decoder=False, detach=True),
+    ],
+)
+def test_our_own_network_is_fine(model):
+    findings = look(model())
+    assert {finding.verdict for finding in findings} == {FINE}, "\n".join(map(str, findings))
+
+
+def test_our_own_flat_layout_is_named():
+    model = fastcaps.CapsNet(SHAPE, 10, kernel_size=3, stem_channels=5, types=3, primary_layout="flat")
+    assert wrong(look(model)) == {SCRAMBLED}
+
+
+def test_a_converted_layer_is_fine_and_a_reproduced_mistake_still_found():
+    model = adambielski.Network(**SMALL)
+    replace_capsules(model, random_sample(model, SHAPE), measure=False)
+    assert wrong(look(model)) == {ZERO}  # of the primary capsules
+    model = gram_ai.Network(**SMALL)
+    with pytest.warns(UserWarning, match="input capsules"):
+        replace_capsules(model, random_sample(model, SHAPE), measure=False)
+    assert SOFTMAX in wrong(look(model))
+
+
+# ----------------------------------------------------------------------------------------------------- planted mistakes
+
+
+class Planted(seed.Capsule):
+    """The seed form with one mistake."""
+
+    mistake = "none"
+
+    def forward(self, x):
+        u = torch.einsum("ijod,bid->bijo", self.weights[0], x)
+        b = u.new_zeros(u.shape[:3])
+        for _ in range(self.num_routing - (self.mistake == "iterations")):
+            c = b.softmax(1 if self.mistake == "softmax" else 2)
+            s = torch.einsum("bij,bijo->bjo", c, u)
+            n2 = (s * s).sum(1 if self.mistake == "squash" else -1, keepdim=True)
+            v = s * n2 / (1 + n2) / (n2 + (0 if self.mistake == "zero" else 1e-8)).sqrt()
+            a = torch.einsum("bijo,bjo->bij", u, v)
+            b = b + (a.mean(0, keepdim=True) if self.mistake == "batch" else a)
+        return v
+
+
+PLANTED = {
+    "none": set(),
+    "iterations": {ITERATIONS},
+    "softmax": {SOFTMAX},
+    "squash": {SQUASH},
+    "zero": {ZERO},
+    "batch": {BATCH},
+}
+
+
+@pytest.mark.parametrize("mistake", PLANTED)
+def test_a_planted_mistake_is_found_alone(mistake):
+    model = seed.Network(**SMALL)
+    model.digits.__class__ = type("Planted", (Planted,), {"mistake": mistake})
+    if mistake == "softmax":
+        model.digits.weights.data *= 10  # the shares are small
+    findings = look(model)
+    assert wrong(findings) == PLANTED[mistake], "\n".join(map(str, findings))
+
+
+@pytest.mark.parametrize(("deviation", "verdict"), [(0.01, FINE), (0.0, WRONG), (300.0, WRONG)])
+def test_an_initialisation_that_does_not_train(deviation, verdict):
+    model = seed.Network(**SMALL)
+    nn.init.normal_(model.digits.weights, std=deviation)
+    finding = next(finding for finding in look(model) if finding.check == TRAINS)
+    assert finding.verdict == verdict, str(finding)
+    assert "40 steps of Adam on the sample take the margin loss from" in finding.evidence
+
+
+def test_one_iteration_and_no_squash_are_suspicious():
+    model = seed.Network(**SMALL)
+    model.digits.num_routing = 1
+    assert {f.check for f in look(model) if f.verdict == SUSPICIOUS} == {ITERATIONS}
+
+    class Unsquashed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(1, 12, 5)
+            self.capsules = readable_capsnet.CapsuleLayerWithRouting(192, 4, 10, 6)
+
+        def forward(self, images):
+            x = self.conv(images).unflatten(1, (3, 4)).movedim(2, -1).flatten(1, 3)
+            return self.capsules(x)
+
+    findings = look(Unsquashed())
+    assert {f.check for f in findings if f.verdict == SUSPICIOUS} == {INPUTS}
+    assert wrong(findings) == {ZERO}
+
+
+def test_scores_that_were_softmaxed():
+    class Scores(seed.Network):
+        def forward(self, images):
+            return super().forward(images)[0].norm(dim=2).softmax(1)
+
+    findings = look(Scores(**SMALL))
+    assert "sum to 1, as after a softmax" in "\n".join(str(f) for f in findings if f.verdict == SUSPICIOUS)
+    assert SOFTMAX not in wrong(findings)  # the softmax of the scores is not the coupling
+
+
+def test_batch_normalisation_in_the_loop_is_not_blamed_on_the_capsules():
+    class Normalised(seed.Network):
+        def forward(self, images):
+            return super().forward(images - images.mean(0, keepdim=True))
+
+    finding = next(f for f in look(Normalised(**SMALL)) if f.check == BATCH)
+    assert finding.verdict == WRONG
+    assert finding.where == ""
+
+
+def test_a_model_that_does_not_route():
+    findings = look(nn.Sequential(nn.Flatten(), nn.Linear(144, 10)))
+    assert any("nothing routes here" in finding.evidence for finding in findings)
+    assert wrong(findings) == set()
+
+
+# --------------------------------------------------------------------------------------------------------------- losses
+
+
+def unsquared(lengths, labels):
+    target = nn.functional.one_hot(labels, lengths.shape[1])
+    return (target * (0.9 - lengths).relu() + 0.5 * (1 - target) * (lengths - 0.1).relu()).sum(1).mean()
+
+
+def one_hot_margin(lengths, target):
+    if target.dim() != 2:
+        raise TypeError("one-hot labels, please")
+    return (target * (0.9 - lengths).relu() ** 2 + 0.5 * (1 - target) * (lengths - 0.1).relu() ** 2).sum(1).mean()
+
+
+MARGINS = {
+    "the paper's": (margin_loss, FINE, "it is the paper's"),
+    "one-hot": (one_hot_margin, FINE, "it is the paper's"),
+    "mean over classes": (lambda v, y: margin_loss(v, y) / v.shape[1], WRONG, "averaged over the classes"),
+    "sum over samples": (lambda v, y: margin_loss(v, y) * len(v), WRONG, "summed over the samples"),
+    "both": (lambda v, y: margin_loss(v, y) * len(v) / v.shape[1], WRONG, "summed over the samples and averaged"),
+    "unsquared": (unsquared, WRONG, "not a multiple of the paper's"),
+    "scaled": (lambda v, y: 3 * margin_loss(v, y), SUSPICIOUS, "it is 3 times the paper's"),
+    "unreduced": (lambda v, y: (v - 0.1).relu(), WRONG, "no scalar"),
+}
+
+
+@pytest.mark.parametrize("name", MARGINS)
+def test_reductions_of_the_margin_loss(name):
+    loss, verdict, text = MARGINS[name]
+    finding = next(f for f in look(fastcaps.CapsNet(SHAPE, 10, kernel_size=3), margin=loss) if f.check == LOSS)
+    assert (finding.verdict, text in finding.evidence) == (verdict, True), str(finding)
+
+
+RECONSTRUCTIONS = {
+    "summed": (lambda a, b: (a - b).pow(2).flatten(1).sum(1).mean(), FINE, "it is the paper's"),
+    "weighted": (lambda a, b: 0.0005 * (a - b).pow(2).flatten(1).sum(1).mean(), FINE, "times 0.0005"),
+    "mean": (nn.MSELoss(), WRONG, "averaged over the pixels"),
+    "weighted mean": (
+        lambda a, b: 0.0005 * nn.functional.mse_loss(a, b),
+        WRONG,
+        "averaged over the pixels, times 0.0005",
+    ),
+    "sum": (nn.MSELoss(reduction="sum"), WRONG, "summed over the samples"),
+    "other": (lambda a, b: 0.3 * (a - b).pow(2).flatten(1).sum(1).mean(), SUSPICIOUS, "0.3 times"),
+}
+
+
+@pytest.mark.parametrize("name", RECONSTRUCTIONS)
+def test_reductions_of_the_reconstruction_loss(name):
+    loss, verdict, text = RECONSTRUCTIONS[name]
+    findings = look(fastcaps.CapsNet(SHAPE, 10, kernel_size=3), reconstruction=loss)
+    finding = next(f for f in findings if f.check == "reconstruction loss")
+    assert (finding.verdict, text in finding.evidence) == (verdict, True), str(finding)
+
+
+# ---------------------------------------------------------------------------------------------------------- the command
+
+SCRIPT = """
+import torch
+from peers import gram_ai, seed
+from torch import nn
+S = {"size": 12, "kernel": 3, "stem": 5, "types": 3, "dim": 4}
+def alone(): return seed.Network(**S)
+def with_sample(): return gram_ai.Network(**S), torch.rand(7, 1, 12, 12)
+def everything():
+    return {"model": seed.Network(**S), "sample": torch.rand(7, 1, 12, 12), "reconstruction": nn.MSELoss()}
+def nothing(): return 3
+"""
+
+
+def test_the_command(tmp_path, capsys, monkeypatch):
+    file = tmp_path / "some_model.py"
+    file.write_text(SCRIPT)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert cli.main(["doctor", f"{file}:alone", "--image-shape", "1", "12", "12"]) == 0
+    assert "0 of 8 checks found something wrong" in capsys.readouterr().out
+    assert cli.main(["doctor", f"{file}:with_sample"]) == 1
+    out = capsys.readouterr().out
+    assert "WRONG       softmax over the output capsules, digit_capsules" in out
+    assert out.index("WRONG") < out.index("FINE")
+    assert cli.main(["doctor", f"{file}:everything"]) == 1
+    assert "averaged over the pixels" in capsys.readouterr().out
+    for target, text in {
+        f"{file}:nothing": "must return a module, (module, sample), or a dict with model, sample, margin",
+        f"{file}:missing": "has no function 'missing'",
+        f"{tmp_path}/no.py:build": "there is no file",
+        f"{file}:alone": "the model takes none of these images; give --image-shape C H W",
+        f"{tmp_path}/no.pt": "there is no file",
+    }.items():
+        assert cli.main(["doctor", target]) == 2
+        assert text in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_a_checkpoint_tells_what_is_known_of_its_network(name, tmp_path, capsys):
+    module, mistakes = KNOWN[name]
+    torch.save(module.Network(**SMALL).state_dict(), tmp_path / "a.pt")
+    assert cli.main(["doctor", str(tmp_path / "a.pt")]) == (1 if mistakes else 0)
+    out = capsys.readouterr().out
+    assert f"the network of {name}: " in out
+    checks = (SCRAMBLED, ZERO, BATCH, SOFTMAX, ITERATIONS, SQUASH, INPUTS)
+    found = {check for check in checks if f"WRONG       {check}" in out}
+    # What a square root does to a gradient does not stand in a checkpoint, and cedrickchee's logits are fixed first.
+    assert found == mistakes - {"danielhavir": {ZERO}, "cedrickchee": {BATCH}}.get(name, set())
+    assert ("its logits are averaged over the batch" in out) == (name == "cedrickchee")
+
+
+def test_our_own_file_and_other_files(tmp_path, capsys):
+    convert_checkpoint(xifengguo.Network(**SMALL).state_dict(), "xifengguo").save(tmp_path / "a.safetensors")
+    assert cli.main(["doctor", str(tmp_path / "a.safetensors")]) == 1
+    out = capsys.readouterr().out
+    assert "a fastcaps.CapsNet: 1 of" in out
+    assert f"WRONG       {SCRAMBLED}" in out
+    torch.save({"a": torch.ones(1)}, tmp_path / "b.pt")
+    assert cli.main(["doctor", str(tmp_path / "b.pt")]) == 2
+    assert "is of no network that is known" in capsys.readouterr().err
+
+
+def test_bad_input():
+    model = fastcaps.CapsNet(SHAPE, 10, kernel_size=3)
+    with pytest.raises(ValueError, match="at least 5 samples"):
+        examine(model, torch.rand(4, *SHAPE))
+    with pytest.raises(ValueError, match="the model cannot run on the sample: ValueError: images must be"):
+        examine(model, torch.rand(5, 1, 5, 5))
+    assert UNKNOWN == "not checked"
