@@ -11,7 +11,7 @@ CXX ?= g++
 SANITIZE := build/sanitize
 INSTRUCTION_SETS := baseline $(if $(filter x86_64,$(shell uname -m)),avx2 avx512 avx512bf16)
 
-.PHONY: demo test lint format bench sanitize gpu-static gpu-probe gpu-test gpu-sanitize gpu-bench gpu-tune clean
+.PHONY: demo test lint format bench sanitize gpu-static gpu-probe gpu-test gpu-sanitize gpu-bench gpu-conversion gpu-tune clean
 
 demo: $(READY)
 	$(BIN)/fastcaps demo
@@ -33,6 +33,7 @@ format: $(READY)
 bench: $(READY)
 	$(BIN)/python -m pytest benchmarks --timeout 3600 \
 	  --benchmark-json=benchmarks/results/cpu-$$($(BIN)/python benchmarks/machine.py)-2threads.json
+	$(BIN)/python benchmarks/conversion.py
 	$(BIN)/python benchmarks/report.py
 
 # 10,000 random cases through the CPU kernels, built without Python under the address and undefined-behaviour sanitizers;
@@ -80,6 +81,10 @@ gpu-sanitize:
 # SHAPES="paper,J=1000" for some of them
 gpu-bench:
 	$(GPU_PYTHON) benchmarks/gpu_bench.py --shapes "$(SHAPES)"
+
+# Published capsule layers before and after replace_capsules.
+gpu-conversion:
+	$(GPU_PYTHON) benchmarks/conversion.py --device cuda
 
 # SIZES="B I J D_in D_out", e.g. the paper's layer
 SIZES ?= 128 1152 10 8 16

@@ -1,4 +1,4 @@
-"""The README's tables and pictures, from the committed results of ``pytest benchmarks/``.
+"""The README's tables and pictures, from the committed results of ``pytest benchmarks/`` and ``conversion.py``.
 
 python benchmarks/report.py           # writes them
 python benchmarks/report.py --check   # exits 1 where they are not what the results say
@@ -18,6 +18,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 FILES = sorted(RESULTS.glob("cpu-*.json"), key=lambda path: "avx512" not in path.name)  # the widest vectors first
 README = ROOT / "README.md"
 BEGIN, END = "<!-- written by benchmarks/report.py: begin -->\n", "<!-- end -->\n"
+BEGIN_CONVERSION = BEGIN.replace("begin", "conversion")
+CONVERSION = sorted(RESULTS.glob("conversion-*.json"))
 
 TITLES = {
     "paper": "the paper's layer",
@@ -93,6 +95,34 @@ def text(path: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def conversion(path: Path) -> str:
+    """The table of published layers before and after ``replace_capsules``."""
+    content = json.loads(path.read_text())
+    machine, (B, I, J, D_in, D_out, T) = content["machine"], content["sizes"]
+    where = machine.get("gpu") or f"{machine['processor']}, {machine['instruction_set']}, {machine['threads']} threads"
+    lines = [
+        f"{where}, torch {machine['torch']}, commit {content['commit'][:7]}; float32, B={B}, {I} -> {J}, "
+        f"{D_in} -> {D_out}, T = {T}; ms, median (20th percentile) of rounds in which old and new take turns, and the "
+        "peak of PyTorch's allocations in MB:",
+        "",
+        "| recipe | before | after | ratio | MB before | MB after |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in content["rows"]:
+        times = [f"{milliseconds(row[f'{k}_ms'])} ({milliseconds(row[f'{k}_p20_ms'])})" for k in ("before", "after")]
+        name = f"{row['recipe']}, fix=True" if row["fix"] else row["recipe"]
+        memory = (f"{row[f'{k}_peak_MB']:.0f}" for k in ("before", "after"))
+        ratio = f"**{row['before_ms'] / row['after_ms']:.1f}**"
+        lines.append(f"| {' | '.join([name, *times, ratio, *memory])} |")
+    return "\n".join(lines) + "\n"
+
+
+def between(text: str, begin: str, content: str) -> str:
+    """The text with what stands between a mark and the next end replaced."""
+    before, rest = text.split(begin)
+    return before + begin + "\n" + content + "\n" + END + rest.split(END, 1)[1]
+
+
 def rows_of(timed: dict[tuple[str, str, str], dict[str, Any]]) -> list[str]:
     """The rows that a result file has."""
     return [row for row in TITLES if (row, "forward", "fastcaps") in timed]
@@ -124,11 +154,9 @@ def picture(path: Path) -> str:
 
 def main() -> int:
     """Write the README's part and the picture, or check them."""
-    readme = README.read_text()
-    before, rest = readme.split(BEGIN)
-    after = rest.split(END, 1)[1]
     wanted = {path.with_suffix(".svg"): picture(path) for path in FILES if len(rows_of(load(path)[1])) > 1}
-    wanted[README] = before + BEGIN + "\n" + "\n".join(text(path) for path in FILES) + "\n" + END + after
+    readme = between(README.read_text(), BEGIN, "\n".join(text(path) for path in FILES))
+    wanted[README] = between(readme, BEGIN_CONVERSION, "\n".join(conversion(path) for path in CONVERSION))
     if "--check" not in sys.argv:
         for path, content in wanted.items():
             path.write_text(content)

@@ -109,7 +109,8 @@ def convert(checkpoint: Path, recipe: str, out: Path, iterations: int, image_sha
 
 def doctor(target: str, image_shape: list[int] | None) -> int:
     """Look for the known mistakes in a capsule model or a checkpoint; 1 where something is wrong."""
-    from fastcaps.doctor import FINE, WRONG, examine, examine_checkpoint, load_target, random_sample
+    from fastcaps.doctor import FINE, WRONG, examine
+    from fastcaps.doctor.targets import examine_checkpoint, load_target, random_sample
 
     try:
         if ":" in Path(target).name:

@@ -133,7 +133,7 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 def _situations(
     layer: nn.Module, plan: Plan, poses: Tensor, num_iterations: int, dtype: torch.dtype
 ) -> Iterator[Situation]:
-    """Two samples, each at three scales of the weights."""
+    """Two samples, each at three scales of the weights; in training and in evaluation, which may differ."""
     x = plan.layouts["input"].canonical(poses.detach(), plan.sizes(layer), "input").to(dtype)
     I, D_in = x.shape[1:]
     generator = torch.Generator().manual_seed(0)
@@ -146,7 +146,9 @@ def _situations(
         if not few.numel():
             continue
         sample = plan.layouts["input"].arranged(few)
-        yield Situation(f"{name}, the model's weights", detached_copy(layer, dtype), sample, num_iterations)
+        for training in (True, False):
+            twin = detached_copy(layer, dtype).train(training)
+            yield Situation(f"{name}, the model's weights", twin, sample, num_iterations)
         for decisive in (True, False):
             twin = detached_copy(layer, dtype)
             T = num_iterations
@@ -156,7 +158,8 @@ def _situations(
                     set_path(twin, plan.recipe.iterations, T - plan.recipe.offset)
             if _rescale(twin, plan, sample, T, decisive, generator):
                 what = "weights that make routing decide" if decisive else "weights that make capsules short"
-                yield Situation(f"{name}, {what}", twin, sample, T)
+                yield Situation(f"{name}, {what}", twin.train(), sample, T)
+                yield Situation(f"{name}, {what}", copy.deepcopy(twin).eval(), sample, T)
 
 
 @torch.no_grad()

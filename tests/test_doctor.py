@@ -11,7 +11,8 @@ import fastcaps
 from fastcaps import cli
 from fastcaps.checkpoints import convert_checkpoint
 from fastcaps.convert import replace_capsules
-from fastcaps.doctor import FINE, SUSPICIOUS, UNKNOWN, WRONG, examine, random_sample
+from fastcaps.doctor import FINE, SUSPICIOUS, UNKNOWN, WRONG, examine
+from fastcaps.doctor.targets import random_sample
 from fastcaps.losses import margin_loss
 
 SMALL = {"size": 12, "kernel": 3, "stem": 5, "types": 3, "dim": 4, "classes": 10, "out_dim": 6}

@@ -1,0 +1,104 @@
+"""What is known to go wrong in capsule networks, looked for in one's own: evidence computed on the spot, and the fix.
+
+Nothing here reads source code. A model is run, its modules are watched, and each suspicion is tried: does one sample's
+output change with its batch mates, over which capsules do the coefficients sum to 1, from how many places of the
+feature map is a capsule made, what happens to a zero capsule.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastcaps.doctor import checks
+from fastcaps.doctor.finding import FINE, SUSPICIOUS, UNKNOWN, WRONG, Finding
+from fastcaps.doctor.losses import losses
+from fastcaps.doctor.watch import Watch, find_routings, layer_of, routed_by_fastcaps, tensors
+
+__all__ = ["FINE", "SUSPICIOUS", "UNKNOWN", "WRONG", "Finding", "examine"]
+
+FEWEST = 5  # samples
+
+
+def examine(
+    model: nn.Module,
+    sample: Any,
+    *,
+    margin: Callable[..., Tensor] | None = None,
+    reconstruction: Callable[..., Tensor] | None = None,
+) -> list[Finding]:
+    """Look for the known mistakes in a capsule model.
+
+    Args:
+        model: the model. It is run and copied, not changed.
+        sample: what it is called with: a tensor, a tuple of positional arguments, or a dict of keyword arguments; at
+            least 5 samples on the first axis of each tensor.
+        margin: its classification loss, a function of lengths ``[B, J]`` and labels, indices or one-hot; or None.
+        reconstruction: its reconstruction loss, a function of two batches of images; or None.
+
+    Returns:
+        A :class:`Finding` for every check, also for those that found nothing wrong.
+
+    Raises:
+        ValueError: the model cannot run on the sample, or there are too few samples.
+
+    Example:
+        >>> import fastcaps
+        >>> findings = examine(fastcaps.CapsNet((1, 8, 8), 10, kernel_size=3), torch.rand(5, 1, 8, 8))
+        >>> [finding.check for finding in findings if finding.verdict == "wrong"]
+        []
+    """
+    args, kwargs = (
+        (sample, {}) if isinstance(sample, tuple) else ((), sample) if isinstance(sample, Mapping) else ((sample,), {})
+    )
+    batches = tensors((args, kwargs))
+    if not batches or min(len(t) for t in batches) < FEWEST:
+        raise ValueError(f"the sample must hold at least {FEWEST} samples, got {[tuple(t.shape) for t in batches]}")
+    training = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        with torch.random.fork_rng(list(range(torch.cuda.device_count()))), torch.enable_grad():
+            torch.manual_seed(0)
+            return list(_checks(model, args, dict(kwargs), len(batches[0]), margin, reconstruction))
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+def _checks(
+    model: nn.Module,
+    args: Any,
+    kwargs: dict[str, Any],
+    B: int,
+    margin: Callable[..., Tensor] | None,
+    reconstruction: Callable[..., Tensor] | None,
+) -> Iterator[Finding]:
+    watch = Watch(model)
+    try:
+        output = watch.run(*args, **kwargs)
+    except Exception as error:
+        raise ValueError(f"the model cannot run on the sample: {type(error).__name__}: {error}") from error
+    fused = [call for call in watch.calls if routed_by_fastcaps(call)]
+    routings = find_routings([call for call in watch.calls if call not in fused], B)
+    for call in fused:
+        yield Finding("routing", call.path, FINE, "fastcaps routes it, as in the paper and tested against float64")
+    if not routings and not fused:
+        yield Finding("routing", "", SUSPICIOUS, "no module takes a softmax over capsules: nothing routes here")
+    yield checks.batch_mates(model, args, kwargs, output, watch, routings)
+    for routing in routings:
+        yield checks.softmax_axis(routing)
+        yield checks.iterations(routing, watch.calls)
+        yield checks.squash_axis(routing, B)
+        layer = layer_of(routing.call, watch.calls)
+        squash = checks.input_squash(model, args, kwargs, layer, routing.inputs, B)
+        yield squash
+        if squash.verdict == WRONG:  # it mixes all places by itself
+            yield Finding(checks.PLACES, layer.path, UNKNOWN, "the squash of its poses mixes them all")
+        else:
+            yield checks.places(watch.calls, layer, B, routing.inputs)
+    for call in fused:
+        yield checks.places(watch.calls, call, B, None)
+    yield from checks.zero_capsules(watch.calls)
+    yield checks.initialisation(model, args, kwargs, output, B)
+    yield from losses(output, B, margin, reconstruction)

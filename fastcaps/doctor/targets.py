@@ -1,0 +1,122 @@
+"""What ``fastcaps doctor`` is pointed at: a function that builds a model, or a checkpoint."""
+
+import copy
+import importlib.util
+import inspect
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastcaps.doctor import examine
+from fastcaps.doctor.finding import WRONG, Finding
+
+BATCH = (5, 7, 3, 11)  # samples: the first number that is no other size, so that the batch axis can be told
+
+
+def load_target(target: str) -> dict[str, Any]:
+    """``model.py:build`` as arguments of :func:`examine`; ``build()`` gives a model, (model, sample), or a dict.
+
+    Raises:
+        ValueError: there is no such file or function, or it returns something else.
+    """
+    file, _, name = target.rpartition(":")
+    if not Path(file).is_file():
+        raise ValueError(f"there is no file {file!r} (wanted: FILE.py:FUNCTION, or a checkpoint)")
+    build = getattr(_imported(Path(file)), name, None)
+    if not callable(build):
+        raise ValueError(f"{file} has no function {name!r}")
+    built = build()
+    if isinstance(built, nn.Module):
+        return {"model": built}
+    if isinstance(built, tuple) and len(built) == 2 and isinstance(built[0], nn.Module):
+        return {"model": built[0], "sample": built[1]}
+    known = list(inspect.signature(examine).parameters)
+    if isinstance(built, Mapping) and isinstance(built.get("model"), nn.Module) and set(built) <= set(known):
+        return dict(built)
+    raise ValueError(f"{name}() must return a module, (module, sample), or a dict with {', '.join(known)}")
+
+
+def _imported(file: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(file.parent.resolve()))
+    sys.modules[file.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def random_sample(model: nn.Module, image_shape: Sequence[int] | None) -> Tensor:
+    """Random images in [0, 1] for a model: of the given shape, or else of the first of 28x28 and 32x32 that it takes.
+
+    Raises:
+        ValueError: it takes none.
+    """
+    shapes = [tuple(image_shape)] if image_shape else [(1, 28, 28), (3, 32, 32), (1, 32, 32), (3, 28, 28)]
+    first = next(iter(model.parameters()), torch.empty(0))
+    sizes = {n for p in model.parameters() for n in p.shape}
+    B = next((n for n in BATCH if n not in sizes), BATCH[0])
+    errors = []
+    for shape in shapes:
+        generator = torch.Generator().manual_seed(0)
+        sample = torch.rand(B, *shape, generator=generator).to(first)
+        try:
+            with torch.no_grad():
+                copy.deepcopy(model).eval()(sample)
+            return sample
+        except Exception as error:
+            errors.append(f"{shape}: {type(error).__name__}: {error}")
+    raise ValueError("the model takes none of these images; give --image-shape C H W. " + "; ".join(errors))
+
+
+def examine_checkpoint(path: Path, image_shape: Sequence[int] | None) -> tuple[str, list[Finding]]:
+    """Whose network a checkpoint is, and what is known and found to be wrong with it.
+
+    Args:
+        path: a file of :meth:`fastcaps.CapsNet.save`, or a state dict of one of the networks that ``fastcaps convert``
+            knows.
+        image_shape: ``(C, H, W)``, where the checkpoint does not tell.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    from fastcaps.checkpoints import NETWORKS, convert_checkpoint, read_state_dict
+    from fastcaps.models import CapsNet
+    from fastcaps.recipes import RECIPES
+
+    if path.suffix == ".safetensors":
+        try:
+            network = CapsNet.load(path)
+            return "a fastcaps.CapsNet", examine(network, random_sample(network, network.image_shape))
+        except ValueError:
+            pass  # somebody else's safetensors file
+    state, reasons = read_state_dict(path), []
+    for name, whose in NETWORKS.items():
+        try:
+            network = convert_checkpoint(state, name, image_shape=image_shape, fix=whose.not_kept is not None)
+        except ValueError as error:
+            reasons.append(f"{name}: {error}")
+            continue
+        recipe = next(r for r in RECIPES if r.name == name)
+        findings = examine(network, random_sample(network, network.image_shape))
+        if not recipe.eps and not recipe.norm_eps:
+            s = torch.zeros(2)
+            value = (s * s).sum() / (1 + (s * s).sum()) * s / (s * s).sum().sqrt()
+            text = f"its squash divides by the norm alone: at 0 that is {value[0].item()}"
+            findings.append(Finding("zero capsules", "", WRONG, text, "fastcaps.CapsNet computes 0 there"))
+        if recipe.offset:
+            text = f"with iterations = 3 it computes the coupling {network.capsules.num_iterations} times"
+            findings.append(Finding("number of iterations", "", WRONG, text, "count the couplings"))
+        if whose.not_kept:
+            text = f"{whose.not_kept}; its logits are averaged over the batch (known of this network, not computed)"
+            findings.append(
+                Finding("squash of the input poses", "", WRONG, text, "convert it with --fix, and train it on")
+            )
+        return f"the network of {name}", findings
+    raise ValueError(f"{str(path)!r} is of no network that is known:\n" + "\n".join(reasons))
