@@ -382,21 +382,29 @@ def _swaps(layout: str, *pairs: tuple[str, str]) -> Iterator[str]:
 
 def _diagnosis(recipe: Recipe, situations: list[Situation], results: list[Tensors], dtype: torch.dtype) -> str:
     """Which single change of the recipe explains the old layer."""
-    best, closest = "", math.inf
+    best, closest, unchanged = "", math.inf, _worst(recipe, recipe, situations, results, math.inf)
     for text, variant in _variants(recipe):
-        worst = 0.0
-        for place, old in zip(situations, results, strict=True):
-            try:
-                T = place.num_iterations + variant.offset - recipe.offset
-                exact = _twin(variant, replace(place, num_iterations=T)) if T > 0 else {}
-                worst = max(worst, max(_errors(old, exact).values(), default=math.inf))
-            except (ValueError, RuntimeError, AttributeError, UnboundLocalError):
-                worst = math.inf
-            if not worst < closest:
-                break
+        worst = _worst(recipe, variant, situations, results, closest)
         if worst < closest:
             best, closest = text, worst
-    limit = LIMIT if dtype == torch.float64 else 1e-4
-    if closest <= limit:
+    if closest <= (LIMIT if dtype == torch.float64 else 1e-4):
         return f"it differs; most likely {best} (with that the difference is {closest:.0e})"
-    return f"it differs, and no single flag explains it; the closest is {best} (difference {closest:.0e})"
+    hint = f"; the closest is {best} (difference {closest:.0e})" if closest < unchanged / 10 else ""
+    return f"it differs by {unchanged:.0e}, and no single flag explains it{hint}"
+
+
+def _worst(
+    recipe: Recipe, variant: Recipe, situations: list[Situation], results: list[Tensors], enough: float
+) -> float:
+    """The largest difference between the old layer and a variant; it stops where ``enough`` is reached."""
+    worst = 0.0
+    for place, old in zip(situations, results, strict=True):
+        T = place.num_iterations + variant.offset - recipe.offset
+        try:
+            exact = _twin(variant, replace(place, num_iterations=T)) if T > 0 else {}
+        except (ValueError, RuntimeError, AttributeError):  # a layout that does not fit
+            return math.inf
+        worst = max(worst, max(_errors(old, exact).values(), default=math.inf))
+        if not worst < enough:
+            break
+    return worst

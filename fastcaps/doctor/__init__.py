@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastcaps.doctor import checks
 from fastcaps.doctor.finding import FINE, SUSPICIOUS, UNKNOWN, WRONG, Finding
 from fastcaps.doctor.losses import losses
-from fastcaps.doctor.watch import Watch, find_routings, layer_of, routed_by_fastcaps, tensors
+from fastcaps.doctor.watch import Watch, find_routings, input_capsules, layer_of, routed_by_fastcaps, tensors
 
 __all__ = ["FINE", "SUSPICIOUS", "UNKNOWN", "WRONG", "Finding", "examine"]
 
@@ -84,21 +84,17 @@ def _checks(
     for call in fused:
         yield Finding("routing", call.path, FINE, "fastcaps routes it, as in the paper and tested against float64")
     if not routings and not fused:
-        yield Finding("routing", "", SUSPICIOUS, "no module takes a softmax over capsules: nothing routes here")
+        text = "no softmax over capsules was seen: nothing routes here, or by a softmax written by hand"
+        yield Finding("routing", "", SUSPICIOUS, text)
     yield checks.batch_mates(model, args, kwargs, output, watch, routings)
     for routing in routings:
         yield checks.softmax_axis(routing)
         yield checks.iterations(routing, watch.calls)
         yield checks.squash_axis(routing, B)
-        layer = layer_of(routing.call, watch.calls)
-        squash = checks.input_squash(model, args, kwargs, layer, routing.inputs, B)
-        yield squash
-        if squash.verdict == WRONG:  # it mixes all places by itself
-            yield Finding(checks.PLACES, layer.path, UNKNOWN, "the squash of its poses mixes them all")
-        else:
-            yield checks.places(watch.calls, layer, B, routing.inputs)
-    for call in fused:
-        yield checks.places(watch.calls, call, B, None)
+    first = min([layer_of(r.call, watch.calls) for r in routings] + fused, key=watch.calls.index, default=None)
+    if first is not None:  # the others get their poses from capsules, not from a feature map
+        I = next((r.inputs for r in routings if layer_of(r.call, watch.calls) is first), input_capsules(first))
+        yield from checks.primary_capsules(model, args, kwargs, watch.calls, first, I, B)
     yield from checks.zero_capsules(watch.calls)
     yield checks.initialisation(model, args, kwargs, output, B)
     yield from losses(output, B, margin, reconstruction)

@@ -148,16 +148,16 @@ def _scaled(module: nn.Module, factor: float) -> nn.Module:
     return twin
 
 
-@torch.no_grad()
+def _unit(lengths: Tensor) -> bool:
+    """Whether these are lengths of squashed large vectors: none above 1, most of those that are not 0 near it."""
+    there = lengths[lengths > 1e-3 * lengths.max()].float()
+    return bool(there.numel()) and bool(there.max() < 1.01) and bool(there.median() > 0.98)
+
+
 def _unit_axes(y: Tensor, B: int) -> list[int]:
-    """The axes (other than the batch) along which nearly all vectors have length 1."""
+    """The axes (other than the batch) along which vectors have length 1."""
     batch = list(y.shape).index(B) if B in y.shape else 0
-    found = []
-    for axis in range(y.dim()):
-        lengths = torch.linalg.vector_norm(y, dim=axis)
-        if axis != batch and ((lengths - 1).abs() < 0.02).float().mean() > 0.9:
-            found.append(axis)
-    return found
+    return [axis for axis in range(y.dim()) if axis != batch and _unit(torch.linalg.vector_norm(y, dim=axis))]
 
 
 @torch.no_grad()
@@ -166,7 +166,9 @@ def squash_axis(routing: Routing, B: int) -> Finding:
     check, call = "squash over a pose", routing.call
 
     def large(t: Any) -> Any:
-        return 1e3 * t if isinstance(t, Tensor) and t.is_floating_point() else t
+        if not isinstance(t, Tensor) or not t.is_floating_point():
+            return t
+        return t * (1e3 / t.float().pow(2).mean().sqrt().clamp(min=1e-30)).to(t.dtype)
 
     args, kwargs = torch.utils._pytree.tree_map(large, (call.args, call.kwargs))
     try:
@@ -181,10 +183,22 @@ def squash_axis(routing: Routing, B: int) -> Finding:
     if real:
         text = f"large outputs get length 1 over the axis of the {real[0]} output capsules"
         return Finding(check, call.path, WRONG, text, fix)
-    if ((y.abs() - 1).abs() < 0.02).float().mean() > 0.9:
+    if _unit(y.abs()):
         text = f"single entries get length 1: squash takes the norm over an axis of size 1 (output {tuple(y.shape)})"
         return Finding(check, call.path, WRONG, text, fix)
     return Finding(check, call.path, SUSPICIOUS, "large outputs get length 1 over no axis", fix)
+
+
+def primary_capsules(
+    model: nn.Module, args: Any, kwargs: Any, calls: list[Call], layer: Call, I: int | None, B: int
+) -> Iterator[Finding]:
+    """What comes into the first capsule layer: over which axis was it squashed, and from which places was it made?"""
+    squash = input_squash(model, args, kwargs, layer, I, B)
+    yield squash
+    if squash.verdict == WRONG:  # it mixes all places by itself
+        yield Finding(PLACES, layer.path, UNKNOWN, "the squash of its poses mixes them all")
+    else:
+        yield places(calls, layer, B, I)
 
 
 @torch.no_grad()
@@ -197,7 +211,7 @@ def input_squash(model: nn.Module, args: Any, kwargs: Any, layer: Call, I: int |
     for path, module in twin.named_modules():
         if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and not path.startswith(f"{where}."):
             for parameter in module.parameters():
-                parameter.mul_(100)
+                parameter.mul_(1e4)
     watch = Watch(twin)
     watch.run(*args, **kwargs)
     x = next(call.input for call in watch.calls if call.path == where)
@@ -234,9 +248,11 @@ def places(calls: list[Call], target: Call, B: int, I: int | None) -> Finding:
         most = max(most, int((torch.as_tensor(touched) > 0).sum()))
     if most <= 1:
         return Finding(check, where, FINE, "each capsule is made from one place of the feature map")
-    H, W = last[0].shape[2:]
+    text = f"one capsule is made from {most} places of the {last[0].shape[2]} x {last[0].shape[3]} feature map"
+    if most > poses.shape[2]:  # a view gives a pose of D_in entries at most D_in places
+        return Finding(check, where, UNKNOWN, f"{text}: something between mixes them, as attention does")
     return Finding(
-        check, where, WRONG, f"one capsule is made from {most} places of the {H} x {W} feature map",
+        check, where, WRONG, text,
         "do not view [B, types * dim, H, W] as [B, -1, dim]: unflatten the channels into (types, dim), move dim to the "
         "end, then flatten (fastcaps.PrimaryCapsules does)",
     )  # fmt: skip

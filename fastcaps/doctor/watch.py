@@ -139,6 +139,16 @@ def layer_of(routing: Call, calls: list[Call]) -> Call:
     return holders[-1] if holders else routing
 
 
+def input_capsules(call: Call) -> int | None:
+    """I of a layer that fastcaps routes."""
+    from fastcaps.convert import ConvertedCapsules
+    from fastcaps.layers import CapsuleLayer
+
+    if isinstance(call.module, ConvertedCapsules):
+        return call.module._fastcaps_plan.sizes(call.module).get("I")
+    return call.module.in_capsules if isinstance(call.module, CapsuleLayer) else None
+
+
 def routed_by_fastcaps(call: Call) -> bool:
     """Whether the op does it: there is nothing to look for in there."""
     from fastcaps.convert import ConvertedCapsules
