@@ -245,12 +245,12 @@ class Plan:
         return sizes
 
     def tensors(self, layer: nn.Module, poses: Tensor) -> dict[str, Any]:
-        """Poses, weight, prior and bias in canonical order: views where that can be."""
+        """Poses, weight, prior and bias in canonical order: views, but for one copy of a weight that lies otherwise."""
         sizes = self.sizes(layer)
         weight = self.layouts["weight"].canonical(get_path(layer, self.recipe.weight), sizes)
         return {
             "poses": self.layouts["input"].canonical(poses, dict(sizes), "input"),
-            "weight": weight.expand(-1, sizes.get("J", 1), -1, -1),
+            "weight": weight.contiguous().expand(-1, sizes.get("J", 1), -1, -1),
             "prior": self._extra(layer, "prior", self.recipe.prior, sizes),
             "bias": self._extra(layer, "bias", self.recipe.bias, sizes),
         }
