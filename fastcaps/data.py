@@ -1,8 +1,21 @@
-"""Datasets as tensors, one function each."""
+"""Datasets as tensors, one function each; and augmentation in batches, on the device that holds the images."""
 
+import gzip
+import hashlib
+import io
+import os
+import shutil
+import struct
+import tarfile
+import urllib.error
+import urllib.request
+import zlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -14,6 +27,36 @@ class Dataset(NamedTuple):
     test_images: Tensor
     test_labels: Tensor
     num_classes: int
+
+
+class Source(NamedTuple):
+    """Where a data set is published: an address that ends in a slash, and the MD5 sum of each file."""
+
+    address: str
+    files: dict[str, str]
+
+
+MNIST = Source(
+    "https://ossci-datasets.s3.amazonaws.com/mnist/",
+    {
+        "train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+        "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
+        "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
+        "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c",
+    },
+)
+FASHION_MNIST = Source(
+    "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+    {
+        "train-images-idx3-ubyte.gz": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+        "train-labels-idx1-ubyte.gz": "25c81989df183df01b3e8a0aad5dffbe",
+        "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
+        "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
+    },
+)
+CIFAR10 = Source("https://www.cs.toronto.edu/~kriz/", {"cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530"})
+CIFAR10_FILES = [*(f"data_batch_{n}.bin" for n in range(1, 6)), "test_batch.bin"]
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 
 def digits() -> Dataset:
@@ -41,3 +84,421 @@ def digits() -> Dataset:
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     test, train = order[: len(order) // 5], order[len(order) // 5 :]
     return Dataset(images[train], labels[train], images[test], labels[test], 10)
+
+
+def mnist(root: str | os.PathLike[str], *, download: bool = False) -> Dataset:
+    """Handwritten digits, 60,000 and 10,000 images of 28x28 pixels (LeCun, Cortes and Burges).
+
+    Args:
+        root: the folder with the four idx files, each as it is or as ``.gz``; also ``root/MNIST/raw`` is looked into.
+        download: fetch what is missing from the published address, into ``root``.
+
+    Returns:
+        A :class:`Dataset` with images ``[60000, 1, 28, 28]`` and ``[10000, 1, 28, 28]``.
+
+    Raises:
+        FileNotFoundError: a file is missing; the message names all of them and where they were looked for.
+        ValueError: a file has the wrong type, size or checksum, or a label is out of range.
+        OSError: the download failed.
+    """
+    return _idx_dataset(Path(root), ("", "mnist", "MNIST/raw"), MNIST, 10, download)
+
+
+def fashion_mnist(root: str | os.PathLike[str], *, download: bool = False) -> Dataset:
+    """Zalando's articles, 60,000 and 10,000 images of 28x28 pixels (Xiao, Rasul and Vollgraf 2017).
+
+    Args:
+        root: as in :func:`mnist`; also ``root/FashionMNIST/raw`` is looked into.
+        download: as in :func:`mnist`.
+
+    Returns:
+        A :class:`Dataset` with images ``[60000, 1, 28, 28]`` and ``[10000, 1, 28, 28]``.
+
+    Raises:
+        FileNotFoundError: as in :func:`mnist`.
+        ValueError: as in :func:`mnist`.
+        OSError: the download failed.
+    """
+    return _idx_dataset(Path(root), ("", "fashion-mnist", "FashionMNIST/raw"), FASHION_MNIST, 10, download)
+
+
+def cifar10(root: str | os.PathLike[str], *, download: bool = False) -> Dataset:
+    """Colour photographs of 10 kinds of things, 50,000 and 10,000 of 32x32 pixels (Krizhevsky 2009), binary version.
+
+    Args:
+        root: the folder with ``data_batch_1.bin`` ... ``test_batch.bin``, or with ``cifar-10-binary.tar.gz``.
+        download: fetch the archive from the published address into ``root`` if it is missing.
+
+    Returns:
+        A :class:`Dataset` with images ``[50000, 3, 32, 32]`` and ``[10000, 3, 32, 32]``.
+
+    Raises:
+        FileNotFoundError: a file is missing; the message names all of them and where they were looked for.
+        ValueError: a file has the wrong size or checksum, or a label is out of range.
+        OSError: the download failed.
+    """
+    folders = [Path(root), Path(root) / "cifar-10-batches-bin"]
+    (archive,) = CIFAR10.files
+    contents: list[bytes] = []
+    there = [_find(name, folders) for name in CIFAR10_FILES]
+    if all(there):
+        contents = [path.read_bytes() for path in there if path is not None]
+    else:
+        if download and not (Path(root) / archive).is_file():
+            _download(CIFAR10, archive, Path(root))
+        path = _find(archive, folders)
+        if path is None:
+            raise _missing([*CIFAR10_FILES, f"or {archive} with all of them"], folders)
+        contents = _members(path, CIFAR10_FILES)
+    parts = []
+    for name, content in zip(CIFAR10_FILES, contents, strict=True):
+        if len(content) != 10_000 * 3073:
+            raise ValueError(f"{name} must have 10000 x 3073 bytes, got {len(content)}")
+        rows = torch.frombuffer(bytearray(content), dtype=torch.uint8).view(10_000, 3073)
+        parts.append((rows[:, 1:].reshape(-1, 3, 32, 32).float() / 255, _labels(rows[:, 0], 10, name)))
+    images, labels = zip(*parts, strict=True)
+    return Dataset(torch.cat(images[:5]), torch.cat(labels[:5]), images[5], labels[5], 10)
+
+
+def image_folder(root: str | os.PathLike[str], *, channels: int | None = None) -> Dataset:
+    """Images of one's own: ``root/train/CLASS/*.png`` and ``root/test/CLASS/*.png`` (or jpg, bmp, webp).
+
+    Args:
+        root: the folder. The classes are the folders in ``train``, in alphabetical order.
+        channels: 1 for grey, 3 for colour; None: 1 if all images are grey.
+
+    Returns:
+        A :class:`Dataset`.
+
+    Raises:
+        FileNotFoundError: a folder or its images are missing.
+        ValueError: images have different sizes, or a class of ``test`` is not in ``train``.
+        ModuleNotFoundError: Pillow is missing.
+    """
+    root = Path(root)
+    for part in ("train", "test"):
+        if not (root / part).is_dir():
+            raise FileNotFoundError(f"there is no folder {str(root / part)!r} (wanted: {part}/CLASS/*.png)")
+    classes = sorted(path.name for path in (root / "train").iterdir() if path.is_dir())
+    unknown = {path.name for path in (root / "test").iterdir() if path.is_dir()} - set(classes)
+    if unknown:
+        raise ValueError(f"classes in test but not in train: {', '.join(sorted(unknown))}")
+    found = {
+        part: [
+            (path, n)
+            for n, name in enumerate(classes)
+            for path in sorted((root / part / name).glob("*"))
+            if path.suffix.lower() in IMAGE_SUFFIXES
+        ]
+        for part in ("train", "test")
+    }
+    for part, paths in found.items():
+        if not paths:
+            raise FileNotFoundError(f"there is no image in {str(root / part)!r} (wanted: {part}/CLASS/*.png)")
+    images = {part: [_image(path) for path, _ in paths] for part, paths in found.items()}
+    everything = [*images["train"], *images["test"]]
+    grey = channels == 1 or (channels is None and all(image.shape[0] == 1 for image in everything))
+    first = found["train"][0][0]
+    tensors = []
+    for part, paths in found.items():
+        for (path, _), image in zip(paths, images[part], strict=True):
+            if image.shape[1:] != everything[0].shape[1:]:
+                sizes = [f"{shape[2]}x{shape[1]}" for shape in (everything[0].shape, image.shape)]
+                raise ValueError(f"all images must have one size: {first} has {sizes[0]} pixels, {path} {sizes[1]}")
+        stacked = torch.stack([_with_channels(image, 1 if grey else 3) for image in images[part]])
+        tensors += [stacked, torch.tensor([n for _, n in paths])]
+    train_images, train_labels, test_images, test_labels = tensors
+    return Dataset(train_images, train_labels, test_images, test_labels, len(classes))
+
+
+def _image(path: Path) -> Tensor:
+    """``[1 or 3, H, W]`` float32 in [0, 1]."""
+    try:
+        from PIL import Image, UnidentifiedImageError
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("reading images needs Pillow: pip install pillow") from error
+    try:
+        with Image.open(path) as image:
+            picture = image.convert("L" if image.mode in ("1", "L", "I", "I;16", "LA") else "RGB")
+            pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} is not an image that can be read: {error}") from error
+    return pixels.view(picture.height, picture.width, -1).movedim(2, 0).float() / 255
+
+
+def _with_channels(image: Tensor, channels: int) -> Tensor:
+    if image.shape[0] == channels:
+        return image
+    return image.expand(3, -1, -1) if channels == 3 else image.mean(0, keepdim=True)
+
+
+# ------------------------------------------------------------------------------------------------------ files, checked
+
+
+def read_idx(path: str | os.PathLike[str]) -> Tensor:
+    """The unsigned bytes of an idx file, gzipped or not (LeCun's format: a magic number, big-endian sizes, the data).
+
+    Args:
+        path: the file; ``.gz`` is unpacked.
+
+    Returns:
+        A uint8 tensor of the file's shape.
+
+    Raises:
+        ValueError: it is not an idx file of unsigned bytes, or it has the wrong size, or its compression is broken.
+    """
+    try:
+        content = Path(path).read_bytes()
+        if str(path).endswith(".gz"):
+            content = gzip.decompress(content)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} is broken: {error}") from error
+    if len(content) < 4 or content[:3] != b"\0\0\x08" or len(content) < 4 + 4 * content[3]:
+        raise ValueError(
+            f"{path} is not an idx file of unsigned bytes: it begins with {content[:4].hex() or 'nothing'}"
+        )
+    shape = struct.unpack(f">{content[3]}I", content[4 : 4 + 4 * content[3]])
+    data = content[4 + 4 * content[3] :]
+    wanted = 1
+    for size in shape:
+        wanted *= size
+    if len(data) != wanted:
+        raise ValueError(f"{path} says that it holds {' x '.join(map(str, shape))} bytes, but it holds {len(data)}")
+    return (
+        torch.frombuffer(bytearray(data), dtype=torch.uint8).view(shape)
+        if data
+        else torch.empty(shape, dtype=torch.uint8)
+    )
+
+
+def _idx_dataset(root: Path, places: Sequence[str], source: Source, num_classes: int, download: bool) -> Dataset:
+    folders = [root / place for place in places]
+    names = list(source.files)
+    if download:
+        for name in names:
+            if _find(name, folders) is None and _find(name.removesuffix(".gz"), folders) is None:
+                _download(source, name, root)
+    paths = [_find(name.removesuffix(".gz"), folders) or _find(name, folders) for name in names]
+    if None in paths:
+        missing = [name for name, path in zip(names, paths, strict=True) if path is None]
+        raise _missing([f"{name} (or without .gz)" for name in missing], folders)
+    tensors: list[Tensor] = []
+    for images, labels in ((paths[0], paths[1]), (paths[2], paths[3])):
+        assert images is not None
+        assert labels is not None
+        x, y = read_idx(images), read_idx(labels)
+        if x.dim() != 3 or y.dim() != 1 or len(x) != len(y):
+            raise ValueError(
+                f"{images} must hold images [N, H, W] and {labels} labels [N], got {list(x.shape)} and {list(y.shape)}"
+            )
+        tensors += [x[:, None].float() / 255, _labels(y, num_classes, str(labels))]
+    if tensors[0].shape[1:] != tensors[2].shape[1:]:
+        raise ValueError(f"{paths[0]} and {paths[2]} hold images of different sizes")
+    train_images, train_labels, test_images, test_labels = tensors
+    return Dataset(train_images, train_labels, test_images, test_labels, num_classes)
+
+
+def _labels(labels: Tensor, num_classes: int, name: str) -> Tensor:
+    if len(labels) and int(labels.max()) >= num_classes:
+        raise ValueError(f"{name}: labels must be below {num_classes}, got {int(labels.max())}")
+    return labels.long()
+
+
+def _find(name: str, folders: Iterable[Path]) -> Path | None:
+    return next((folder / name for folder in folders if (folder / name).is_file()), None)
+
+
+def _missing(names: Sequence[str], folders: Sequence[Path]) -> FileNotFoundError:
+    places = ", ".join(str(folder) for folder in folders)
+    return FileNotFoundError(f"missing: {', '.join(names)}; looked for in {places}; download=True (--download) fetches")
+
+
+def _members(archive: Path, names: Sequence[str]) -> list[bytes]:
+    """Files of a tar archive by their last name; nothing is unpacked to the disk."""
+    try:
+        with tarfile.open(archive) as tar:
+            files = {Path(member.name).name: member for member in tar.getmembers() if member.isfile()}
+            missing = [name for name in names if name not in files]
+            if missing:
+                raise ValueError(f"{archive} lacks {', '.join(missing)}")
+            contents = []
+            for name in names:
+                file = tar.extractfile(files[name])
+                assert file is not None
+                contents.append(file.read())
+            return contents
+    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{archive} is broken: {error}") from error
+
+
+def _download(source: Source, name: str, root: Path) -> None:
+    """Fetch one file; it appears under its name only when it is whole and has its checksum."""
+    root.mkdir(parents=True, exist_ok=True)
+    address, partial = source.address + name, root / f"{name}.partial"
+    digest = hashlib.md5(usedforsecurity=False)  # against accidents: the publishers give no other
+    try:
+        with urllib.request.urlopen(address, timeout=60) as response, partial.open("wb") as file:
+            shutil.copyfileobj(response, _Digesting(file, digest))
+        if digest.hexdigest() != source.files[name]:
+            raise ValueError(f"{address} has the MD5 sum {digest.hexdigest()}, not {source.files[name]}: not kept")
+        os.replace(partial, root / name)
+    except (urllib.error.URLError, TimeoutError, ConnectionError, EOFError) as error:
+        raise OSError(f"{address} cannot be fetched: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+class _Digesting(io.RawIOBase):
+    """A file that is written to, and a digest that sees it all."""
+
+    def __init__(self, file: io.BufferedWriter, digest: "hashlib._Hash") -> None:
+        self.file, self.digest = file, digest
+
+    def write(self, data: bytes) -> int:  # type: ignore[override]
+        self.digest.update(data)
+        return self.file.write(data)
+
+
+# ------------------------------------------------------------------------- randomness that is a function of its indices
+
+
+def random_integers(high: int, index: Tensor, *key: int) -> Tensor:
+    """A number in [0, high) for each index: a pure function of index and key, on any device, in any order.
+
+    Args:
+        high: at least 1, at most 2^20.
+        index: int64, any shape.
+        key: integers that tell streams apart: seed, epoch, what the number is for.
+
+    Returns:
+        int64, shape and device of ``index``.
+
+    Example:
+        >>> random_integers(10, torch.arange(4), 0, 1).equal(random_integers(10, torch.arange(4), 0, 1))
+        True
+    """
+    x = index.long()
+    for k in key:
+        x = _mixed(x + _signed(_mixed_int(k)))
+    return ((_mixed(x) >> 20) & 0xFFFFFFFF) * high >> 32
+
+
+_GOLDEN, _M1, _M2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # splitmix64 (Steele et al. 2014)
+
+
+def _signed(value: int) -> int:
+    value &= 2**64 - 1
+    return value - 2**64 if value >= 2**63 else value
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """splitmix64's finaliser; products wrap around."""
+    x = x + _signed(_GOLDEN)
+    for shift, factor in ((30, _M1), (27, _M2)):
+        x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * _signed(factor)
+    return x ^ (x >> 31 & (1 << 33) - 1)
+
+
+def _mixed_int(value: int) -> int:
+    return int(_mixed(torch.tensor(_signed(value))))
+
+
+def augment(images: Tensor, index: Tensor, *, seed: int, epoch: int, shift: int = 2, flip: bool = False) -> Tensor:
+    """Shift each image by up to ``shift`` pixels, and mirror half of them: a pure function of seed, epoch and index.
+
+    Args:
+        images: ``[B, C, H, W]``, on any device.
+        index: ``[B]`` int64, which images of the data set they are.
+        seed: of the run.
+        epoch: which pass over the data it is.
+        shift: in pixels, in each direction; what comes in is 0 (Sabour 2017, section 4: 2 pixels on MNIST).
+        flip: whether half of the images are mirrored left to right.
+
+    Returns:
+        ``[B, C, H, W]``, a new tensor.
+
+    Raises:
+        ValueError: shapes do not fit, or the shift is negative.
+
+    Example:
+        >>> augment(torch.rand(2, 1, 8, 8), torch.tensor([5, 7]), seed=0, epoch=1).shape
+        torch.Size([2, 1, 8, 8])
+    """
+    if images.dim() != 4 or index.shape != images.shape[:1]:
+        raise ValueError(f"images must be [B, C, H, W] and index [B], got {list(images.shape)} and {list(index.shape)}")
+    if shift < 0:
+        raise ValueError(f"shift must not be negative, got {shift}")
+    H, W = images.shape[2:]
+    index = index.to(images.device)
+    down, right = (random_integers(2 * shift + 1, index, seed, epoch, n) for n in (0, 1))
+    padded = F.pad(images, (shift, shift, shift, shift))
+    rows = torch.arange(H, device=images.device) + down[:, None]  # [B, H]
+    columns = torch.arange(W, device=images.device) + right[:, None]  # [B, W]
+    if flip:
+        mirrored = random_integers(2, index, seed, epoch, 2).bool()
+        columns = torch.where(mirrored[:, None], columns.flip(1), columns)
+    batch = torch.arange(len(images), device=images.device)
+    return padded.movedim(1, 3)[batch[:, None, None], rows[:, :, None], columns[:, None, :]].movedim(3, 1).contiguous()
+
+
+class MultiMNIST(NamedTuple):
+    """Pairs of overlapping digits of different classes on 36x36 pixels, made on the fly (Sabour 2017, section 6).
+
+    Attributes:
+        digits: the single digits, a :class:`Dataset` of 28x28 pixels.
+        num_classes: 10.
+    """
+
+    digits: Dataset
+    num_classes: int = 10
+
+    def batch(self, index: Tensor, *, seed: int, epoch: int, train: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+        """The pairs of these indices: a pure function of seed, epoch and index.
+
+        The first digit of pair ``n`` is digit ``n`` modulo their number. Each is shifted by up to 4 pixels in each
+        direction, so that the boxes of 20x20 pixels around the digits share at least 80 % of their area.
+
+        Args:
+            index: ``[B]`` int64, on the digits' device.
+            seed: of the run.
+            epoch: which pass it is.
+            train: of the training digits, or of the test digits.
+
+        Returns:
+            Images ``[B, 1, 36, 36]``, the two digits alone ``[B, 2, 36, 36]``, and their labels ``[B, 2]``.
+        """
+        images, labels = self.digits[:2] if train else self.digits[2:4]
+        first = index % len(images)
+        second = random_integers(len(images), index, seed, epoch, 3)
+        for attempt in range(64):  # one tenth has the same class at each attempt
+            same = labels[second] == labels[first]
+            second = torch.where(same, random_integers(len(images), index, seed, epoch, 100 + attempt), second)
+        moves = torch.tensor(_moves(), device=images.device)
+        down, right, down_2, right_2 = moves[random_integers(len(moves), index, seed, epoch, 4)].unbind(1)
+        alone = torch.stack([_placed(images[first], down, right), _placed(images[second], down_2, right_2)], 1)
+        return alone.amax(1, keepdim=True), alone, torch.stack([labels[first], labels[second]], 1)
+
+
+def multi_mnist(root: str | os.PathLike[str], *, download: bool = False) -> MultiMNIST:
+    """Pairs of MNIST digits; ``root`` and ``download`` as in :func:`mnist`, whose errors it raises.
+
+    Returns:
+        A :class:`MultiMNIST`.
+    """
+    return MultiMNIST(mnist(root, download=download))
+
+
+def _moves() -> list[tuple[int, int, int, int]]:
+    """All shifts of two digits by 0..8 pixels whose boxes of 20x20 pixels overlap by at least 80 %."""
+    near = [(a, b) for a in range(9) for b in range(9)]
+    return [(a, c, b, d) for a, b in near for c, d in near if (20 - abs(a - b)) * (20 - abs(c - d)) >= 0.8 * 20 * 20]
+
+
+def _placed(images: Tensor, down: Tensor, right: Tensor) -> Tensor:
+    """``[B, 1, 28, 28]`` on ``[B, 36, 36]``, each at its own place."""
+    size = images.shape[2]
+    canvas = images.new_zeros(len(images), size + 8, size + 8)
+    batch, pixels = torch.arange(len(images), device=images.device), torch.arange(size, device=images.device)
+    rows, columns = pixels + down[:, None], pixels + right[:, None]
+    canvas[batch[:, None, None], rows[:, :, None], columns[:, None, :]] = images[:, 0]
+    return canvas
