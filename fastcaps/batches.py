@@ -1,6 +1,6 @@
 """Batches on the device that holds the images: order, shifts and pairs as pure functions of seed, epoch and index."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -87,68 +87,67 @@ def augment(images: Tensor, index: Tensor, *, seed: int, epoch: int, shift: int 
 
 
 class Batches:
-    """Training batches whose order and augmentation depend on seed, epoch and index alone, resumable at any of them.
+    """Training batches in an order that depends on seed and epoch alone, resumable at any of them.
 
     Each iteration is one epoch: the next one, or what is left of one that was interrupted. Of a global batch, process
     ``rank`` of ``world`` gets every ``world``-th sample, so that any number of processes sees the same global batches.
 
     Args:
-        images: ``[N, C, H, W]``.
-        labels: ``[N]`` int64.
+        sample: makes a batch, a tuple of tensors, from indices ``[B]`` int64 below ``count`` and the epoch. What is
+            random in it should depend on these alone, as :func:`augment` does.
+        count: how many samples there are.
         batch_size: samples of a global batch; those left over at the end of an epoch are dropped, and others each time.
         seed: of the run.
         rank: which process this is.
         world: how many there are.
-        shift: as in :func:`augment`; 0 with ``flip=False``: images as they are.
-        flip: as in :func:`augment`.
+        accumulate: in how many parts each global batch is given, one after the other, for gradients that are summed.
 
     Raises:
-        ValueError: there are fewer samples than a batch holds, ``batch_size`` is no multiple of ``world``, or ``rank``
-            is not below it.
+        ValueError: there are fewer samples than a batch holds, ``batch_size`` is no multiple of ``world * accumulate``,
+            or ``rank`` is not below ``world``.
 
     Example:
-        >>> batches = Batches(torch.rand(10, 1, 8, 8), torch.arange(10), 4, seed=0)
+        >>> images, labels = torch.rand(10, 1, 8, 8), torch.arange(10)
+        >>> batches = Batches(lambda index, epoch: (images[index], labels[index]), 10, 4, seed=0)
         >>> [labels.shape for images, labels in batches]
         [torch.Size([4]), torch.Size([4])]
     """
 
     def __init__(
         self,
-        images: Tensor,
-        labels: Tensor,
+        sample: Callable[[Tensor, int], tuple[Tensor, ...]],
+        count: int,
         batch_size: int,
         *,
         seed: int,
         rank: int = 0,
         world: int = 1,
-        shift: int = 0,
-        flip: bool = False,
+        accumulate: int = 1,
     ) -> None:
-        if not 1 <= batch_size <= len(labels):
-            raise ValueError(f"batch_size must be from 1 to {len(labels)}, the number of samples, got {batch_size}")
-        if batch_size % world or not 0 <= rank < world:
-            raise ValueError(f"batch_size {batch_size} must be a multiple of world {world}, and rank {rank} below it")
-        self.images, self.labels, self.batch_size = images, labels, batch_size
-        self.seed, self.rank, self.world, self.shift, self.flip = seed, rank, world, shift, flip
+        if not 1 <= batch_size <= count:
+            raise ValueError(f"batch_size must be from 1 to {count}, the number of samples, got {batch_size}")
+        if batch_size % (world * accumulate):
+            raise ValueError(f"batch_size {batch_size} must be a multiple of {world} processes x {accumulate} parts")
+        if not 0 <= rank < world:
+            raise ValueError(f"rank must be from 0 to {world - 1}, got {rank}")
+        self.sample, self.count, self.batch_size, self.seed = sample, count, batch_size, seed
+        self.rank, self.world, self.accumulate = rank, world, accumulate
         self.epoch = self.position = 0  # of the next batch
 
     def __len__(self) -> int:
-        """Batches in an epoch."""
-        return len(self.labels) // self.batch_size
+        """Batches in an epoch, parts counted."""
+        return self.count // self.batch_size * self.accumulate
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        epoch, N = self.epoch, len(self.labels)
-        order = random_integers(2**20, torch.arange(N), self.seed, epoch, 5).argsort(stable=True)
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        epoch = self.epoch
+        order = random_integers(2**20, torch.arange(self.count), self.seed, epoch, 5).argsort(stable=True)
         for position in range(self.position, len(self)):
             last = position == len(self) - 1
             # Before the batch is given away: a state taken while it is worked on says what comes next.
             self.epoch, self.position = (epoch + 1, 0) if last else (epoch, position + 1)
-            batch = order[position * self.batch_size : (position + 1) * self.batch_size][self.rank :: self.world]
-            batch = batch.to(self.images.device)
-            images = self.images[batch]
-            if self.shift or self.flip:
-                images = augment(images, batch, seed=self.seed, epoch=epoch, shift=self.shift, flip=self.flip)
-            yield images, self.labels[batch]
+            first = position // self.accumulate * self.batch_size
+            own = order[first : first + self.batch_size][self.rank :: self.world]
+            yield self.sample(own.chunk(self.accumulate)[position % self.accumulate], epoch)
 
     def state_dict(self) -> dict[str, int]:
         """Where the next batch stands."""

@@ -1,15 +1,20 @@
 """The ``fastcaps`` command."""
 
 import argparse
+import dataclasses
+import difflib
 import importlib.metadata
 import platform
 import sys
+import typing
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fastcaps._version import __version__
+from fastcaps.settings import Settings, option, read_settings
 
 
 def info() -> int:
@@ -57,11 +62,7 @@ def demo(out: Path, epochs: int, rounds: int) -> int:
     try:
         from fastcaps.demo import run
     except ModuleNotFoundError as error:
-        print(
-            f"fastcaps demo needs {error.name}: pip install --no-build-isolation '.[train]' in a checkout of fastcaps",
-            file=sys.stderr,
-        )
-        return 1
+        return _lacks("demo", error)
     run(out, epochs=epochs, rounds=rounds)
     return 0
 
@@ -130,6 +131,107 @@ def doctor(target: str, image_shape: list[int] | None) -> int:
     return 1 if wrong else 0
 
 
+def train(options: dict[str, Any], out: Path | None, config: Path | None, resume: bool, overwrite: bool) -> int:
+    """Train a network on a data set; 1 where it cannot go on, 130 where it was interrupted."""
+    try:
+        given = (read_settings(config) if config else {}) | options
+        settings = Settings(**given)
+        folder = out or Path("runs") / f"{settings.data}-{settings.model}"
+        from fastcaps import training
+    except (OSError, ValueError) as error:
+        print(f"fastcaps train: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        return _lacks("train", error)
+    try:
+        training.train(given, folder, resume=resume, overwrite=overwrite)
+    except training.Interrupted as stop:
+        print(f"{stop}; to go on: fastcaps train --resume --out {folder}", file=sys.stderr)
+        return 130
+    except (OSError, ValueError, training.Diverged) as error:
+        print(f"fastcaps train: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        return _lacks("train", error)
+    return 0
+
+
+def evaluate(model: Path, data: str | None, root: str | None, download: bool, backend: str | None) -> int:
+    """Test a model that ``fastcaps train`` wrote."""
+    from fastcaps.models import describe
+
+    try:
+        from fastcaps.evaluation import evaluate as tested
+        from fastcaps.evaluation import load_for
+        from fastcaps.report import confusion_counts
+
+        run = describe(model).get("run", {}).get("settings", {})
+        changed = {"data": data, "root": root, "download": download, "backend": backend}
+        settings = Settings(**(run | {name: value for name, value in changed.items() if value is not None}))
+        network, samples = load_for(model, settings)
+        found = tested(network, settings, samples)
+    except (OSError, ValueError, RuntimeError) as error:
+        print(f"fastcaps evaluate: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        return _lacks("evaluate", error)
+    wrong = round(found.error * len(found.labels) / 100)
+    print(f"{settings.data}: test error {found.error:.2f} % ({wrong} of {len(found.labels)}), loss {found.loss:.4f}")
+    print("class      images   right  most often taken for")
+    counts = confusion_counts(found.scores, found.labels)
+    for name, row in enumerate(counts):
+        mistaken = row.clone()
+        mistaken[name] = 0
+        other = f"{int(mistaken.argmax())} ({int(mistaken.max())} times)" if mistaken.any() else ""
+        print(f"{name:<10} {int(row.sum()):>6}  {int(row[name]):>6}  {other}")
+    return 0
+
+
+def show(model: Path, images: list[Path], out: Path) -> int:
+    """Draw what a network makes of one's own images."""
+    try:
+        from fastcaps.report import show as drawn
+
+        for line in drawn(model, images, out):
+            print(line)
+    except (OSError, ValueError) as error:
+        print(f"fastcaps show: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        return _lacks("show", error)
+    return 0
+
+
+def _lacks(command: str, error: ModuleNotFoundError) -> int:
+    print(
+        f"fastcaps {command} needs {error.name}: pip install --no-build-isolation '.[train]' in a checkout of fastcaps",
+        file=sys.stderr,
+    )
+    return 1
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    """An option for each setting; those that are not given are not there afterwards."""
+    for field in dataclasses.fields(Settings):
+        kind = next(kind for kind in (bool, int, float, str) if kind in (field.type, *typing.get_args(field.type)))
+        choices, text = field.metadata["choices"], field.metadata["help"]
+        if choices:
+            text += f": {', '.join(choices)}"
+        if field.default not in (None, "", False):
+            text += f" (default: {field.default})"
+        how: dict[str, Any] = {"type": kind, "metavar": field.name.rsplit("_", 1)[-1].upper()}
+        if kind is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        parser.add_argument(option(field.name), default=argparse.SUPPRESS, help=text, **how)
+
+
+def _refuse_unknown(parser: argparse.ArgumentParser, unknown: list[str]) -> None:
+    known = [name for action in parser._actions for name in action.option_strings]
+    for text in unknown:
+        similar = difflib.get_close_matches(text.split("=")[0], known, 1, 0.5)
+        parser.error(f"unknown argument {text}" + (f"; did you mean {similar[0]}?" if similar else ""))
+
+
 def _at_least(least: int):  # type: ignore[no-untyped-def]
     def parse(text: str) -> int:
         if int(text) < least:
@@ -167,7 +269,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     doctor_parser = commands.add_parser("doctor", help="known mistakes of capsule networks, looked for in yours")
     doctor_parser.add_argument("target", help="FILE.py:FUNCTION that builds the model, or a checkpoint")
     doctor_parser.add_argument("--image-shape", type=_at_least(1), nargs=3, metavar=("C", "H", "W"))
-    parsed = parser.parse_args(arguments)
+    train_parser = commands.add_parser(
+        "train", help="train a capsule network or the paper's baseline", allow_abbrev=False
+    )
+    train_parser.add_argument("--out", type=Path, help="folder of the run (default: runs/DATA-MODEL)")
+    train_parser.add_argument("--config", type=Path, help="settings in JSON, as a run's config.json; options go first")
+    train_parser.add_argument("--resume", action="store_true", help="go on with the run in --out if there is one")
+    train_parser.add_argument("--overwrite", action="store_true", help="delete the run in --out")
+    _add_settings(train_parser)
+    evaluate_parser = commands.add_parser("evaluate", help="test a model that train wrote", allow_abbrev=False)
+    evaluate_parser.add_argument("model", type=Path, help="model.safetensors of a run, or what convert wrote")
+    evaluate_parser.add_argument("--data", help="the data set (default: that of the run)")
+    evaluate_parser.add_argument("--root", help="folder with its files (default: that of the run)")
+    evaluate_parser.add_argument("--download", action="store_true", default=None, help="fetch what is missing there")
+    evaluate_parser.add_argument("--backend", help="of the routing (default: the fastest that can run)")
+    show_parser = commands.add_parser("show", help="what a network makes of your images, as a page", allow_abbrev=False)
+    show_parser.add_argument("model", type=Path, help="model.safetensors of a run, or what convert wrote")
+    show_parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="png, jpg, ...")
+    show_parser.add_argument("--out", type=Path, default=Path("show.html"), help="the page (default: show.html)")
+    parsed, unknown = parser.parse_known_args(arguments)
+    _refuse_unknown(commands.choices[parsed.command], unknown)
+    if parsed.command == "train":
+        given = vars(parsed)
+        names = ("out", "config", "resume", "overwrite")
+        options = {name: value for name, value in given.items() if name not in (*names, "command")}
+        return train(options, *(given[name] for name in names))
+    if parsed.command == "evaluate":
+        return evaluate(parsed.model, parsed.data, parsed.root, parsed.download, parsed.backend)
+    if parsed.command == "show":
+        return show(parsed.model, parsed.images, parsed.out)
     if parsed.command == "info":
         return info()
     if parsed.command == "selftest":

@@ -196,7 +196,7 @@ def image_folder(root: str | os.PathLike[str], *, channels: int | None = None) -
     for part, paths in found.items():
         if not paths:
             raise FileNotFoundError(f"there is no image in {str(root / part)!r} (wanted: {part}/CLASS/*.png)")
-    images = {part: [_image(path) for path, _ in paths] for part, paths in found.items()}
+    images = {part: [read_image(path) for path, _ in paths] for part, paths in found.items()}
     everything = [*images["train"], *images["test"]]
     grey = channels == 1 or (channels is None and all(image.shape[0] == 1 for image in everything))
     first = found["train"][0][0]
@@ -212,15 +212,33 @@ def image_folder(root: str | os.PathLike[str], *, channels: int | None = None) -
     return Dataset(train_images, train_labels, test_images, test_labels, len(classes))
 
 
-def _image(path: Path) -> Tensor:
-    """``[1 or 3, H, W]`` float32 in [0, 1]."""
+def read_image(
+    path: str | os.PathLike[str], channels: int | None = None, size: tuple[int, int] | None = None
+) -> Tensor:
+    """A picture as a tensor.
+
+    Args:
+        path: png, jpg, bmp or webp.
+        channels: 1 for grey, 3 for colour; None: as the file has it.
+        size: (height, width) in pixels it is scaled to; None: as the file has it.
+
+    Returns:
+        ``[1 or 3, H, W]`` float32 in [0, 1].
+
+    Raises:
+        ValueError: it cannot be read.
+        ModuleNotFoundError: Pillow is missing.
+    """
     try:
         from PIL import Image, UnidentifiedImageError
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("reading images needs Pillow: pip install pillow") from error
     try:
         with Image.open(path) as image:
-            picture = image.convert("L" if image.mode in ("1", "L", "I", "I;16", "LA") else "RGB")
+            grey = image.mode in ("1", "L", "I", "I;16", "LA") if channels is None else channels == 1
+            picture = image.convert("L" if grey else "RGB")
+            if size is not None:
+                picture = picture.resize((size[1], size[0]))
             pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} is not an image that can be read: {error}") from error
@@ -335,7 +353,7 @@ def _members(archive: Path, names: Sequence[str]) -> list[bytes]:
 def _download(source: Source, name: str, root: Path) -> None:
     """Fetch one file; it appears under its name only when it is whole and has its checksum."""
     root.mkdir(parents=True, exist_ok=True)
-    address, partial = source.address + name, root / f"{name}.partial"
+    address, partial = source.address + name, root / f"{name}.{os.getpid()}.partial"
     digest = hashlib.md5(usedforsecurity=False)  # against accidents: the publishers give no other
     try:
         with urllib.request.urlopen(address, timeout=60) as response, partial.open("wb") as file:

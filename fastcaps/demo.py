@@ -4,22 +4,18 @@ import math
 import time
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot as plt
 import torch
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from torch import Tensor
 
+from fastcaps import figures
 from fastcaps.data import Dataset, digits
 from fastcaps.models import CapsNet
-from fastcaps.routing import dynamic_routing, routing_trace
+from fastcaps.routing import dynamic_routing
 from fastcaps.timing import Timing, compare, einsum_routing, median_and_p20, saved_bytes
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 BATCH_SIZE = 64
 PAPER = (128, 1152, 10, 8, 16)  # B, I, J, D_in, D_out of Sabour et al. (2017) on MNIST
@@ -53,10 +49,7 @@ def run(out: Path, *, epochs: int, rounds: int) -> None:
         f"test error [bold]{errors[-1]:.2f} %[/bold] ({round(errors[-1] * len(data.test_labels) / 100)} of "
         f"{len(data.test_labels)} digits) after {epochs} epochs in {time.perf_counter() - start:.0f} s"
     )
-    draw_training(losses, errors, out / "training.png")
-    draw_reconstructions(network, data, out / "reconstructions.png")
-    draw_coupling(network, data, out / "coupling.png")
-    draw_perturbations(network, data, out / "perturbations.png")
+    draw(network, data, losses, errors, out)
     console.print(f"pictures in {out}: training, reconstructions, coupling, perturbations (.png)")
     if rounds:
         B, I, J, D_in, D_out = PAPER
@@ -122,91 +115,17 @@ def print_timings(timings: list[Timing], console: Console) -> None:
     )
 
 
-def draw_training(losses: list[float], errors: list[float], path: Path) -> None:
-    """The training loss and the test error over the epochs, one above the other."""
-    figure, (upper, lower) = plt.subplots(2, 1, sharex=True, figsize=(6, 5), layout="constrained")
-    epochs = range(1, len(losses) + 1)
-    upper.plot(epochs, losses, color="tab:blue")
-    upper.set(ylabel="training loss", yscale="log", title="CapsNet on 8x8 digits")
-    lower.plot(epochs, errors, color="tab:red")
-    lower.set(ylabel="test error (%)", xlabel="epoch", ylim=(0, None))
-    for axes in (upper, lower):
-        axes.grid(alpha=0.3)
-    _save(figure, path)
-
-
-def draw_reconstructions(network: CapsNet, data: Dataset, path: Path, count: int = 12) -> None:
-    """Test digits above what the decoder makes of their capsules."""
-    images = data.test_images[:count]
-    with torch.no_grad():
-        output = network(images)
-    figure, rows = plt.subplots(2, count, figsize=(count * 0.8, 2.2), layout="constrained")
-    for column in range(count):
-        _show(rows[0, column], images[column])
-        _show(rows[1, column], output.reconstruction[column])
-        rows[0, column].set_title(f"{data.test_labels[column]}", fontsize=9)
-        rows[1, column].set_title(f"{output.lengths[column].argmax()}", fontsize=9)
-    figure.suptitle("above: test digits with their label; below: reconstructions with the prediction", fontsize=10)
-    _save(figure, path)
-
-
-def draw_coupling(network: CapsNet, data: Dataset, path: Path) -> None:
-    """One test digit: how its input capsules divide their votes among the classes, iteration by iteration."""
-    image, layer = data.test_images[:1], network.capsules
-    with torch.no_grad():
-        poses = network.primary_poses(image)
-    trace = routing_trace(poses, layer.weight, num_iterations=layer.num_iterations)
-    coupling = trace.coupling[:, 0]  # [T, I, J]
-    order = coupling[-1, :, data.test_labels[0]].argsort()
-    figure, axes = plt.subplots(
-        1, len(coupling) + 1, figsize=(3.2 * len(coupling) + 2, 3.7), layout="constrained",
-        width_ratios=[1.2] + [2] * len(coupling),
-    )  # fmt: skip
-    _show(axes[0], image[0])
-    axes[0].set_title(f"a {data.test_labels[0]}")
-    highest, J = coupling.max().item(), coupling.shape[2]
-    for t, panel in enumerate(axes[1:]):
-        shown = panel.imshow(
-            coupling[t, order].T.numpy(), aspect="auto", vmin=0, vmax=highest, cmap="viridis", origin="lower"
-        )
-        panel.set(title=f"iteration {t + 1}\nmean entropy {trace.entropy[t].mean():.3f} nats", xlabel="input capsule")
-        panel.set_yticks(range(J))
-    axes[1].set_ylabel("class")
-    figure.suptitle(f"no decision at all: log {J} = {math.log(J):.3f} nats", fontsize=10)
-    figure.colorbar(shown, ax=axes[1:].tolist(), label="coupling coefficient")
-    _save(figure, path)
-
-
-def draw_perturbations(network: CapsNet, data: Dataset, path: Path) -> None:
-    """Sabour et al. (2017), figure 4: a row per pose entry, moved by -0.25 .. 0.25 in steps of 0.05, and decoded."""
-    image, label = data.test_images[:1], data.test_labels[:1]
-    shifts = torch.linspace(-0.25, 0.25, 11)
-    with torch.no_grad():
-        poses = network(image).poses  # [1, J, D_out]
-        J, D_out = poses.shape[1:]
-        moved = poses.expand(D_out * len(shifts), J, D_out).clone()
-        entry = torch.arange(D_out).repeat_interleave(len(shifts))
-        moved[torch.arange(len(moved)), label, entry] += shifts.repeat(D_out)
-        images = network.reconstruct(moved, label.expand(len(moved)))
-    tight = ConstrainedLayoutEngine(w_pad=0.01, h_pad=0.01, wspace=0, hspace=0)
-    figure, grid = plt.subplots(D_out, len(shifts), figsize=(len(shifts) * 0.6, D_out * 0.6 + 0.6), layout=tight)
-    for axes, picture in zip(grid.flat, images, strict=True):
-        _show(axes, picture)
-    for column, shift in enumerate(shifts):
-        grid[0, column].set_title(f"{shift:+.2f}" if shift.abs() > 1e-6 else "0", fontsize=7)
-    for row in range(D_out):
-        grid[row, 0].set_ylabel(f"{row + 1}", fontsize=7, rotation=0, ha="right", va="center")
-    figure.suptitle(f"a {label.item()}: each of its {D_out} pose entries moved", fontsize=10)
-    _save(figure, path)
-
-
-def _show(axes: plt.Axes, image: Tensor) -> None:
-    """A picture ``[1, H, W]`` in [0, 1] without ticks."""
-    axes.imshow(image[0].numpy(), cmap="gray_r", vmin=0, vmax=1)
-    axes.set_xticks([])
-    axes.set_yticks([])
-
-
-def _save(figure: plt.Figure, path: Path) -> None:
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+def draw(network: CapsNet, data: Dataset, losses: list[float], errors: list[float], out: Path) -> None:
+    """Four pictures: training, reconstructions, coupling and perturbations."""
+    epochs = [float(n) for n in range(1, len(losses) + 1)]
+    panels = [("training loss", {"": (epochs, losses)}, True), ("test error (%)", {"": (epochs, errors)}, False)]
+    images, labels = data.test_images[:12], data.test_labels[:12]
+    drawn = {
+        "training": figures.curves(panels, "epoch"),
+        "reconstructions": figures.reconstructions(network, images, labels),
+        "coupling": figures.coupling(network, images[:1], f"a {labels[0]}"),
+        "perturbations": figures.perturbations(network, images[:1], labels[:1]),
+    }
+    for name, figure in drawn.items():
+        figure.savefig(out / f"{name}.png", dpi=120)
+        plt.close(figure)

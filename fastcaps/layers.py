@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastcaps.functional import check_number, squash
 from fastcaps.layouts import Layout
-from fastcaps.routing import dynamic_routing
+from fastcaps.routing import RoutingTrace, dynamic_routing, routing_trace
 from fastcaps.routing.dynamic import check_prior
 
 PRIMARY_LAYOUTS = ("capsule-major", "dimension-major", "flat")
@@ -248,6 +248,36 @@ class CapsuleLayer(nn.Module):
             num_iterations=self.num_iterations if num_iterations is None else num_iterations,
             **{name: value for name, value in given.items() if value is not None},
             **self.routing_options,
+        )
+
+    def trace(self, poses: Tensor, num_iterations: int | None = None) -> RoutingTrace:
+        """What the routing of these poses does in every iteration, with this layer's weight, bias, prior and options.
+
+        Args:
+            poses: ``[B, I, D_in]``.
+            num_iterations: T for this call; None: the layer's own.
+
+        Returns:
+            A :class:`fastcaps.routing.RoutingTrace`, without gradient.
+
+        Raises:
+            TypeError: poses have the wrong dtype, or the layer routes by a function of one's own.
+            ValueError: sizes or devices do not fit.
+
+        Example:
+            >>> CapsuleLayer(6, 4, 3, 8).trace(torch.randn(2, 6, 4)).entropy.shape
+            torch.Size([3, 2, 6])
+        """
+        if self.routing is not dynamic_routing:
+            raise TypeError(f"only dynamic_routing can be traced, and this layer routes by {self.routing}")
+        return routing_trace(
+            poses,
+            self.weight.expand(-1, self.out_capsules, -1, -1),
+            num_iterations=self.num_iterations if num_iterations is None else num_iterations,
+            prior=self.prior,
+            bias=self.bias,
+            leaky=self.routing_options.get("leaky", False),
+            eps=self.routing_options.get("eps", 0.0),
         )
 
     def extra_repr(self) -> str:

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,9 @@ from fastcaps.conventions import Convention
 from fastcaps.functional import length
 from fastcaps.layers import CapsuleLayer, PrimaryCapsules, require_like, require_positive
 from fastcaps.losses import check_labels, margin_loss, one_hot, reconstruction_loss
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 METADATA = "fastcaps"  # under this key a file says what it holds
 
@@ -106,7 +109,125 @@ class Decoder(nn.Module):
         return self.layers(chosen.flatten(1)).unflatten(1, self.image_shape)
 
 
-class CapsNet(nn.Module):
+class Network(nn.Module):
+    """An image classifier that can be written to a file with its configuration, and read without pickle.
+
+    Attributes:
+        config: the arguments that it was made with.
+        image_shape: ``(C, H, W)``.
+        num_classes: J.
+    """
+
+    config: dict[str, Any]
+    image_shape: tuple[int, int, int]
+    num_classes: int
+
+    def save(self, path: str | os.PathLike[str], *, run: dict[str, Any] | None = None) -> None:
+        """Write parameters and configuration to a safetensors file: whole or not at all, and readable without pickle.
+
+        Args:
+            path: the file, ``.safetensors`` by custom; one that is there is replaced.
+            run: what else the file should say of itself: anything that JSON knows.
+
+        Raises:
+            TypeError: the routing is a function of one's own, which a file cannot hold.
+            OSError: it cannot be written.
+
+        Example:
+            >>> import tempfile
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     CapsNet((1, 8, 8), 10, kernel_size=3).save(f"{folder}/model.safetensors")
+            ...     CapsNet.load(f"{folder}/model.safetensors").num_classes
+            10
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        config = {name: value for name, value in self.config.items() if name != "backend"}  # this machine's choice
+        routing = config.get("routing")
+        if isinstance(routing, Convention):
+            config["routing"] = dataclasses.asdict(routing)
+        elif routing is not None:
+            raise TypeError(f"routing={routing!r} cannot be saved: only what fastcaps knows can")
+        described = {"model": type(self).__name__, "version": __version__, "config": config}
+        metadata = {METADATA: json.dumps(described | ({"run": run} if run else {}))}
+        partial = Path(f"{os.fspath(path)}.partial")
+        try:
+            save_file({k: v.contiguous() for k, v in self.state_dict().items()}, partial, metadata)
+            os.replace(partial, path)
+        except SafetensorError as error:
+            raise OSError(f"{os.fspath(path)!r} cannot be written: {error}") from error
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> "Self":
+        """A network that :meth:`save` or ``fastcaps convert`` wrote.
+
+        Args:
+            path: the file.
+            device: where its parameters go.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is no safetensors file, or not one of such a network.
+
+        Example:
+            >>> import tempfile
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     CapsNet((1, 8, 8), 10, kernel_size=3, detach=True).save(f"{folder}/model.safetensors")
+            ...     CapsNet.load(f"{folder}/model.safetensors").capsules.routing_options
+            {'detach': True}
+        """
+        from safetensors import SafetensorError, safe_open
+
+        described = describe(path)
+        if described["model"] not in (names := [kind.__name__ for kind in (cls, *cls.__subclasses__())]):
+            wanted = " or ".join(name for name in names if name != "Network")
+            raise ValueError(f"{os.fspath(path)!r} holds a fastcaps.{described['model']}, not a {wanted}")
+        (kind,) = (kind for kind in (cls, *cls.__subclasses__()) if kind.__name__ == described["model"])
+        try:
+            with safe_open(path, "pt", device=str(device)) as file:
+                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        except SafetensorError as error:
+            raise ValueError(f"{os.fspath(path)!r} is not a whole safetensors file: {error}") from error
+        config = described["config"]
+        if "routing" in config:
+            config["routing"] = Convention(**config["routing"])
+        network = kind(**config).to(device, next(iter(state.values())).dtype)
+        network.load_state_dict(state)
+        return network
+
+
+def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What the file of a :class:`Network` says of itself: ``model``, ``version``, ``config``, and ``run`` if given.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no safetensors file, or not one of fastcaps.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     CapsNet((1, 8, 8), 10, kernel_size=3).save(f"{folder}/model.safetensors", run={"seed": 0})
+        ...     describe(f"{folder}/model.safetensors")["run"]
+        {'seed': 0}
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {os.fspath(path)!r}")
+    try:
+        with safe_open(path, "pt") as file:
+            described = json.loads((file.metadata() or {}).get(METADATA, "{}"))
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{os.fspath(path)!r} is not a whole safetensors file: {error}") from error
+    if not isinstance(described, dict) or not {"model", "config"} <= described.keys():
+        raise ValueError(f"{os.fspath(path)!r} does not say that it holds a network of fastcaps")
+    return described
+
+
+class CapsNet(Network):
     """Convolution, primary capsules, class capsules by routing, and a decoder (Sabour et al. 2017, section 4).
 
     The defaults are the paper's network.
@@ -121,10 +242,11 @@ class CapsNet(nn.Module):
         primary_stride: stride of the second convolution, in pixels.
         primary_layout: as ``layout`` in :class:`PrimaryCapsules`.
         primary_eps: as ``eps`` there.
+        hidden_capsules: capsule layers between the primary and the class capsules: ``(capsules, pose size)`` of each.
         capsule_dim: D_out, pose size of the class capsules.
-        num_iterations: T.
+        num_iterations: T, of every capsule layer.
         decoder: whether to reconstruct the image.
-        **layer_options: passed to :class:`CapsuleLayer`: ``share_weight``, ``bias``, ``detach``, ``backend``, ...
+        **layer_options: passed to every :class:`CapsuleLayer`: ``share_weight``, ``bias``, ``detach``, ``backend``, ...
 
     Raises:
         TypeError: a size is not an int.
@@ -151,6 +273,7 @@ class CapsNet(nn.Module):
         primary_stride: int = 2,
         primary_layout: str = "capsule-major",
         primary_eps: float = 0.0,
+        hidden_capsules: Sequence[tuple[int, int]] = (),
         capsule_dim: int = 16,
         num_iterations: int = 3,
         decoder: bool = True,
@@ -174,9 +297,12 @@ class CapsNet(nn.Module):
             stem_channels, types, primary_dim, kernel_size, primary_stride, layout=primary_layout, eps=primary_eps
         )
         rows, columns = ((size - smallest) // primary_stride + 1 for size in (H, W))
-        self.capsules = CapsuleLayer(
-            types * rows * columns, primary_dim, num_classes, capsule_dim, num_iterations, **layer_options
-        )
+        I, D_in = types * rows * columns, primary_dim
+        self.hidden = nn.Sequential()
+        for J, D_out in hidden_capsules:
+            self.hidden.append(CapsuleLayer(I, D_in, J, D_out, num_iterations, **layer_options))
+            I, D_in = J, D_out
+        self.capsules = CapsuleLayer(I, D_in, num_classes, capsule_dim, num_iterations, **layer_options)
         self.decoder = Decoder(num_classes, capsule_dim, self.image_shape) if decoder else None
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> CapsNetOutput:
@@ -197,15 +323,28 @@ class CapsNet(nn.Module):
             >>> CapsNet((1, 8, 8), 10, kernel_size=3)(torch.rand(2, 1, 8, 8)).lengths.shape
             torch.Size([2, 10])
         """
-        poses = self.capsules(self.primary_poses(images))  # [B, J, D_out]
+        poses = self.class_poses(images)
         lengths = length(poses)
         reconstruction = None
         if self.decoder is not None:
             reconstruction = self.decoder(poses, labels)
         return CapsNetOutput(lengths, poses, reconstruction)
 
+    def class_poses(self, images: Tensor) -> Tensor:
+        """The class capsules ``[B, J, D_out]`` alone, from images ``[B, C, H, W]``.
+
+        Raises:
+            TypeError: images have another dtype than the parameters (outside autocast).
+            ValueError: shapes do not fit.
+
+        Example:
+            >>> CapsNet((1, 8, 8), 10, kernel_size=3).class_poses(torch.rand(2, 1, 8, 8)).shape
+            torch.Size([2, 10, 16])
+        """
+        return self.capsules(self.hidden(self.primary_poses(images)))
+
     def primary_poses(self, images: Tensor) -> Tensor:
-        """The poses ``[B, I, D_in]`` that are routed, from images ``[B, C, H, W]``.
+        """The poses ``[B, I, D_in]`` of the primary capsules, from images ``[B, C, H, W]``.
 
         Raises:
             TypeError: images have another dtype than the parameters (outside autocast).
@@ -215,10 +354,7 @@ class CapsNet(nn.Module):
             >>> CapsNet((1, 8, 8), 10, kernel_size=3).primary_poses(torch.rand(2, 1, 8, 8)).shape
             torch.Size([2, 128, 8])
         """
-        require_like("images", images, "[B, C, H, W]", self.stem.weight)
-        if images.dim() != 4 or images.shape[1:] != self.image_shape:
-            wanted = ", ".join(map(str, self.image_shape))
-            raise ValueError(f"images must be [B, C, H, W] = [B, {wanted}], got {tuple(images.shape)}")
+        _check_images(images, self.image_shape, self.stem.weight)
         return self.primary(F.relu(self.stem(images)))
 
     def loss(
@@ -259,7 +395,7 @@ class CapsNet(nn.Module):
             >>> CapsNet((1, 8, 8), 10, kernel_size=3).predict(torch.rand(2, 1, 8, 8)).shape
             torch.Size([2])
         """
-        return length(self.capsules(self.primary_poses(images))).argmax(1)
+        return length(self.class_poses(images)).argmax(1)
 
     def reconstruct(self, poses: Tensor, labels: Tensor | None = None) -> Tensor:
         """Images ``[B, C, H, W]`` for class capsules ``[B, J, D_out]``: of the labelled ones, or of the longest.
@@ -276,79 +412,92 @@ class CapsNet(nn.Module):
             raise ValueError("this network was made with decoder=False: it cannot reconstruct")
         return self.decoder(poses, labels)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write parameters and configuration to a safetensors file: whole or not at all, and readable without pickle.
 
-        Args:
-            path: the file, ``.safetensors`` by custom; one that is there is replaced.
+class CNN(Network):
+    """The convolutional baseline of Sabour et al. (2017), section 5: what a capsule network is compared with.
+
+    Convolutions of 5x5 pixels with 256, 256 and 128 channels at stride 1, fully connected layers of 328 and 192 units,
+    dropout, and one score per class. With padding it has the 35.4 million parameters of the paper on 28x28 pixels.
+
+    Args:
+        image_shape: ``(C, H, W)`` of the images.
+        num_classes: J.
+        channels: of the convolutions.
+        units: of the fully connected layers.
+        dropout: probability, before the last layer.
+
+    Raises:
+        TypeError: a size is not an int.
+        ValueError: a size is below 1.
+
+    Example:
+        >>> network = CNN((1, 28, 28), 10)
+        >>> round(sum(p.numel() for p in network.parameters()) / 1e6, 1)
+        35.4
+        >>> CNN((1, 8, 8), 10, channels=(4,), units=(8,))(torch.rand(2, 1, 8, 8)).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(
+        self,
+        image_shape: Sequence[int],
+        num_classes: int,
+        *,
+        channels: Sequence[int] = (256, 256, 128),
+        units: Sequence[int] = (328, 192),
+        dropout: float = 0.5,
+    ) -> None:
+        super().__init__()
+        self.config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        self.image_shape = C, H, W = _check_image_shape(image_shape)
+        require_positive(num_classes=num_classes)
+        require_positive(**{f"channels[{n}]": width for n, width in enumerate(channels)})
+        require_positive(**{f"units[{n}]": width for n, width in enumerate(units)})
+        self.num_classes = num_classes
+        layers: list[nn.Module] = []
+        for before, after in itertools.pairwise([C, *channels]):
+            layers += [nn.Conv2d(before, after, 5, padding=2), nn.ReLU()]
+        layers.append(nn.Flatten())
+        for before, after in itertools.pairwise([[C, *channels][-1] * H * W, *units]):
+            layers += [nn.Linear(before, after), nn.ReLU()]
+        last = [[C, *channels][-1] * H * W, *units][-1]
+        self.scores = nn.Linear(last, num_classes)
+        self.layers = nn.Sequential(*layers, nn.Dropout(dropout))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Scores ``[B, J]`` before the softmax, for images ``[B, C, H, W]``.
 
         Raises:
-            TypeError: the routing is a function of one's own, which a file cannot hold.
-            OSError: it cannot be written.
+            TypeError: images have another dtype than the parameters (outside autocast).
+            ValueError: shapes do not fit.
 
         Example:
-            >>> import tempfile
-            >>> with tempfile.TemporaryDirectory() as folder:
-            ...     CapsNet((1, 8, 8), 10, kernel_size=3).save(f"{folder}/model.safetensors")
-            ...     CapsNet.load(f"{folder}/model.safetensors").num_classes
-            10
+            >>> CNN((3, 8, 8), 5, channels=(4,), units=(8,))(torch.rand(2, 3, 8, 8)).shape
+            torch.Size([2, 5])
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
+        _check_images(images, self.image_shape, self.scores.weight)
+        return self.scores(self.layers(images))
 
-        config = {name: value for name, value in self.config.items() if name != "backend"}  # this machine's choice
-        routing = config.get("routing")
-        if isinstance(routing, Convention):
-            config["routing"] = dataclasses.asdict(routing)
-        elif routing is not None:
-            raise TypeError(f"routing={routing!r} cannot be saved: only what fastcaps knows can")
-        described = json.dumps({"model": "CapsNet", "version": __version__, "config": config})
-        partial = Path(f"{os.fspath(path)}.partial")
-        try:
-            save_file({k: v.contiguous() for k, v in self.state_dict().items()}, partial, {METADATA: described})
-            os.replace(partial, path)
-        except SafetensorError as error:
-            raise OSError(f"{os.fspath(path)!r} cannot be written: {error}") from error
-        finally:
-            partial.unlink(missing_ok=True)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> "CapsNet":
-        """A network that :meth:`save` or ``fastcaps convert`` wrote.
-
-        Args:
-            path: the file.
-            device: where its parameters go.
+    @torch.no_grad()
+    def predict(self, images: Tensor) -> Tensor:
+        """The class index of the highest score, ``[B]`` int64, for images ``[B, C, H, W]``; no gradient.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: it is no safetensors file, or not one of a CapsNet.
+            TypeError: images have another dtype than the parameters.
+            ValueError: shapes do not fit.
 
         Example:
-            >>> import tempfile
-            >>> with tempfile.TemporaryDirectory() as folder:
-            ...     CapsNet((1, 8, 8), 10, kernel_size=3, detach=True).save(f"{folder}/model.safetensors")
-            ...     CapsNet.load(f"{folder}/model.safetensors").capsules.routing_options
-            {'detach': True}
+            >>> CNN((3, 8, 8), 5, channels=(4,), units=(8,)).eval().predict(torch.rand(2, 3, 8, 8)).shape
+            torch.Size([2])
         """
-        from safetensors import SafetensorError, safe_open
+        return self(images).argmax(1)
 
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"there is no file {os.fspath(path)!r}")
-        try:
-            with safe_open(path, "pt", device=str(device)) as file:
-                described = json.loads((file.metadata() or {}).get(METADATA, "{}"))
-                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-        except (SafetensorError, json.JSONDecodeError) as error:
-            raise ValueError(f"{os.fspath(path)!r} is not a whole safetensors file: {error}") from error
-        if not isinstance(described, dict) or described.get("model") != "CapsNet":
-            raise ValueError(f"{os.fspath(path)!r} does not say that it holds a fastcaps.CapsNet")
-        config = described["config"]
-        if "routing" in config:
-            config["routing"] = Convention(**config["routing"])
-        network = cls(**config).to(device, next(iter(state.values())).dtype)
-        network.load_state_dict(state)
-        return network
+
+def _check_images(images: Tensor, image_shape: tuple[int, int, int], parameter: Tensor) -> None:
+    require_like("images", images, "[B, C, H, W]", parameter)
+    if images.dim() != 4 or images.shape[1:] != image_shape:
+        wanted = ", ".join(map(str, image_shape))
+        raise ValueError(f"images must be [B, C, H, W] = [B, {wanted}], got {tuple(images.shape)}")
 
 
 def _check_image_shape(image_shape: Sequence[int]) -> tuple[int, int, int]:

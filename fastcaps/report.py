@@ -1,0 +1,241 @@
+"""report.html: one page, without network, of what a run did and of what its network does."""
+
+import base64
+import csv
+import html
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib.pyplot as plt
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from fastcaps import figures
+from fastcaps.data import read_image
+from fastcaps.evaluation import Evaluation, evaluate, wrong_of
+from fastcaps.models import CapsNet, Network
+from fastcaps.samples import Samples, load_data
+from fastcaps.settings import Settings, write_whole
+
+SHOWN = 20  # misclassified images
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 960px; margin: 2em auto; padding: 0 1em; color: #222 }
+h1 { font-size: 1.6em } h2 { font-size: 1.2em; margin-top: 2em; border-bottom: 1px solid #ddd }
+img { max-width: 100%; height: auto } table { border-collapse: collapse }
+td, th { padding: .15em .8em .15em 0; text-align: left; vertical-align: top } .note { color: #666; font-size: .9em }
+"""
+
+
+class Section(NamedTuple):
+    """A part of a page: its heading, a note in plain text, and figures or tables (rows of cells)."""
+
+    heading: str
+    note: str
+    content: Sequence[Figure | list[Sequence[Any]]]
+
+
+def write_page(path: Path, title: str, sections: Sequence[Section]) -> None:
+    """Write a page that needs nothing beside itself; the figures are closed.
+
+    Args:
+        path: the file; it is there whole or not at all.
+        title: plain text.
+        sections: from top to bottom.
+    """
+    parts = [f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title>"]
+    parts += [f"<style>{STYLE}</style><h1>{html.escape(title)}</h1>"]
+    for section in sections:
+        parts += [f"<h2>{html.escape(section.heading)}</h2><p class=note>{html.escape(section.note)}</p>"]
+        parts += [_image(c, section.heading) if isinstance(c, Figure) else _table(c) for c in section.content]
+    write_whole(path, "\n".join(parts).encode())
+
+
+def _image(figure: Figure, alt: str) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    plt.close(figure)
+    return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+
+
+def _table(rows: list[Sequence[Any]]) -> str:
+    cells = ["".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) for row in rows]
+    return "<table>" + "".join(f"<tr>{row}</tr>" for row in cells) + "</table>"
+
+
+def read_log(out: Path) -> list[dict[str, float]]:
+    """What a run has measured, by step: where it was resumed, the later record counts.
+
+    Args:
+        out: folder of the run.
+    """
+    rows: list[dict[str, float]] = []
+    folders = sorted((out / "log").glob("version_*"), key=lambda folder: int(folder.name.split("_")[1]))
+    for file in (folder / "metrics.csv" for folder in folders):
+        if file.exists():
+            with file.open(newline="") as lines:
+                read = [{k: float(v) for k, v in row.items() if v and k} for row in csv.DictReader(lines)]
+            if read:
+                start = read[0]["step"]
+                rows = [row for row in rows if row["step"] < start or ("epoch" in row and row["step"] == start)]
+                rows += read
+    return rows
+
+
+def _course(rows: list[dict[str, float]], *names: str) -> dict[str, tuple[list[float], list[float]]]:
+    lines = {}
+    for name in names:
+        found = [(row["step"], row[name]) for row in rows if name in row]
+        lines[name.split("/")[-1].replace("_", " ")] = ([x for x, _ in found], [y for _, y in found])
+    return {name: line for name, line in lines.items() if line[0]}
+
+
+def _curves(rows: list[dict[str, float]]) -> Section:
+    smooth = _course(rows, "train_loss", "test_loss"), _course(rows, "train_error", "test_error")
+    panels = [("loss", smooth[0], True), ("error (%)", smooth[1], False), ("learning rate", _course(rows, "lr"), False)]
+    note = "Training: single batches, with augmentation. Test: the whole test set after each epoch."
+    return Section("Curves", note, [figures.curves([panel for panel in panels if panel[1]], "step")])
+
+
+def _routing(rows: list[dict[str, float]], T: int) -> Section | None:
+    panels = []
+    labels = {"entropy": "entropy of the coupling\n/ log J", "agreement": "agreement", "change": "change of v"}
+    for name, label in labels.items():
+        lines = _course(rows, *(f"routing/{name}_{t + 1}" for t in range(T)))
+        panels.append((label, lines, False))
+    panels.append(("dead output capsules", _course(rows, "routing/dead"), False))
+    if not all(panel[1] for panel in panels):
+        return None
+    note = (
+        "Of the same test images throughout, per routing iteration. Entropy 1: the votes go to all classes alike; 0: "
+        "each to one. Agreement: scalar product of vote and output capsule, weighted by the coupling. Change: the "
+        "distance from the output of the iteration before; near 0 once routing has converged. Dead: no image makes it "
+        "longer than 0.1. A bug shows as entropy that stays 1 or capsules that stay dead from the start; an unstable "
+        "routing as lines that jump while the loss does."
+    )
+    return Section("Routing over training", note, [figures.curves(panels, "step")])
+
+
+def confusion_counts(scores: Tensor, labels: Tensor) -> Tensor:
+    """``[J, J]``: true classes in rows, predicted ones in columns; of K things an image, hits count first."""
+    J, K = scores.shape[1], labels.shape[1]
+    counts = torch.zeros(J, J, dtype=torch.long)
+    for true, guess in zip(labels.tolist(), scores.topk(K, 1).indices.tolist(), strict=True):
+        hits = set(true) & set(guess)
+        for name in hits:
+            counts[name, name] += 1
+        for a, b in zip(sorted(set(true) - hits), sorted(set(guess) - hits), strict=True):
+            counts[a, b] += 1
+    return counts
+
+
+def _mistakes(samples: Samples, found: Evaluation) -> Section:
+    wrong = wrong_of(found.scores, found.labels).nonzero()[:, 0]
+    chosen = wrong[:SHOWN]
+    K = found.labels.shape[1]
+    guesses = found.scores[chosen].topk(K, 1).indices
+    titles = [
+        f"{'+'.join(map(str, sorted(a)))} as {'+'.join(map(str, sorted(b)))}"
+        for a, b in zip(found.labels[chosen].tolist(), guesses.tolist(), strict=True)
+    ]
+    shown = [figures.pictures(samples.test(chosen)[0], titles)] if len(chosen) else []
+    note = f"{len(wrong)} of {len(found.labels)} test images; the first {len(chosen)}."
+    return Section("Taken for something else", note, shown)
+
+
+def network_sections(network: CapsNet, images: Tensor, labels: Tensor | None = None) -> list[Section]:
+    """Reconstructions, coupling maps and perturbations of a few images ``[B, C, H, W]`` with labels ``[B]``."""
+    sections = []
+    if network.decoder is not None:
+        sections.append(Section("Reconstructions", "", [figures.reconstructions(network, images[:12], labels)]))
+    note = "The primary capsules in the order of what they give to the class that wins."
+    maps = [
+        figures.coupling(network, images[n : n + 1], "" if labels is None else f"a {labels[n]}")
+        for n in range(min(3, len(images)))
+    ]
+    sections.append(Section("Coupling, iteration by iteration", note, maps))
+    if network.decoder is not None:
+        note = "What the pose entries have come to mean: each is moved by -0.25 .. 0.25 and decoded."
+        sections.append(Section("Perturbations", note, [figures.perturbations(network, images[:1])]))
+    return sections
+
+
+def show(model: Path, images: Sequence[Path], out: Path) -> list[str]:
+    """A page of what a network makes of one's own images, and a line for each with its classes and their scores.
+
+    Args:
+        model: its file.
+        images: pictures of any size; they are made as large as the network wants, and grey if it wants grey.
+        out: the page.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a file is not what it should be.
+        OSError: the page cannot be written.
+    """
+    network = Network.load(model).eval()
+    C, H, W = network.image_shape
+    dtype = next(network.parameters()).dtype
+    pictures = torch.stack([read_image(path, C, (H, W)) for path in images]).to(dtype)
+    with torch.no_grad():
+        scores = network(pictures).lengths if isinstance(network, CapsNet) else network(pictures).softmax(1)
+    lines = []
+    for path, row in zip(images, scores, strict=True):
+        best = row.topk(min(3, len(row)))
+        found = ", ".join(f"{name} ({value:.3f})" for value, name in zip(*map(Tensor.tolist, best), strict=True))
+        lines.append(f"{path}: {found}")
+    titles = [f"{path.name}: {row.argmax()}" for path, row in zip(images, scores, strict=True)]
+    sections = [Section("Images", "As the network sees them.", [figures.pictures(pictures, titles)])]
+    if isinstance(network, CapsNet):
+        for n, path in enumerate(images):
+            sections += [
+                s._replace(heading=f"{path.name}: {s.heading}") for s in network_sections(network, pictures[n : n + 1])
+            ]
+    write_page(out, f"{model}", sections)
+    return [*lines, f"{out} is written"]
+
+
+def write_report(out: Path) -> None:
+    """Test the model of a finished run and write ``report.html`` beside it.
+
+    Args:
+        out: folder of the run.
+
+    Raises:
+        FileNotFoundError: the run is not finished, or its data are gone.
+    """
+    config = json.loads((out / "config.json").read_text())
+    settings = Settings(**config["settings"])
+    network = Network.load(out / "model.safetensors")
+    samples = Samples(load_data(settings), settings)
+    found = evaluate(network, settings, samples)
+    rows = read_log(out)
+    speeds = sorted(row["images/s"] for row in rows if "images/s" in row)
+    numbers = config["data"]
+    summary: list[Sequence[Any]] = [
+        ("test error", f"{found.error:.2f} %"),
+        ("test loss", f"{found.loss:.4f}"),
+        ("test images", numbers["test images"]),
+        ("parameters", f"{sum(p.numel() for p in network.parameters()):,}"),
+        (
+            "images/s in training",
+            f"{speeds[len(speeds) // 2]:.0f} (median of the epochs)" if speeds else "not measured",
+        ),
+        ("fastcaps", config["version"]),
+    ]
+    sections = [Section("Summary", "The network as it was after the last epoch.", [summary]), _curves(rows)]
+    if isinstance(network, CapsNet) and (routing := _routing(rows, settings.iterations)) is not None:
+        sections.append(routing)
+    note = "Rows: true; columns: predicted. Red: mistakes."
+    sections.append(Section("Confusion", note, [figures.confusion(confusion_counts(found.scores, found.labels))]))
+    sections.append(_mistakes(samples, found))
+    if isinstance(network, CapsNet):
+        dtype = next(network.parameters()).dtype
+        images, labels, _ = samples.test(torch.arange(min(12, len(found.labels))))
+        sections += network_sections(network, images.to(dtype), labels[:, 0] if labels.shape[1] == 1 else None)
+    sections.append(Section("Settings", "As in config.json.", [list(config["settings"].items())]))
+    write_page(out / "report.html", f"{settings.model} on {settings.data}: {found.error:.2f} % test error", sections)

@@ -1,0 +1,179 @@
+"""What a training run can be told, and the file in its folder that keeps it."""
+
+import dataclasses
+import difflib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+DATA = ("digits", "mnist", "fashion-mnist", "cifar10", "multi-mnist", "image-folder")
+MODELS = ("capsnet", "cnn")
+LOSSES = ("margin", "spread", "cross-entropy", "focal")
+SCHEDULES = ("exponential", "cosine", "constant")
+PRECISIONS = ("32", "64", "bf16-mixed")
+ACCELERATORS = ("auto", "cpu", "gpu")
+BACKENDS = ("reference", "triton", "native")
+
+# What a run may change when it goes on; everything else decides what is computed.
+FREE = {"root", "download", "epochs", "checkpoint_steps", "accelerator", "devices", "nodes", "compile", "backend"}
+
+
+def _setting(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
+    return dataclasses.field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclasses.dataclass
+class Settings:
+    """Of one training run; each is an option of ``fastcaps train``, and None leaves it to the data or the model."""
+
+    data: str = _setting("digits", "the data set", DATA)
+    root: str = _setting("data", "folder with the data's files")
+    download: bool = _setting(False, "fetch what is missing there")
+    model: str = _setting("capsnet", "a capsule network, or the paper's convolutional baseline", MODELS)
+    stem: int = _setting(256, "channels of the first convolution")
+    kernel_size: int | None = _setting(None, "of both convolutions, in pixels; 9, or 3 for images below 17 pixels")
+    primary_stride: int | None = _setting(None, "of the second convolution; 2, or 1 for images below 17 pixels")
+    types: int = _setting(32, "primary capsule types")
+    primary_dim: int = _setting(8, "pose size of the primary capsules")
+    hidden_capsules: str = _setting("", "capsule layers in between, as COUNTxPOSE-SIZE: 64x8,32x16")
+    capsule_dim: int = _setting(16, "pose size of the class capsules")
+    iterations: int = _setting(3, "routing iterations")
+    loss: str | None = _setting(None, "margin for a capsule network, cross-entropy for the baseline", LOSSES)
+    reconstruction: float | None = _setting(
+        None, "weight of the summed squared error of the decoder; 0.0005 for a capsule network; 0: no decoder"
+    )
+    shift: int | None = _setting(None, "augmentation: images are shifted by up to so many pixels; 2 of 28")
+    flip: bool | None = _setting(None, "augmentation: half of the images are mirrored; yes for colour")
+    epochs: int = _setting(10, "passes over the training data")
+    batch_size: int = _setting(128, "samples of one step, over all processes")
+    accumulate: int = _setting(1, "in how many parts a process works on its share of a batch")
+    lr: float = _setting(0.001, "learning rate of Adam, at the start")
+    schedule: str = _setting("exponential", "of the learning rate: times 0.9 an epoch, to 0, or none", SCHEDULES)
+    precision: str = _setting("32", "bits of the arithmetic", PRECISIONS)
+    compile: bool = _setting(False, "compile the step by torch.compile")
+    backend: str | None = _setting(None, "of the routing; None: the fastest that can run", BACKENDS)
+    accelerator: str = _setting("auto", "what to run on", ACCELERATORS)
+    devices: int | None = _setting(None, "processes on this machine, each with a device; torchrun's number, or 1")
+    nodes: int = _setting(1, "machines")
+    seed: int = _setting(0, "of weights, order and augmentation")
+    checkpoint_steps: int = _setting(100, "steps from one checkpoint to the next")
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.metadata["choices"] and value is not None:
+                nearest(value, field.metadata["choices"], option(field.name))
+        least = {"shift": 0, "seed": 0} | dict.fromkeys(_COUNTS, 1)
+        for name, smallest in least.items():
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < smallest):
+                raise ValueError(f"{option(name)} must be a whole number of at least {smallest}, got {value!r}")
+        if not 0 < self.lr < float("inf"):
+            raise ValueError(f"--lr must be positive, got {self.lr}")
+        if self.reconstruction is not None and not 0 <= self.reconstruction < float("inf"):
+            raise ValueError(f"--reconstruction must not be negative, got {self.reconstruction}")
+        self.capsule_layers()
+        cnn = self.model == "cnn"
+        if cnn and (self.loss not in (None, "cross-entropy") or self.reconstruction):
+            raise ValueError("--model cnn is trained with --loss cross-entropy and without --reconstruction")
+        if self.data == "multi-mnist" and (cnn or self.loss not in (None, "margin", "focal")):
+            raise ValueError("--data multi-mnist, two digits each, wants --model capsnet and --loss margin or focal")
+
+    def capsule_layers(self) -> list[tuple[int, int]]:
+        """``hidden_capsules`` in numbers: (capsules, pose size) of each layer."""
+        try:
+            layers = [tuple(map(int, layer.split("x"))) for layer in self.hidden_capsules.split(",") if layer]
+            return [(count, size) for count, size in layers if count > 0 < size or _fail()]
+        except ValueError:
+            wanted = "must be like 64x8,32x16: capsules x pose size"
+            raise ValueError(f"--hidden-capsules {wanted}, got {self.hidden_capsules!r}") from None
+
+    def resolved(self, image_shape: tuple[int, int, int]) -> "Settings":
+        """The same with a value for everything that the model or the images decide."""
+        C, H, W = image_shape
+        small, capsules = min(H, W) < 17, self.model == "capsnet"
+        defaults: dict[str, Any] = {
+            "kernel_size": 3 if small else 9,
+            "primary_stride": 1 if small else 2,
+            "loss": "margin" if capsules else "cross-entropy",
+            "reconstruction": 0.0005 if capsules else 0.0,
+            "shift": round(min(H, W) / 14) if min(H, W) >= 17 else 0,
+            "flip": C == 3,
+        }
+        unset = {name: value for name, value in defaults.items() if getattr(self, name) is None}
+        return dataclasses.replace(self, **unset)
+
+
+_COUNTS: tuple[str, ...] = (
+    "stem",
+    "kernel_size",
+    "primary_stride",
+    "types",
+    "primary_dim",
+    "capsule_dim",
+    "iterations",
+)
+_COUNTS += ("epochs", "batch_size", "accumulate", "devices", "nodes", "checkpoint_steps")
+
+
+def _fail() -> bool:
+    raise ValueError
+
+
+def option(name: str) -> str:
+    """The command-line option of a setting."""
+    return "--" + name.replace("_", "-")
+
+
+def nearest(name: str, known: Iterable[str], what: str) -> None:
+    """Raise a ValueError with the most similar known name unless ``name`` is known."""
+    known = list(known)
+    if name not in known:
+        similar = difflib.get_close_matches(name, known, 1, 0.5)
+        hint = f"; did you mean {similar[0]!r}?" if similar else ""
+        raise ValueError(f"{what} {name!r} is unknown{hint} (there are {', '.join(known)})")
+
+
+def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The settings in a run's ``config.json``, or in a file of one's own that names some of them.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not JSON, or names what is no setting.
+    """
+    try:
+        read = json.loads(Path(path).read_text())
+        settings = read.get("settings", read)
+        names = [field.name for field in dataclasses.fields(Settings)]
+        for name in settings:
+            nearest(name, names, f"{path}: setting")
+        return dict(settings)
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path} is not a JSON object of settings: {error}") from error
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that is there whole or not at all, even if the machine stops."""
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any], free: Iterable[str] = ()) -> list[str]:
+    """What differs between two mappings, one line each, except for the names in ``free``."""
+    names = [name for name in {**before, **now} if name not in set(free)]
+    return [
+        f"{name} was {before.get(name)!r} and is now {now.get(name)!r}"
+        for name in names
+        if before.get(name) != now.get(name)
+    ]
