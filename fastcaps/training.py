@@ -228,7 +228,7 @@ class WholeFiles(TorchCheckpointIO):
         except FileNotFoundError:
             raise
         except Exception as error:  # zip, pickle and runtime errors, by where it is damaged
-            reason = str(error).splitlines()[0]
+            reason = (str(error) or type(error).__name__).splitlines()[0]
             raise ValueError(f"{path} is not a whole checkpoint: {reason}") from error
 
 
@@ -261,9 +261,9 @@ class Keeper(L.Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Signals mean again what they meant before."""
-        self.teardown(trainer, pl_module, "fit")
+        self.on_train_end(trainer, pl_module)
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Signals mean again what they meant before."""
         while self.handlers:
             signal.signal(*self.handlers.popitem())

@@ -1,0 +1,514 @@
+import dataclasses
+import errno
+import json
+import os
+import re
+import resource
+import signal
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastcaps import CapsNet, cli, training
+from fastcaps.evaluation import classification_loss, network_loss, routing_statistics, wrong_of
+from fastcaps.losses import margin_loss, spread_loss
+from fastcaps.models import CNN, Network, describe
+from fastcaps.report import confusion_counts, read_log
+from fastcaps.samples import Samples, fingerprint, image_shape, load_data
+from fastcaps.settings import Settings, read_settings
+from fastcaps.training import build_network
+
+MNIST = Path(__file__).parents[2] / "shared" / "data" / "mnist"
+TESTS = Path(__file__).parent
+# A small network on 1,438 digits: 11 steps an epoch.
+SMALL = ["--stem", "8", "--types", "2", "--capsule-dim", "4", "--epochs", "3", "--accelerator", "cpu"]
+SMALL += ["--checkpoint-steps", "4", "--schedule", "cosine"]
+
+
+def train(out: Path, *options: str) -> int:
+    return cli.main(["train", "--out", str(out), *options])
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "model.safetensors")
+
+
+def assert_same(one: Path, other: Path, tolerance: float = 0) -> None:
+    a, b = weights(one), weights(other)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert (a[name] - b[name]).abs().max() <= tolerance, name
+
+
+def course(out: Path) -> list[dict[str, float]]:
+    return [{name: x for name, x in row.items() if name != "images/s"} for row in read_log(out)]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A run that nothing interrupts."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    assert train(out, *SMALL) == 0
+    return out
+
+
+@pytest.fixture
+def no_report(monkeypatch) -> None:
+    """A run without its slowest part."""
+    monkeypatch.setattr(training, "write_report", lambda out: None)
+
+
+# ---------------------------------------------------------------------------------------------------- what a run leaves
+
+
+def test_what_a_run_leaves(whole, capsys):
+    assert sorted(path.name for path in whole.iterdir()) == [
+        "best.safetensors", "config.json", "last.ckpt", "log", "model.safetensors", "report.html", "tensorboard",
+    ]  # fmt: skip
+    config = json.loads((whole / "config.json").read_text())
+    assert config["settings"]["kernel_size"] == 3
+    assert config["settings"]["loss"] == "margin"
+    assert describe(whole / "model.safetensors")["run"] == config
+    rows = course(whole)
+    assert [row["epoch"] for row in rows if "epoch" in row] == [1, 2, 3]
+    assert [row["step"] for row in rows if "train_loss" in row] == [0, 10, 20, 30]
+    lr = [row["lr"] for row in rows if "lr" in row]
+    assert lr[0] == pytest.approx(1e-3)
+    assert lr == sorted(lr, reverse=True)
+    assert lr[-1] < 0.05e-3
+    routing = next(row for row in rows if "routing/dead" in row)
+    assert {f"routing/{name}_{t}" for name in ("entropy", "agreement", "change") for t in (1, 2, 3)} < routing.keys()
+    assert list((whole / "tensorboard").glob("events.out.tfevents.*"))
+
+    capsys.readouterr()
+    assert cli.main(["evaluate", str(whole / "model.safetensors")]) == 0
+    out = capsys.readouterr().out
+    error = next(row["test_error"] for row in reversed(rows) if "test_error" in row)
+    assert f"test error {error:.2f} %" in out
+    assert len(out.splitlines()) == 12
+
+
+def test_the_report_is_whole_and_needs_nothing(whole):
+    page = (whole / "report.html").read_text()
+    for heading in (
+        "Summary", "Curves", "Routing over training", "Confusion", "Taken for something else", "Reconstructions",
+        "Coupling, iteration by iteration", "Perturbations", "Settings",
+    ):  # fmt: skip
+        assert f"<h2>{heading}</h2>" in page
+    pictures = re.findall(r'src="(.{22})', page)
+    assert len(pictures) >= 9
+    assert set(pictures) == {"data:image/png;base64,"}
+    assert not re.search(r"https?://|<script|<link|@import|url\(", re.sub(r'"data:[^"]*"', "", page))
+
+
+def test_show_draws_images_of_ones_own(whole, tmp_path, capsys):
+    from PIL import Image
+
+    Image.new("RGB", (40, 30), "white").save(tmp_path / "mine.png")
+    page = tmp_path / "show.html"
+    assert cli.main(["show", str(whole / "model.safetensors"), str(tmp_path / "mine.png"), "--out", str(page)]) == 0
+    assert "mine.png: " in capsys.readouterr().out
+    assert "<h2>mine.png: Perturbations</h2>" in page.read_text()
+    assert cli.main(["show", str(whole / "model.safetensors"), str(page), "--out", str(page)]) == 1
+    assert "is not an image" in capsys.readouterr().err
+    assert cli.main(["show", str(tmp_path / "none"), str(page)]) == 1
+
+
+@pytest.mark.usefixtures("no_report")
+def test_a_configuration_is_taken_back(whole, tmp_path):
+    assert train(tmp_path / "again", "--config", str(whole / "config.json")) == 0
+    assert_same(whole, tmp_path / "again")
+    (tmp_path / "own.json").write_text('{"types": 3, "epochs": 1}')
+    assert read_settings(tmp_path / "own.json") == {"types": 3, "epochs": 1}
+
+
+# --------------------------------------------------------------------------------------------------------- nothing lost
+
+
+@pytest.mark.parametrize(
+    ("moment", "at", "status"),
+    [
+        ("SIGKILL", 2, -9),  # before the first checkpoint
+        ("SIGKILL", 6, -9),  # in the middle of an epoch
+        ("SIGKILL", 11, -9),  # right after an epoch
+        ("SIGINT", 9, 130),
+        ("SIGTERM", 10, 130),  # at the last step of an epoch
+        ("checkpoint", 1, -9),  # while it is written
+        ("checkpoint", 4, -9),
+        ("test", 1, -9),  # during a test
+    ],
+)
+@pytest.mark.usefixtures("no_report")
+def test_a_stopped_run_goes_on_as_if_nothing_had_been(whole, tmp_path, moment, at, status, capsys):
+    command = [sys.executable, TESTS / "interrupted.py", moment, str(at), *SMALL, "--out", tmp_path / "run"]
+    stopped = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert stopped.returncode == status, stopped.stderr
+    if status == 130:
+        assert f"to go on: fastcaps train --resume --out {tmp_path / 'run'}" in stopped.stderr
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    assert train(tmp_path / "run", "--resume") == 0
+    assert_same(whole, tmp_path / "run")
+    assert course(tmp_path / "run") == course(whole)
+    assert not list((tmp_path / "run").glob("*.partial"))
+
+
+@pytest.mark.usefixtures("no_report")
+def test_a_finished_run_can_be_made_longer(whole, tmp_path):
+    options = [*SMALL, "--schedule", "constant"]
+    assert train(tmp_path / "long", *options) == 0
+    assert train(tmp_path / "short", *options, "--epochs", "2") == 0
+    assert train(tmp_path / "short", "--resume", "--epochs", "3") == 0
+    assert_same(tmp_path / "long", tmp_path / "short")
+    assert train(tmp_path / "short", "--resume") == 0  # nothing is left to do
+    assert_same(tmp_path / "long", tmp_path / "short")
+
+
+@pytest.mark.usefixtures("no_report")
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, capsys):
+    assert train(tmp_path / "run", *SMALL, "--epochs", "1") == 0
+    before = (tmp_path / "run" / "last.ckpt").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))  # a write beyond it fails
+    try:
+        assert train(tmp_path / "run", "--resume", "--epochs", "2") == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert os.strerror(errno.EFBIG) in capsys.readouterr().err
+    assert (tmp_path / "run" / "last.ckpt").read_bytes() == before
+    assert not list((tmp_path / "run").glob("*.partial"))
+    assert train(tmp_path / "run", "--resume") == 0
+
+
+@pytest.mark.usefixtures("no_report")
+def test_a_damaged_checkpoint_is_refused(tmp_path, capsys):
+    assert train(tmp_path, *SMALL, "--epochs", "1") == 0
+    last = tmp_path / "last.ckpt"
+    content = last.read_bytes()
+    for damaged in (content[: len(content) // 2], b"", content[:1000] + b"x" * 1000 + content[2000:]):
+        last.write_bytes(damaged)
+        assert train(tmp_path, "--resume", "--epochs", "2") == 1
+        assert f"{last} is not a whole checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("no_report")
+def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path, capsys):
+    assert train(tmp_path, *SMALL, "--lr", "1e36", "--checkpoint-steps", "1", "--reconstruction", "0") == 1
+    err = capsys.readouterr().err
+    assert re.search(r"step \d+, epoch \d: the (loss|norm of the gradient) is (nan|inf)", err)
+    assert "routing: dead" in err
+    assert f"last good checkpoint: {tmp_path / 'last.ckpt'}" in err
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    assert all(x.isfinite().all() for x in state.values())
+
+
+# ---------------------------------------------------------------------------------------------------- several processes
+
+
+def run(*command: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", *command], capture_output=True, text=True, timeout=280, cwd=TESTS.parent,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one CPU core")
+@pytest.mark.usefixtures("no_report")
+def test_two_processes_are_one(tmp_path):
+    options = [*SMALL, "--epochs", "2", "--precision", "64", "--schedule", "constant"]  # 22 steps
+    assert train(tmp_path / "one", *options) == 0
+    run("fastcaps.cli", "train", *options, "--devices", "2", "--out", str(tmp_path / "two"))
+    assert_same(tmp_path / "one", tmp_path / "two", 1e-9)
+    torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
+    half = tmp_path / "torchrun"
+    run(*torchrun, "fastcaps.cli", "train", *options, "--epochs", "1", "--accumulate", "2", "--out", str(half))
+    run(*torchrun, "fastcaps.cli", "train", "--resume", "--epochs", "2", "--out", str(half))
+    a, b = course(tmp_path / "one"), course(half)
+    errors = [[row["test_error"] for row in rows if "test_error" in row] for rows in (a, b)]
+    assert errors[0] == errors[1]
+
+
+@pytest.mark.usefixtures("no_report")
+def test_parts_of_a_batch_add_up(tmp_path):
+    options = [*SMALL, "--epochs", "1", "--precision", "64"]
+    assert train(tmp_path / "whole", *options) == 0
+    assert train(tmp_path / "parts", *options, "--accumulate", "4") == 0
+    assert_same(tmp_path / "whole", tmp_path / "parts", 1e-9)
+
+
+@pytest.mark.usefixtures("no_report")
+def test_half_precision_and_compilation(tmp_path):
+    options = [*SMALL, "--epochs", "1"]
+    assert train(tmp_path / "half", *options, "--precision", "bf16-mixed") == 0
+    assert weights(tmp_path / "half")["stem.weight"].dtype == torch.float32
+    assert train(tmp_path / "compiled", *options, "--compile") == 0
+    assert train(tmp_path / "eager", *options) == 0
+    losses = [
+        [row["train_loss"] for row in course(tmp_path / name) if "train_loss" in row] for name in os.listdir(tmp_path)
+    ]
+    assert len(losses) == 3
+    for other in losses:
+        assert other == pytest.approx(losses[0], rel=0.02)
+    assert_same(tmp_path / "compiled", tmp_path / "eager", 1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------- what is computed
+
+
+def curve(backend: str, dtype: torch.dtype, change: float = 0.0) -> torch.Tensor:
+    """The losses of 100 steps."""
+    settings = Settings(stem=16, types=4, backend=backend)
+    data = load_data(settings)
+    settings = settings.resolved(image_shape(data))
+    samples = Samples(data, settings)
+    network = build_network(settings, image_shape(data), 10).to(dtype)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(1 + change)
+    optimizer = torch.optim.Adam(network.parameters())
+    losses = []
+    for step in range(100):
+        index = torch.arange(step * 32, step * 32 + 32) % 1438
+        images, labels, targets = samples.train(index, step)
+        loss, _ = network_loss(network, settings, images.to(dtype), labels, targets.to(dtype))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return torch.stack(losses).double()
+
+
+def test_backends_train_alike():
+    reference, native = curve("reference", torch.float64), curve("native", torch.float64)
+    assert reference[-1] < 0.8 * reference[0]
+    assert (reference - native).abs().max() <= 1e-9
+    reference, native = curve("reference", torch.float32), curve("native", torch.float32)
+    ulp = curve("reference", torch.float32, torch.finfo(torch.float32).eps)
+    assert (reference - native).abs().max() <= 10 * (reference - ulp).abs().max()
+
+
+def test_losses_by_name():
+    scores = torch.rand(5, 4)
+    labels = torch.tensor([[0], [1], [2], [3], [0]])
+    assert classification_loss("margin", scores, labels) == margin_loss(scores, labels[:, 0])
+    assert classification_loss("spread", scores, labels) == spread_loss(scores, labels[:, 0])
+    expected = torch.nn.functional.cross_entropy(10 * scores, labels[:, 0])
+    torch.testing.assert_close(classification_loss("cross-entropy", scores, labels), expected)
+    pairs = torch.tensor([[0, 1]])
+    both = margin_loss(scores[:1], torch.tensor([[True, True, False, False]]))
+    assert classification_loss("margin", scores[:1], pairs) == both
+    assert classification_loss("focal", scores, labels) < classification_loss("margin", scores, labels)
+
+
+def test_wrong_and_confused():
+    scores = torch.tensor([[0.1, 0.9, 0.5], [0.9, 0.2, 0.1], [0.3, 0.2, 0.8]])
+    assert wrong_of(scores, torch.tensor([[1], [1], [2]])).tolist() == [False, True, False]
+    assert confusion_counts(scores, torch.tensor([[1], [1], [2]])).tolist() == [[0, 0, 0], [1, 1, 0], [0, 0, 1]]
+    pairs = torch.tensor([[2, 1], [2, 1], [0, 2]])
+    assert wrong_of(scores, pairs).tolist() == [False, True, False]
+    assert confusion_counts(scores, pairs).tolist() == [[1, 0, 0], [0, 2, 0], [1, 0, 2]]
+
+
+def test_routing_statistics():
+    network = CapsNet((1, 8, 8), 4, stem_channels=4, kernel_size=3, types=2, hidden_capsules=[(6, 4)])
+    images = torch.rand(5, 1, 8, 8)
+    numbers = routing_statistics(network, images)
+    trace = network.capsules.trace(network.hidden(network.primary_poses(images)))
+    assert numbers["entropy_1"] == pytest.approx(1)
+    assert numbers["change_1"] == pytest.approx(trace.change[0].mean().item())
+    assert numbers["agreement_2"] == pytest.approx((trace.coupling[1] * trace.agreement[1]).sum(-1).mean().item())
+    with torch.no_grad():
+        network.capsules.weight *= 1e6
+        network.capsules.weight[:, 1:] = 0
+    numbers = routing_statistics(network, images)
+    assert numbers["dead"] == 0.75
+    assert numbers["entropy_3"] < 0.1
+
+
+def test_the_baseline(tmp_path, capsys):
+    small = CNN((1, 8, 8), 3, channels=(4, 5), units=(6,))
+    small.save(tmp_path / "cnn.safetensors")
+    again = Network.load(tmp_path / "cnn.safetensors").eval()
+    assert isinstance(again, CNN)
+    images = torch.rand(2, 1, 8, 8)
+    assert torch.equal(again.predict(images), small.eval().predict(images))
+    with pytest.raises(ValueError, match=r"holds a fastcaps.CNN, not a CapsNet"):
+        CapsNet.load(tmp_path / "cnn.safetensors")
+    with pytest.raises(ValueError, match=r"\[B, 1, 8, 8\]"):
+        small(torch.rand(2, 1, 8, 9))
+
+
+def test_a_run_of_the_baseline(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "CNN", lambda *shape: CNN(*shape, channels=(8,), units=(16,)))
+    monkeypatch.setattr(training, "WATCH_STEPS", 1)
+    options = ["--model", "cnn", "--epochs", "2", "--accelerator", "cpu"]
+    assert train(tmp_path / "one", *options) == 0
+    assert "<h2>Reconstructions</h2>" not in (tmp_path / "one" / "report.html").read_text()
+    assert train(tmp_path / "two", *options, "--epochs", "1") == 0
+    assert train(tmp_path / "two", "--resume", "--epochs", "2") == 0  # dropout goes on, too
+
+
+# ----------------------------------------------------------------------------------------------------------- other data
+
+
+def write_idx(path: Path, values: torch.Tensor) -> None:
+    head = struct.pack(f">4B{values.dim()}I", 0, 0, 8, values.dim(), *values.shape)
+    path.write_bytes(head + bytes(values.flatten().tolist()))
+
+
+@pytest.fixture
+def little_mnist(tmp_path) -> Path:
+    """Forty images for training and ten for testing."""
+    if not MNIST.exists():
+        pytest.skip("real MNIST is not here")
+    from fastcaps.data import mnist
+
+    data = mnist(MNIST)
+    root = tmp_path / "mnist"
+    root.mkdir()
+    for name, images, labels in (("train", *data[:2]), ("t10k", *data[2:4])):
+        count = 40 if name == "train" else 10
+        write_idx(root / f"{name}-images-idx3-ubyte", (images[:count, 0] * 255).round().to(torch.uint8))
+        write_idx(root / f"{name}-labels-idx1-ubyte", labels[:count].to(torch.uint8))
+    return root
+
+
+TINY = ["--stem", "4", "--types", "1", "--capsule-dim", "4", "--epochs", "1", "--accelerator", "cpu"]
+TINY += ["--batch-size", "20"]
+
+
+@pytest.mark.parametrize(
+    "options", [["--data", "mnist", "--loss", "spread"], ["--data", "multi-mnist", "--loss", "focal"]]
+)
+def test_real_digits_and_pairs_of_them(little_mnist, tmp_path, options, capsys):
+    out = tmp_path / "run"
+    assert train(out, *TINY, "--root", str(little_mnist), *options) == 0
+    assert "Taken for something else" in (out / "report.html").read_text()
+    capsys.readouterr()
+    assert cli.main(["evaluate", str(out / "model.safetensors"), "--root", str(little_mnist)]) == 0
+    assert "test error" in capsys.readouterr().out
+    assert cli.main(["evaluate", str(out / "model.safetensors"), "--data", "digits"]) == 1
+    assert "takes images" in capsys.readouterr().err
+
+
+@pytest.fixture
+def colours(tmp_path) -> Path:
+    from PIL import Image
+
+    for part, count in (("train", 12), ("test", 4)):
+        for name, colour in (("red", (200, 30, 30)), ("blue", (30, 30, 200))):
+            (tmp_path / "images" / part / name).mkdir(parents=True)
+            for n in range(count):
+                Image.new("RGB", (20, 18), colour).save(tmp_path / "images" / part / name / f"{n}.png")
+    return tmp_path / "images"
+
+
+def test_colour_images_and_stacked_capsules(colours, tmp_path):
+    options = ["--data", "image-folder", "--root", str(colours), "--hidden-capsules", "8x4,6x4", "--primary-dim", "4"]
+    assert train(tmp_path / "run", *TINY, *options) == 0
+    network = Network.load(tmp_path / "run" / "model.safetensors")
+    assert [(layer.out_capsules, layer.out_dim) for layer in network.hidden] == [(8, 4), (6, 4)]
+    settings = json.loads((tmp_path / "run" / "config.json").read_text())["settings"]
+    assert (settings["flip"], settings["shift"]) == (True, 1)
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data", "minst"], "did you mean 'mnist'?"),
+        (["--loss", "margn"], "did you mean 'margin'?"),
+        (["--epochs", "0"], "--epochs must be a whole number of at least 1, got 0"),
+        (["--lr", "-1"], "--lr must be positive"),
+        (["--hidden-capsules", "8"], "must be like 64x8,32x16"),
+        (["--batch-size", "5000"], "from 1 to 1438"),
+        (["--batch-size", "10", "--accumulate", "3"], "multiple"),
+        (["--devices", "4096"], "--devices 4096: this machine has"),
+        (["--data", "mnist", "--root", "nowhere"], "missing: train-images-idx3-ubyte.gz"),
+        (["--data", "image-folder", "--root", "nowhere"], "there is no folder"),
+        (["--model", "cnn", "--loss", "margin"], "--model cnn is trained with --loss cross-entropy"),
+        (["--kernel-size", "9"], "too small"),
+        (["--config", "nowhere.json"], "nowhere.json"),
+    ],
+)
+def test_settings_that_cannot_be(options, message, tmp_path, capsys):
+    assert train(tmp_path / "run", *options, "--accelerator", "cpu") == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_options_that_are_unknown(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", "--epoch", "3"])
+    assert stop.value.code == 2
+    assert "unknown argument --epoch; did you mean --epochs?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", "{", '{"epoch": 3}', "\xff"])
+def test_configurations_that_cannot_be(content, tmp_path, capsys):
+    (tmp_path / "own.json").write_bytes(content.encode("latin-1"))
+    assert train(tmp_path / "run", "--config", str(tmp_path / "own.json")) == 1
+    assert str(tmp_path / "own.json") in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("no_report")
+def test_a_folder_that_holds_a_run(whole, tmp_path, capsys):
+    assert train(whole, *SMALL) == 1
+    assert "--resume goes on, --overwrite begins anew" in capsys.readouterr().err
+    assert train(tmp_path / "run", *SMALL, "--epochs", "1") == 0
+    (tmp_path / "run" / "mine.txt").write_text("kept")
+    assert train(tmp_path / "run", *SMALL, "--epochs", "1", "--overwrite", "--batch-size", "9999") == 1
+    assert (tmp_path / "run" / "model.safetensors").exists()  # nothing is deleted before the new run is sure to begin
+    assert train(tmp_path / "run", *SMALL, "--epochs", "1", "--overwrite") == 0
+    assert (tmp_path / "run" / "mine.txt").read_text() == "kept"
+    assert len(list((tmp_path / "run" / "log").iterdir())) == 1
+
+
+def test_a_resumed_run_must_be_the_same(whole, colours, capsys):
+    before = (whole / "model.safetensors").read_bytes()
+    assert train(whole, "--resume", "--types", "3", "--seed", "1") == 1
+    assert "types was 2 and is now 3; seed was 0 and is now 1" in capsys.readouterr().err
+    assert train(whole, "--resume", "--data", "image-folder", "--root", str(colours)) == 1
+    err = capsys.readouterr().err
+    assert "data was 'digits' and is now 'image-folder'" in err
+    assert "classes was 10 and is now 2" in err
+    assert (whole / "model.safetensors").read_bytes() == before
+
+
+def test_a_changed_image_changes_the_fingerprint(colours):
+    from PIL import Image
+
+    settings = Settings(data="image-folder", root=str(colours))
+    before = fingerprint(load_data(settings))
+    Image.new("RGB", (20, 18), (201, 30, 30)).save(colours / "train" / "red" / "0.png")
+    after = fingerprint(load_data(settings))
+    assert {name for name in before if before[name] != after[name]} == {"sha256"}
+
+
+def test_a_disk_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert train(tmp_path / "file" / "run", *SMALL) == 1
+    assert "Not a directory" in capsys.readouterr().err
+    if os.geteuid():
+        (tmp_path / "closed").mkdir(mode=0o500)
+        assert train(tmp_path / "closed" / "run", *SMALL) == 1
+        assert "ermission denied" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("no_report")
+def test_signals_mean_afterwards_what_they_meant_before(tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    assert train(tmp_path, *SMALL, "--epochs", "1") == 0
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_every_setting_is_an_option():
+    parsed = Settings(**{field.name: field.default for field in dataclasses.fields(Settings)})
+    assert parsed == Settings()
