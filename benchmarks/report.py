@@ -1,9 +1,10 @@
-"""The README's tables and pictures, from the committed results of ``pytest benchmarks/`` and ``conversion.py``.
+"""The README's tables and pictures, from the committed results of ``pytest benchmarks/`` and the scripts here.
 
 python benchmarks/report.py           # writes them
 python benchmarks/report.py --check   # exits 1 where they are not what the results say
 """
 
+import dataclasses
 import io
 import json
 import sys
@@ -13,6 +14,8 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
+from fastcaps.settings import Settings
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 FILES = sorted(RESULTS.glob("cpu-*.json"), key=lambda path: "avx512" not in path.name)  # the widest vectors first
@@ -20,6 +23,8 @@ README = ROOT / "README.md"
 BEGIN, END = "<!-- written by benchmarks/report.py: begin -->\n", "<!-- end -->\n"
 BEGIN_CONVERSION = BEGIN.replace("begin", "conversion")
 CONVERSION = sorted(RESULTS.glob("conversion-*.json"))
+BEGIN_TRAINING = BEGIN.replace("begin", "training")
+SHARES, RUNS = sorted(RESULTS.glob("share-*.json")), sorted(RESULTS.glob("run-*.json"))
 
 TITLES = {
     "paper": "the paper's layer",
@@ -117,6 +122,52 @@ def conversion(path: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def conditions(content: dict[str, Any]) -> str:
+    """Where and with what a result was measured."""
+    machine = content["machine"]
+    where = machine.get("gpu") or f"{machine['processor']}, {machine['instruction_set']}, {machine['threads']} threads"
+    return f"{where}, torch {machine['torch']}, commit {content['commit'][:7]}"
+
+
+def share(path: Path) -> str:
+    """The table of what routing costs in a training step."""
+    content = json.loads(path.read_text())
+    lines = [
+        f"{conditions(content)}; the paper's network, batch {content['batch']}, T = 3: forward, loss with "
+        f"reconstruction, backward and Adam; median of {content['rounds']} rounds that take turns; routing by "
+        "PyTorch's profiler, forward and backward:",
+        "",
+        "| precision | routing | ms a step | images/s | ms in routing | share |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in content["rows"]:
+        cells = [row["precision"], row["routing"], f"{row['step_ms']:.0f}", f"{row['images_per_s']:.0f}"]
+        cells += [f"{row['routing_ms']:.0f}", f"**{100 * row['share']:.1f} %**"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def command(settings: dict[str, Any]) -> str:
+    """The options of ``fastcaps train`` that differ from what the data and the model decide."""
+    data, model = settings["data"], settings["model"]
+    shape = (3, 32, 32) if data == "cifar10" else (1, 8, 8) if data == "digits" else (1, 28, 28)
+    default = dataclasses.asdict(Settings(data=data, model=model).resolved(shape))
+    changed = {name: value for name, value in settings.items() if value != default.get(name) and name != "data"}
+    options = "".join(f" --{name.replace('_', '-')}" + ("" if x is True else f" {x}") for name, x in changed.items())
+    return f"fastcaps train --data {data}{options}"
+
+
+def runs(paths: list[Path]) -> str:
+    """The table of what training runs came to."""
+    lines = ["| command | test error after each epoch (%) | last | conditions |", "| --- | --- | --- | --- |"]
+    for path in paths:
+        content = json.loads(path.read_text())
+        errors = [f"{row['test_error']:.2f}" for row in content["epochs"]]
+        link = f"[{conditions(content)}]({path.relative_to(ROOT)})"
+        lines.append(f"| `{command(content['settings'])}` | {', '.join(errors)} | **{errors[-1]} %** | {link} |")
+    return "\n".join(lines) + "\n"
+
+
 def between(text: str, begin: str, content: str) -> str:
     """The text with what stands between a mark and the next end replaced."""
     before, rest = text.split(begin)
@@ -156,7 +207,8 @@ def main() -> int:
     """Write the README's part and the picture, or check them."""
     wanted = {path.with_suffix(".svg"): picture(path) for path in FILES if len(rows_of(load(path)[1])) > 1}
     readme = between(README.read_text(), BEGIN, "\n".join(text(path) for path in FILES))
-    wanted[README] = between(readme, BEGIN_CONVERSION, "\n".join(conversion(path) for path in CONVERSION))
+    readme = between(readme, BEGIN_CONVERSION, "\n".join(conversion(path) for path in CONVERSION))
+    wanted[README] = between(readme, BEGIN_TRAINING, "\n".join([*map(share, SHARES), runs(RUNS)]))
     if "--check" not in sys.argv:
         for path, content in wanted.items():
             path.write_text(content)

@@ -48,7 +48,7 @@ class Settings:
     )
     shift: int | None = _setting(None, "augmentation: images are shifted by up to so many pixels; 2 of 28")
     flip: bool | None = _setting(None, "augmentation: half of the images are mirrored; yes for colour")
-    epochs: int = _setting(10, "passes over the training data")
+    epochs: int | None = _setting(None, "passes over the training data; 10, of the digits 30")
     batch_size: int = _setting(128, "samples of one step, over all processes")
     accumulate: int = _setting(1, "in how many parts a process works on its share of a batch")
     lr: float = _setting(0.001, "learning rate of Adam, at the start")
@@ -103,6 +103,7 @@ class Settings:
             "reconstruction": 0.0005 if capsules else 0.0,
             "shift": round(min(H, W) / 14) if min(H, W) >= 17 else 0,
             "flip": C == 3,
+            "epochs": 30 if self.data == "digits" else 10,
         }
         unset = {name: value for name, value in defaults.items() if getattr(self, name) is None}
         return dataclasses.replace(self, **unset)

@@ -38,7 +38,7 @@ from fastcaps.settings import FREE, Settings, changes, write_whole
 
 PROBES = 32  # test images whose routing is watched
 LOG_STEPS = 10  # from one line of the log to the next
-WATCH_STEPS = 50  # from one look at the routing to the next
+WATCH_STEPS = 20  # from one look at the routing to the next
 WRITTEN = ("config.json", "last.ckpt", "best.safetensors", "model.safetensors", "report.html", "log", "tensorboard")
 
 
@@ -95,6 +95,8 @@ class Training(L.LightningModule):
     def __init__(self, network: Network, settings: Settings, probes: Tensor, batches: Batches) -> None:
         super().__init__()
         self.network, self.settings, self.batches = network, settings, batches
+        assert settings.epochs is not None
+        self.epochs = settings.epochs
         self.register_buffer("probes", probes, persistent=False)
         self.test_loss, self.test_error = MeanMetric(), MeanMetric()
         self.batch_loss = torch.compile(network_loss, fullgraph=True) if settings.compile else network_loss
@@ -105,7 +107,7 @@ class Training(L.LightningModule):
         """Adam, and the schedule of its learning rate, step by step."""
         optimizer = torch.optim.Adam(self.network.parameters(), lr=self.settings.lr)
         per_epoch = len(self.batches) // self.settings.accumulate
-        total = per_epoch * self.settings.epochs
+        total = per_epoch * self.epochs
         factor = {
             "constant": lambda step: 1.0,
             "exponential": lambda step: 0.9 ** (step / per_epoch),
@@ -191,7 +193,7 @@ class Training(L.LightningModule):
         speed = self.seen / max(self.trained_for, 1e-9)
         self.write({"epoch": self.current_epoch + 1, "test_loss": loss, "test_error": error, "images/s": speed})
         self.print(
-            f"epoch {self.current_epoch + 1} of {self.settings.epochs}: test error {error:.2f} %, "
+            f"epoch {self.current_epoch + 1} of {self.epochs}: test error {error:.2f} %, "
             f"test loss {loss:.4f}, {speed:.0f} images/s"
         )
 
@@ -298,7 +300,7 @@ class Keeper(L.Callback):
         stop = self.interrupted
         if trainer.world_size > 1:
             stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
-        if stop and trainer.current_epoch + 1 < pl_module.settings.epochs:
+        if stop and trainer.current_epoch + 1 < pl_module.epochs:
             raise Interrupted(trainer.global_step)
 
 
@@ -307,6 +309,14 @@ class Interrupted(Exception):
 
     def __init__(self, step: int) -> None:
         super().__init__(f"stopped at step {step}")
+
+
+class Progress(RichProgressBar):
+    """Loss, error and images/s beside the bar."""
+
+    def get_metrics(self, *args: Any) -> Any:
+        """Without the number that a logger gives its folder."""
+        return {name: value for name, value in super().get_metrics(*args).items() if name != "v_num"}
 
 
 class Pictures(L.Callback):
@@ -450,7 +460,7 @@ def _trainer(settings: Settings, out: Path, devices: int, keeper: Keeper) -> L.T
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     many = devices * settings.nodes > 1
     shown = sys.stdout.isatty()
-    callbacks = [keeper, Pictures(), *([RichProgressBar()] if shown else [])]
+    callbacks = [keeper, Pictures(), *([Progress()] if shown else [])]
     plugins: list[Any] = [WholeFiles()]
     if SLURMEnvironment.detect():  # it sends SIGTERM, which Keeper obeys; the job is put back by sbatch --requeue
         plugins.append(SLURMEnvironment(auto_requeue=False))

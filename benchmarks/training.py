@@ -1,0 +1,145 @@
+"""What routing costs in a training step, and what training runs came to.
+
+python benchmarks/training.py share             # 3 minutes on 2 cores; writes results/share-*.json
+python benchmarks/training.py keep runs/mnist   # the course of a finished run, without weights: results/run-*.json
+python benchmarks/report.py                     # the README's tables of both
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import description
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from fastcaps import CapsNet
+from fastcaps.evaluation import network_loss
+from fastcaps.models import describe
+from fastcaps.report import read_log
+from fastcaps.settings import Settings
+from fastcaps.timing import FORMS
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+BATCH = 128
+ROUTINGS: dict[str, Callable[..., Tensor] | None] = {"einsum, eager": FORMS["einsum"], "fastcaps": None}
+
+
+def commit() -> str:
+    """What was measured."""
+    return subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True).strip()
+
+
+def training_step(routing: Callable[..., Tensor] | None, precision: str, device: str) -> Callable[[], None]:
+    """A whole step of the paper's network: forward, loss with reconstruction, backward, Adam."""
+    torch.manual_seed(0)
+    settings = Settings(data="mnist").resolved((1, 28, 28))
+    network = CapsNet((1, 28, 28), 10, **({} if routing is None else {"routing": routing})).to(device)
+    optimizer = torch.optim.Adam(network.parameters())
+    images = torch.rand(BATCH, 1, 28, 28, device=device)
+    labels, targets = torch.randint(10, (BATCH, 1), device=device), images[:, None]
+    ranges: list[record_function] = []
+
+    def enter(name: str) -> None:
+        ranges.append(record_function(f"routing, {name}"))
+        ranges[-1].__enter__()
+
+    def leave() -> None:
+        ranges.pop().__exit__(None, None, None)
+
+    network.capsules.register_forward_pre_hook(lambda *_: enter("forward"))
+    network.capsules.register_forward_hook(lambda *_: leave())
+    network.capsules.register_full_backward_pre_hook(lambda *_: enter("backward"))
+    network.capsules.register_full_backward_hook(lambda *_: leave())
+
+    def step() -> None:
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16-mixed"):
+            loss, _ = network_loss(network, settings, images, labels, targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return step
+
+
+def share(rounds: int, device: str) -> None:
+    """Time the steps in turns, then profile each."""
+    rows = []
+    for precision in ("32", "bf16-mixed"):
+        steps = {name: training_step(routing, precision, device) for name, routing in ROUTINGS.items()}
+        times: dict[str, list[float]] = {name: [] for name in steps}
+        for n in range(rounds + 2):
+            for name, step in steps.items():
+                start = time.perf_counter()
+                step()
+                if n >= 2:
+                    times[name].append(time.perf_counter() - start)
+        for name, step in steps.items():
+            with profile(activities=[ProfilerActivity.CPU]) as profiler:
+                start = time.perf_counter()
+                for _ in range(5):
+                    step()
+                profiled = time.perf_counter() - start
+            spent = {
+                event.key: event.cpu_time_total / 1e6 for event in profiler.key_averages() if "routing, " in event.key
+            }
+            step_ms = 1000 * statistics.median(times[name])
+            row = {
+                "precision": precision,
+                "routing": name,
+                "step_ms": step_ms,
+                "images_per_s": 1000 * BATCH / step_ms,
+                "routing_ms": 1000 * sum(spent.values()) / 5,
+                "share": sum(spent.values()) / profiled,
+            }
+            rows.append(row)
+            print(
+                f"{precision:<11}{name:<15} step {step_ms:6.0f} ms, {row['images_per_s']:5.0f} images/s, routing "
+                f"{row['routing_ms']:5.0f} ms, {100 * row['share']:.1f} % of the step"
+            )
+    kind = "cpu" if device == "cpu" else torch.cuda.get_device_name().replace(" ", "-")
+    content = {"machine": description(), "commit": commit(), "batch": BATCH, "rounds": rounds, "rows": rows}
+    (RESULTS / f"share-{kind}.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+def keep(out: Path) -> None:
+    """Write down what a finished run was told and how it went, epoch by epoch."""
+    run: dict[str, Any] = describe(out / "model.safetensors")["run"]
+    rows = read_log(out)
+    epochs = [row for row in rows if "epoch" in row]
+    curve = [[row["step"], row["train_loss"]] for row in rows if "train_loss" in row and row["step"] % 50 == 0]
+    content = {
+        "machine": description(),
+        "commit": commit(),
+        "settings": run["settings"] | {"root": "DIR"},
+        "data": run["data"],
+        "epochs": [{k: row[k] for k in ("epoch", "step", "test_error", "test_loss", "images/s")} for row in epochs],
+        "train_loss": curve,
+    }
+    settings = run["settings"]
+    name = f"run-{settings['data']}-{settings['model']}-seed{settings['seed']}.json"
+    (RESULTS / name).write_text(json.dumps(content, indent=1) + "\n")
+    print(RESULTS / name)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    commands = parser.add_subparsers(dest="command", required=True)
+    share_parser = commands.add_parser("share")
+    share_parser.add_argument("--rounds", type=int, default=9)
+    share_parser.add_argument("--device", default="cpu")
+    commands.add_parser("keep").add_argument("out", type=Path)
+    arguments = parser.parse_args()
+    if arguments.command == "share":
+        share(arguments.rounds, arguments.device)
+    else:
+        keep(arguments.out)
