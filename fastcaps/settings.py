@@ -78,6 +78,9 @@ class Settings:
             raise ValueError(f"--reconstruction must not be negative, got {self.reconstruction}")
         self.capsule_layers()
         cnn = self.model == "cnn"
+        for field in dataclasses.fields(self):
+            if cnn and field.name in _CAPSNET and getattr(self, field.name) != field.default:
+                raise ValueError(f"{option(field.name)} is for --model capsnet: the baseline is the paper's")
         if cnn and (self.loss not in (None, "cross-entropy") or self.reconstruction):
             raise ValueError("--model cnn is trained with --loss cross-entropy and without --reconstruction")
         if self.data == "multi-mnist" and (cnn or self.loss not in (None, "margin", "focal")):
@@ -97,8 +100,8 @@ class Settings:
         C, H, W = image_shape
         small, capsules = min(H, W) < 17, self.model == "capsnet"
         defaults: dict[str, Any] = {
-            "kernel_size": 3 if small else 9,
-            "primary_stride": 1 if small else 2,
+            "kernel_size": (3 if small else 9) if capsules else None,
+            "primary_stride": (1 if small else 2) if capsules else None,
             "loss": "margin" if capsules else "cross-entropy",
             "reconstruction": 0.0005 if capsules else 0.0,
             "shift": round(min(H, W) / 14) if min(H, W) >= 17 else 0,
@@ -109,6 +112,16 @@ class Settings:
         return dataclasses.replace(self, **unset)
 
 
+_CAPSNET: tuple[str, ...] = (
+    "stem",
+    "kernel_size",
+    "primary_stride",
+    "types",
+    "primary_dim",
+    "hidden_capsules",
+    "capsule_dim",
+)
+_CAPSNET += ("iterations", "backend")
 _COUNTS: tuple[str, ...] = (
     "stem",
     "kernel_size",

@@ -434,6 +434,7 @@ def test_colour_images_and_stacked_capsules(colours, tmp_path):
         (["--data", "mnist", "--root", "nowhere"], "missing: train-images-idx3-ubyte.gz"),
         (["--data", "image-folder", "--root", "nowhere"], "there is no folder"),
         (["--model", "cnn", "--loss", "margin"], "--model cnn is trained with --loss cross-entropy"),
+        (["--model", "cnn", "--types", "4"], "--types is for --model capsnet"),
         (["--kernel-size", "9"], "too small"),
         (["--config", "nowhere.json"], "nowhere.json"),
     ],
