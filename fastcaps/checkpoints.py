@@ -4,6 +4,7 @@ import math
 import os
 import pickle
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,11 +105,9 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             state = state[key]
     if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"{name!r} holds no state dict (names with tensors) but {type(state).__name__}")
-    cleaned = {}
-    for key, value in state.items():
-        for prefix in ("module.", "_orig_mod."):
-            key = str(key).removeprefix(prefix)
-        cleaned[key] = value
+    cleaned = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(key)): value for key, value in state.items()}
+    if len(cleaned) < len(state):
+        raise ValueError(f"{name!r} holds the same names with and without the prefixes module. and _orig_mod.")
     return cleaned
 
 
@@ -131,7 +130,9 @@ def convert_checkpoint(
             measured again.
 
     Returns:
-        The network. What it does otherwise than the paper, it does too (see ``repr`` of its ``capsules``).
+        The network. What it does otherwise than the paper, it does too (see ``repr`` of its ``capsules``), but for
+        ``norm_eps`` (xifengguo, danielhavir), which is left out with a warning: unlike
+        :func:`fastcaps.convert.replace_capsules`, nothing here can tell whether it matters.
 
     Raises:
         ValueError: the recipe is unknown, keys are missing or left over, sizes do not fit, or what the network does
@@ -169,6 +170,9 @@ def convert_checkpoint(
     if wrong:
         raise ValueError(f"the checkpoint is not of the network that {recipe!r} stands for: {'; '.join(wrong)}")
     converted.load_state_dict(parts)
+    if layer.norm_eps:
+        text = f"the {layer.norm_eps:g} that squash of {recipe!r} adds to the norm is left out: it matters only to"
+        warnings.warn(f"{text} capsules that are about as short, and the accuracy tells", stacklevel=2)
     return converted
 
 
@@ -199,11 +203,12 @@ def _parts(state: Mapping[str, Tensor], network: Network, layer: Recipe) -> dict
             f"the checkpoint is not of the network that {network.recipe!r} stands for; "
             f"missing: {', '.join(missing) or 'none'}; unexpected: {', '.join(unexpected) or 'none'}"
         )
-    ranks = {"stem.weight": 4, "primary.conv.weight": 4, "capsules.weight": len(layer.layouts()["weight"].groups)}
-    for own, rank in ranks.items():
-        for key in named[own]:
-            if state[key].dim() != rank:
-                raise ValueError(f"{key} must have {rank} axes, got {list(state[key].shape)}")
+    ranks = {own: 1 if own.endswith("bias") else 2 if own.startswith("decoder") else 4 for own in named}
+    ranks |= {f"capsules.{own}": len(layer.layouts()[own].groups) for own in ("weight", "prior")}
+    for own, keys in named.items():
+        for key in keys:
+            if state[key].dim() != ranks[own]:
+                raise ValueError(f"{key} must have {ranks[own]} axes, got {list(state[key].shape)}")
     return {own: torch.cat([state[key] for key in keys]) for own, keys in named.items()}
 
 

@@ -77,8 +77,8 @@ class Layout:
             known = math.prod([sizes[axis] for axis in group if axis in sizes])
             if len(unknown) > 1:
                 raise ValueError(f"{layout}: the size of {' or '.join(unknown)} must be given")
-            if unknown and known:
-                sizes[unknown[0]] = total // known
+            if unknown:
+                sizes[unknown[0]] = total // max(known, 1)
             group_shape = [1 if axis == "1" else sizes[axis] for axis in group]
             if math.prod(group_shape) != total:
                 raise ValueError(f"{layout}: axis ({' '.join(group)}) of size {total} is not {group_shape}")

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import warnings
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,27 @@ def test_a_checkpoint_becomes_a_network_that_computes_the_same(name, wrapper, tm
     tolerance = 1e-5 if recipe in ("xifengguo", "danielhavir") else 1e-9
     assert torch.linalg.vector_norm(result.poses - poses) <= tolerance * torch.linalg.vector_norm(poses)
     torch.testing.assert_close(result.reconstruction.flatten(1), reconstruction, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.module.", "module._orig_mod.", "module.module.", "_orig_mod._orig_mod."])
+def test_prefixes_of_wrappers_go_in_any_order(prefix, tmp_path):
+    names = ["conv1.weight", "inner.module.weight"]  # only in front
+    torch.save({prefix + name: torch.ones(2) for name in names}, tmp_path / "a.pt")
+    assert list(read_state_dict(tmp_path / "a.pt")) == names
+    torch.save({prefix + "a": torch.ones(2), "a": torch.zeros(2)}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="same names with and without the prefixes"):
+        read_state_dict(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("name", ["xifengguo", "danielhavir", "capsule"])
+def test_a_dropped_norm_eps_is_said(name):
+    state = PEERS[name](**SMALL).state_dict()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        convert_checkpoint(state, name)
+    told = [str(w.message) for w in caught if "adds to the norm is left out" in str(w.message)]
+    assert len(told) == (name != "capsule")
+    assert all(f"the 1e-08 that squash of {name!r}" in text for text in told)
 
 
 def test_the_paper_s_sizes_and_iterations(tmp_path):
@@ -134,6 +156,24 @@ def test_sizes_that_do_not_fit_are_named():
     wrong = {**state, "digitcaps.weight": torch.ones(7, 48)}
     with pytest.raises(ValueError, match=r"digitcaps.weight must have 4 axes, got \[7, 48\]"):
         convert_checkpoint(wrong, "xifengguo")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "match"),
+    [
+        ("capsnet.digitCaps.routing_module.b", torch.tensor(0.0), r"routing_module.b must have 2 axes, got \[\]"),
+        ("capsnet.digitCaps.routing_module.b", torch.ones(48, 7, 1), r"must have 2 axes, got \[48, 7, 1\]"),
+        ("capsnet.digitCaps.routing_module.b", torch.ones(48, 0), r"axis \(J D_out\) of size 42 is not \[0, 42\]"),
+        ("capsnet.conv1.bias", torch.tensor(0.0), r"conv1.bias must have 1 axes, got \[\]"),
+        ("reconstruction_net.fc3.weight", torch.tensor(0.0), r"fc3.weight must have 2 axes, got \[\]"),
+    ],
+    ids=["scalar prior", "prior of 3 axes", "empty prior", "scalar bias", "scalar decoder"],
+)
+def test_ranks_that_do_not_fit_are_named(key, value, match):
+    state = adambielski.Network(**SMALL).state_dict()
+    assert key in state
+    with pytest.raises(ValueError, match=match):
+        convert_checkpoint({**state, key: value}, "adambielski")
 
 
 @pytest.mark.parametrize(
