@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from fastcaps.conventions import Convention, Routed, plain_routing
 from fastcaps.functional import check_number
@@ -43,7 +44,7 @@ class Recipe:
         detach: whether the coupling is constant for the gradient.
         eps: squash divides by ``sqrt(n^2 + eps)``.
         norm_eps: squash divides by ``n + norm_eps``. The op has no such mode: the layer is recognised with it and
-            replaced without it, if that changes its output by less than 1e-5.
+            replaced without it, if that changes outputs and gradients by at most 1e-5 at the model's weights.
         input: the axes of the poses.
         output: the axes of the output; or of the output and the coupling, where the layer returns both.
 
@@ -111,17 +112,19 @@ class Recipe:
 
     def mismatch(self, layer: nn.Module) -> str | None:
         """Why a layer is not what this recipe describes, apart from the name of its class; None where it is."""
-        have = {name: p.dim() for name, p in layer.named_parameters()}
+        have = dict(layer.named_parameters())
         want = {name: len(Layout.parse(text, WEIGHT_AXES, ()).groups) for name, text in self.parameters.items()}
         if have.keys() != want.keys():
             return f"its parameters are {', '.join(have) or 'none'}, not {', '.join(want)}"
-        wrong = [name for name in want if have[name] != want[name]]
-        if wrong:
-            return f"{wrong[0]} has {have[wrong[0]]} axes, not {want[wrong[0]]}"
+        for name, axes in want.items():
+            if is_lazy(have[name]):
+                return f"{name} has no shape yet: call the model once"
+            if have[name].dim() != axes:
+                return f"{name} has {have[name].dim()} axes, not {axes}"
         arguments = inspect.signature(type(layer).forward).parameters
-        for name in (self.iterations, self.out_capsules, self.leaky):
-            if isinstance(name, str) and name not in arguments and get_path(layer, name, None) is None:
-                return f"it has no attribute {name}"
+        for path in (self.iterations, self.out_capsules, self.leaky):
+            if isinstance(path, str) and path not in arguments and get_path(layer, path, None) is None:
+                return f"it has no attribute {path}"
         return None
 
 
@@ -173,6 +176,14 @@ def get_path(layer: nn.Module, path: Any, *default: Any) -> Any:
     for name in path.split("."):
         value = getattr(value, name, *default)
     return value
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two arguments are equal; what cannot be compared is not."""
+    try:
+        return a is b or (torch.equal(a, b) if isinstance(a, Tensor) else bool(a == b))
+    except Exception:
+        return False
 
 
 def set_path(layer: nn.Module, path: str, value: Any) -> None:
@@ -228,7 +239,7 @@ class Plan:
         """
         given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
         known = {self.arguments[0], self.extra}
-        unknown = [name for name in given if name not in known and given[name] is not self.defaults.get(name)]
+        unknown = [name for name in given if name not in known and not _same(given[name], self.defaults.get(name))]
         if len(args) > len(self.arguments) or unknown or self.arguments[0] not in given:
             takes = ", ".join(name for name in self.arguments if name in known)
             raise TypeError(f"a layer converted by recipe {self.recipe.name!r} takes {takes}; got {', '.join(given)}")
