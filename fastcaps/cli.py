@@ -116,6 +116,8 @@ def doctor(target: str, image_shape: list[int] | None) -> int:
     try:
         if ":" in Path(target).name:
             arguments = load_target(target)
+            if "sample" in arguments and image_shape:
+                raise ValueError("--image-shape has nothing to say where the function gives a sample")
             if "sample" not in arguments:
                 arguments["sample"] = random_sample(arguments["model"], image_shape)
             what, findings = target, examine(**arguments)
@@ -267,7 +269,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     convert_parser.add_argument("--image-shape", type=_at_least(1), nargs=3, metavar=("C", "H", "W"))
     convert_parser.add_argument("--fix", action="store_true", help="route as in the paper where the network does not")
     doctor_parser = commands.add_parser("doctor", help="known mistakes of capsule networks, looked for in yours")
-    doctor_parser.add_argument("target", help="FILE.py:FUNCTION that builds the model, or a checkpoint")
+    doctor_parser.add_argument(
+        "target",
+        help="FILE.py:FUNCTION that returns the model, (model, sample), or a dict with model, sample, margin and "
+        "reconstruction (its losses); or a checkpoint",
+    )
     doctor_parser.add_argument("--image-shape", type=_at_least(1), nargs=3, metavar=("C", "H", "W"))
     train_parser = commands.add_parser(
         "train", help="train a capsule network or the paper's baseline", allow_abbrev=False

@@ -194,8 +194,11 @@ class Network(nn.Module):
         config = described["config"]
         if "routing" in config:
             config["routing"] = Convention(**config["routing"])
-        network = kind(**config).to(device, next(iter(state.values())).dtype)
-        network.load_state_dict(state)
+        try:
+            network = kind(**config).to(device, next(iter(state.values())).dtype)
+            network.load_state_dict(state)
+        except (RuntimeError, TypeError, StopIteration) as error:
+            raise ValueError(f"{os.fspath(path)!r}: weights and configuration do not fit: {error}") from error
         return network
 
 

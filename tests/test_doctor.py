@@ -12,6 +12,7 @@ from fastcaps import cli
 from fastcaps.checkpoints import convert_checkpoint
 from fastcaps.convert import replace_capsules
 from fastcaps.doctor import FINE, SUSPICIOUS, UNKNOWN, WRONG, examine
+from fastcaps.doctor.losses import margin_reduction
 from fastcaps.doctor.targets import random_sample
 from fastcaps.losses import margin_loss
 
@@ -71,8 +72,11 @@ def test_evidence_is_in_numbers():
     ],
 )
 def test_our_own_network_is_fine(model):
-    findings = look(model())
+    findings = look(model(), margin=margin_loss, reconstruction=fastcaps.losses.reconstruction_loss)
     assert {finding.verdict for finding in findings} == {FINE}, "\n".join(map(str, findings))
+    without = look(model())
+    assert [f.check for f in without] == [f.check for f in findings]
+    assert {f.check for f in without if f.verdict != FINE} == {LOSS, "reconstruction loss"}
 
 
 def test_our_own_flat_layout_is_named():
@@ -186,6 +190,54 @@ def test_a_model_that_does_not_route():
     assert wrong(findings) == set()
 
 
+@pytest.mark.parametrize("B", [6, 10])  # D_out and J
+def test_a_batch_as_large_as_another_axis(B):
+    model = seed.Network(**SMALL)
+    model.digits.__class__ = type("Planted", (Planted,), {"mistake": "batch"})
+    assert wrong(examine(model, torch.rand(B, *SHAPE))) == {BATCH}
+    model.digits.__class__ = seed.Capsule
+    assert wrong(examine(model, torch.rand(B, *SHAPE))) == set()
+
+
+def test_labels_and_numbers_beside_the_images():
+    class Labelled(seed.Network):
+        def forward(self, images, labels, scale):
+            assert labels.max() < 10
+            return super().forward(images * scale)
+
+    model = Labelled(**SMALL)
+    assert wrong(examine(model, (torch.rand(7, *SHAPE), torch.full((7,), 9), torch.tensor(1.0)))) == set()
+
+
+class Twice(nn.Module):
+    """One layer called twice, a tensor with a history, and no gradient."""
+
+    def __init__(self, grad):
+        super().__init__()
+        self.network, self.grad = seed.Network(**SMALL), grad
+        self.kept = self.network.digits.weights * 2
+
+    def forward(self, images):
+        with torch.set_grad_enabled(self.grad):
+            return self.network(images) + self.network(images)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_models_that_are_hard_to_look_at(grad):
+    findings = look(Twice(grad))
+    assert wrong(findings) == set(), "\n".join(map(str, findings))
+    assert next(f for f in findings if f.check == TRAINS).verdict == (FINE if grad else UNKNOWN)
+
+
+def test_an_output_that_is_not_finite_is_called_so():
+    model = seed.Network(**SMALL)
+    with torch.no_grad():
+        model.digits.weights[0, 0, 0, 0, 0] = float("nan")
+    findings = look(model)
+    assert "the output is finite" in wrong(findings)
+    assert BATCH not in wrong(findings)
+
+
 # --------------------------------------------------------------------------------------------------------------- losses
 
 
@@ -200,6 +252,11 @@ def one_hot_margin(lengths, target):
     return (target * (0.9 - lengths).relu() ** 2 + 0.5 * (1 - target) * (lengths - 0.1).relu() ** 2).sum(1).mean()
 
 
+def one_hot_by_product(lengths, target):
+    """Made for one-hot labels; indices broadcast where there are as many samples as classes."""
+    return (target * (0.9 - lengths).relu() ** 2 + 0.5 * (1 - target) * (lengths - 0.1).relu() ** 2).sum(1).mean()
+
+
 MARGINS = {
     "the paper's": (margin_loss, FINE, "it is the paper's"),
     "one-hot": (one_hot_margin, FINE, "it is the paper's"),
@@ -208,14 +265,21 @@ MARGINS = {
     "both": (lambda v, y: margin_loss(v, y) * len(v) / v.shape[1], WRONG, "summed over the samples and averaged"),
     "unsquared": (unsquared, WRONG, "not a multiple of the paper's"),
     "scaled": (lambda v, y: 3 * margin_loss(v, y), SUSPICIOUS, "it is 3 times the paper's"),
-    "unreduced": (lambda v, y: (v - 0.1).relu(), WRONG, "no scalar"),
+    "unreduced": (lambda v, y: (v - 0.1).relu()[:, :1].expand(-1, 3), WRONG, "no scalar"),
+    "a float": (lambda v, y: margin_loss(v, y).item(), FINE, "it is the paper's"),
+    "labels first": (lambda y, v: margin_loss(v, y), FINE, "it is the paper's"),
+    "three arguments": (lambda v, y, images: margin_loss(v, y), UNKNOWN, "does not take lengths"),
+    "broadcast": (one_hot_by_product, FINE, "it is the paper's"),
 }
 
 
 @pytest.mark.parametrize("name", MARGINS)
-def test_reductions_of_the_margin_loss(name):
+@pytest.mark.parametrize("J", [1, 4, 7, 8, 10])
+def test_reductions_of_the_margin_loss(name, J):
     loss, verdict, text = MARGINS[name]
-    finding = next(f for f in look(fastcaps.CapsNet(SHAPE, 10, kernel_size=3), margin=loss) if f.check == LOSS)
+    if J == 1 and name in ("mean over classes", "both", "unsquared"):
+        return  # nothing to tell apart
+    finding = margin_reduction(loss, J, torch.float32)
     assert (finding.verdict, text in finding.evidence) == (verdict, True), str(finding)
 
 
@@ -229,6 +293,8 @@ RECONSTRUCTIONS = {
         "averaged over the pixels, times 0.0005",
     ),
     "sum": (nn.MSELoss(reduction="sum"), WRONG, "summed over the samples"),
+    "unreduced": (nn.MSELoss(reduction="none"), WRONG, "no scalar"),
+    "three": (lambda a, b, c: a.sum(), UNKNOWN, "does not take two batches"),
     "other": (lambda a, b: 0.3 * (a - b).pow(2).flatten(1).sum(1).mean(), SUSPICIOUS, "0.3 times"),
 }
 
@@ -253,6 +319,7 @@ def with_sample(): return gram_ai.Network(**S), torch.rand(7, 1, 12, 12)
 def everything():
     return {"model": seed.Network(**S), "sample": torch.rand(7, 1, 12, 12), "reconstruction": nn.MSELoss()}
 def nothing(): return 3
+def sized(n): return seed.Network(**S)
 """
 
 
@@ -261,14 +328,26 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     file.write_text(SCRIPT)
     monkeypatch.setattr(sys, "path", list(sys.path))
     assert cli.main(["doctor", f"{file}:alone", "--image-shape", "1", "12", "12"]) == 0
-    assert "0 of 8 checks found something wrong" in capsys.readouterr().out
+    assert "0 of 10 checks found something wrong" in capsys.readouterr().out
     assert cli.main(["doctor", f"{file}:with_sample"]) == 1
     out = capsys.readouterr().out
     assert "WRONG       softmax over the output capsules, digit_capsules" in out
     assert out.index("WRONG") < out.index("FINE")
     assert cli.main(["doctor", f"{file}:everything"]) == 1
     assert "averaged over the pixels" in capsys.readouterr().out
+    assert cli.main(["doctor", f"{file}:with_sample", "--image-shape", "1", "12", "12"]) == 2
+    assert "--image-shape has nothing to say" in capsys.readouterr().err
+    (tmp_path / "m.txt").write_text(SCRIPT)
+    (tmp_path / "broken.py").write_text("import nowhere_to_be_found")
+    (tmp_path / "random.py").write_text("def build(): pass")
+    import random
+
     for target, text in {
+        str(file): "which function of",
+        f"{tmp_path}/m.txt:alone": "is no .py file",
+        f"{tmp_path}/broken.py:build": "cannot be imported: ModuleNotFoundError",
+        f"{tmp_path}/random.py:build": "must return a module",
+        f"{file}:sized": "must be a function without arguments",
         f"{file}:nothing": "must return a module, (module, sample), or a dict with model, sample, margin",
         f"{file}:missing": "has no function 'missing'",
         f"{tmp_path}/no.py:build": "there is no file",
@@ -277,6 +356,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     }.items():
         assert cli.main(["doctor", target]) == 2
         assert text in capsys.readouterr().err
+    assert sys.modules["random"] is random
 
 
 @pytest.mark.parametrize("name", KNOWN)

@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from fastcaps.doctor import checks
 from fastcaps.doctor.finding import FINE, SUSPICIOUS, UNKNOWN, WRONG, Finding
 from fastcaps.doctor.losses import losses
-from fastcaps.doctor.watch import Watch, find_routings, input_capsules, layer_of, routed_by_fastcaps, tensors
+from fastcaps.doctor.watch import (
+    Watch,
+    batch_size,
+    find_routings,
+    input_capsules,
+    layer_of,
+    routed_by_fastcaps,
+    tensors,
+)
 
 __all__ = ["FINE", "SUSPICIOUS", "UNKNOWN", "WRONG", "Finding", "examine"]
 
@@ -34,7 +42,8 @@ def examine(
         model: the model. It is run and copied, not changed.
         sample: what it is called with: a tensor, a tuple of positional arguments, or a dict of keyword arguments; at
             least 5 samples on the first axis of each tensor.
-        margin: its classification loss, a function of lengths ``[B, J]`` and labels, indices or one-hot; or None.
+        margin: its classification loss, a function of lengths ``[B, J]`` and labels, indices or one-hot, in either
+            order; or None.
         reconstruction: its reconstruction loss, a function of two batches of images; or None.
 
     Returns:
@@ -52,18 +61,42 @@ def examine(
     args, kwargs = (
         (sample, {}) if isinstance(sample, tuple) else ((), sample) if isinstance(sample, Mapping) else ((sample,), {})
     )
-    batches = tensors((args, kwargs))
-    if not batches or min(len(t) for t in batches) < FEWEST:
-        raise ValueError(f"the sample must hold at least {FEWEST} samples, got {[tuple(t.shape) for t in batches]}")
+    B = batch_size((args, kwargs))
+    if B < FEWEST:
+        shapes = [tuple(t.shape) for t in tensors((args, kwargs))]
+        raise ValueError(f"the sample must hold at least {FEWEST} samples, got {shapes}")
     training = {module: module.training for module in model.modules()}
     try:
         model.eval()
         with torch.random.fork_rng(list(range(torch.cuda.device_count()))), torch.enable_grad():
             torch.manual_seed(0)
-            return list(_checks(model, args, dict(kwargs), len(batches[0]), margin, reconstruction))
+            return list(_checks(model, args, dict(kwargs), B, margin, reconstruction))
     finally:
         for module, mode in training.items():
             module.training = mode
+
+
+def _with_another_batch(
+    model: nn.Module, args: Any, kwargs: dict[str, Any], B: int, watch: Watch, output: Any
+) -> tuple[Any, dict[str, Any], int, Watch, Any]:
+    """The same with as many samples as nothing else has entries, so that shapes tell the batch; else as it was."""
+    seen = [t for call in watch.calls for t in tensors((call.args, call.kwargs, call.output))]
+    sizes = [size for t in seen for size in t.shape] + [size for p in model.parameters() for size in p.shape]
+    # The batch itself is one of the sizes: another number is wanted where a tensor has it twice, or a parameter has it.
+    if B not in [size for p in model.parameters() for size in p.shape] and all(t.shape.count(B) < 2 for t in seen):
+        return args, kwargs, B, watch, output
+    other = next(n for n in range(FEWEST, 10**6) if n not in sizes)
+    index = torch.arange(other) % B
+
+    def resized(t: Any) -> Any:
+        return t[index.to(t.device)] if isinstance(t, Tensor) and t.shape[:1] == (B,) else t
+
+    new_args, new_kwargs = torch.utils._pytree.tree_map(resized, (args, kwargs))
+    again = Watch(model)
+    try:
+        return new_args, new_kwargs, other, again, again.run(*new_args, **new_kwargs)
+    except Exception:  # it was made for one batch size
+        return args, kwargs, B, watch, output
 
 
 def _checks(
@@ -79,6 +112,11 @@ def _checks(
         output = watch.run(*args, **kwargs)
     except Exception as error:
         raise ValueError(f"the model cannot run on the sample: {type(error).__name__}: {error}") from error
+    args, kwargs, B, watch, output = _with_another_batch(model, args, kwargs, B, watch, output)
+    finite = [float(t.isfinite().double().mean()) for t in tensors(output) if t.numel()]
+    if finite and min(finite) < 1:
+        text = f"{100 * (1 - min(finite)):.3g} % of an output's entries are NaN or infinite on this sample"
+        yield Finding("the output is finite", "", WRONG, text, "see the zero capsules, and the sample itself")
     fused = [call for call in watch.calls if routed_by_fastcaps(call)]
     routings = find_routings([call for call in watch.calls if call not in fused], B)
     for call in fused:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastcaps.doctor.finding import FINE, SUSPICIOUS, UNKNOWN, WRONG, Finding
 from fastcaps.doctor.losses import class_lengths
-from fastcaps.doctor.watch import Call, Routing, Watch, is_torch, layer_of, tensors
+from fastcaps.doctor.watch import Call, Routing, Watch, batch_size, is_torch, layer_of, tensors
 from fastcaps.losses import margin_loss
 from fastcaps.verification import detached_copy
 
@@ -26,10 +26,12 @@ def batch_mates(
 ) -> Finding:
     """Does the first sample's output change when all others become another one?"""
     second = Watch(model)
-    other_args, other_kwargs = _with_other_mates((args, kwargs))
-    other = second.run(*other_args, **other_kwargs)
     check = "samples are independent"
-    B = len(tensors((args, kwargs))[0])
+    B = batch_size((args, kwargs))
+    if not all(t.isfinite().all() for t in tensors(output)):
+        return Finding(check, "", UNKNOWN, "the model's output is not finite")
+    other_args, other_kwargs = _with_other_mates((args, kwargs), B)
+    other = second.run(*other_args, **other_kwargs)
     worst = _first_sample_changes(output, other, B)
     if worst is None:
         return Finding(check, "", UNKNOWN, "the model returns nothing with the batch on an axis")
@@ -60,11 +62,13 @@ def _inside(path: str, outer: str) -> bool:
     return path != outer and path.startswith(f"{outer}." if outer else "")
 
 
-def _with_other_mates(value: Any) -> Any:
-    """The first sample stays; the others become twice the last one."""
+def _with_other_mates(value: Any, B: int) -> Any:
+    """The first sample stays; the others become twice the last one. Labels stay what they are."""
 
     def others(t: Any) -> Any:
-        return torch.cat([t[:1], 2 * t[-1:].expand(len(t) - 1, *t.shape[1:])]) if isinstance(t, Tensor) else t
+        if not isinstance(t, Tensor) or not t.is_floating_point() or t.shape[:1] != (B,):
+            return t
+        return torch.cat([t[:1], 2 * t[-1:].expand(B - 1, *t.shape[1:])])
 
     return torch.utils._pytree.tree_map(others, value)
 
@@ -72,7 +76,7 @@ def _with_other_mates(value: Any) -> Any:
 def _layer_mates(call: Call, factor: float, B: int) -> float:
     """By how much a layer's output for the first sample changes with its batch mates, with weights made larger."""
     twin = _scaled(call.module, factor)
-    args, kwargs = _with_other_mates((call.args, call.kwargs))
+    args, kwargs = _with_other_mates((call.args, call.kwargs), B)
     try:
         return _first_sample_changes(twin(*call.args, **call.kwargs), twin(*args, **kwargs), B) or 0.0
     except Exception:  # it cannot run alone
@@ -138,6 +142,17 @@ def iterations(routing: Routing, calls: list[Call]) -> Finding:
     return Finding(
         check, where, FINE, f"the coupling is computed {done} times" + ("" if said else "; no attribute says how often")
     )
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A copy to change, also of a model that holds tensors with a history, which deepcopy refuses."""
+    try:
+        return copy.deepcopy(model)
+    except RuntimeError:
+        twin = detached_copy(model, next(iter(model.parameters()), torch.empty(0)).dtype)
+        for ours, theirs in zip(twin.parameters(), model.parameters(), strict=True):
+            ours.requires_grad_(theirs.requires_grad)
+        return twin
 
 
 def _scaled(module: nn.Module, factor: float) -> nn.Module:
@@ -207,7 +222,7 @@ def input_squash(model: nn.Module, args: Any, kwargs: Any, layer: Call, I: int |
     check, where = "squash of the input poses", layer.path
     if I is None or layer.input is None or layer.input.dim() != 3:
         return Finding(check, where, UNKNOWN, "shapes do not tell which axis of its input holds the capsules")
-    twin = copy.deepcopy(model)
+    twin = copied(model)
     for path, module in twin.named_modules():
         if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and not path.startswith(f"{where}."):
             for parameter in module.parameters():
@@ -301,12 +316,13 @@ def initialisation(model: nn.Module, args: Any, kwargs: Any, output: Any, B: int
         return Finding(check, "", UNKNOWN, "no output [B, J, D_out] or [B, J] was found")
     lengths = found[0].detach()
     labels = torch.arange(B, device=lengths.device) % lengths.shape[1]
-    twin = copy.deepcopy(model).train()
+    twin = copied(model).train()
     optimizer = torch.optim.Adam([p for p in twin.parameters() if p.requires_grad], lr=1e-3)
     losses = []
     for _ in range(STEPS + 1):
         now = class_lengths(twin(*args, **kwargs), B)
-        assert now is not None
+        if now is None or not now[0].requires_grad:
+            return Finding(check, "", UNKNOWN, "in training its output is another one, or carries no gradient")
         loss = margin_loss(now[0], labels)
         losses.append(loss.item())
         optimizer.zero_grad()

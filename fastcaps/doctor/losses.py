@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcaps.doctor.finding import FINE, SUSPICIOUS, WRONG, Finding
+from fastcaps.doctor.finding import FINE, SUSPICIOUS, UNKNOWN, WRONG, Finding
 from fastcaps.doctor.watch import tensors
 from fastcaps.losses import margin_loss
 
@@ -24,7 +24,7 @@ def class_lengths(output: Any, B: int) -> tuple[Tensor, bool] | None:
 
 
 def losses(
-    output: Any, B: int, margin: Callable[..., Tensor] | None, reconstruction: Callable[..., Tensor] | None
+    output: Any, B: int, margin: Callable[..., Any] | None, reconstruction: Callable[..., Any] | None
 ) -> Iterator[Finding]:
     """What the losses are given, and how they are reduced."""
     found = class_lengths(output, B)
@@ -34,73 +34,99 @@ def losses(
             "class scores are lengths", "", SUSPICIOUS, "the class scores of each sample sum to 1, as after a softmax",
             "give the margin loss the lengths: its bounds 0.9 and 0.1 are for them, not for probabilities that compete",
         )  # fmt: skip
-    if margin is not None and found is not None:
+    if margin is None or found is None:
+        text = "none was given" if margin is None else "no output [B, J, D_out] or [B, J] was found"
+        yield Finding("margin loss", "", UNKNOWN, text)
+    else:
         yield margin_reduction(margin, found[0].shape[1], found[0].dtype)
-    if reconstruction is not None:
+    if reconstruction is None:
+        yield Finding("reconstruction loss", "", UNKNOWN, "none was given")
+    else:
         yield reconstruction_reduction(reconstruction)
 
 
-def margin_reduction(loss: Callable[..., Tensor], J: int, dtype: torch.dtype) -> Finding:
-    """The loss at some lengths beside the paper's: which constant lies between them, if one does?"""
-    check = "margin loss"
+def _value(loss: Callable[..., Any], *args: Tensor) -> Tensor | str:
+    """What a loss gives: a number, or what is in the way of one."""
+    try:
+        value = torch.as_tensor(loss(*args))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return value.detach().double().squeeze() if value.numel() == 1 else f"it returns {tuple(value.shape)}, no scalar"
+
+
+def _margin_ratios(loss: Callable[..., Any], form: str, J: int, sizes: list[int], dtype: torch.dtype) -> Any:
+    """The loss over the paper's at random lengths, some for each batch size; or what is in the way."""
     generator = torch.Generator().manual_seed(0)
-    ratios = []
-    for B in (4, 8):
+    ratios: dict[int, list[float]] = {B: [] for B in sizes}
+    for B in sizes:
         for _ in range(3):
             lengths = torch.rand(B, J, generator=generator, dtype=torch.float64).to(dtype)
             labels = torch.randint(J, (B,), generator=generator)
-            wanted = margin_loss(lengths, labels).item()
-            try:
-                value = loss(lengths, labels)
-            except Exception:  # it may want them one-hot
-                value = loss(lengths, torch.nn.functional.one_hot(labels, J).to(dtype))
-            if value.numel() != 1:
-                return Finding(
-                    check,
-                    "",
-                    WRONG,
-                    f"it returns {tuple(value.shape)}, no scalar",
-                    "reduce it: sum over classes, mean over samples",
-                )
-            ratios.append((B, value.item() / wanted))
-    small, large = ([r for b, r in ratios if b == B] for B in (4, 8))
-    spread = max(max(part) / min(part) for part in (small, large)) - 1 if min(r for _, r in ratios) > 0 else 1.0
+            given = torch.nn.functional.one_hot(labels, J).to(dtype) if "one-hot" in form else labels
+            value = _value(loss, *((given, lengths) if "first" in form else (lengths, given)))
+            if isinstance(value, str):
+                return value
+            ratios[B].append(value.item() / margin_loss(lengths, labels).item())
+    return ratios
+
+
+def _factor(ratios: dict[int, list[float]], J: int) -> str | None:
+    """Which reduction explains the ratios at every batch size; None: none does."""
     sum_, mean = "summed over the samples", "averaged over the classes"
-    if spread > 1e-3:
-        least, most = min(small + large), max(small + large)
-        text = f"it is not a multiple of the paper's: the ratio goes from {least:.3g} to {most:.3g}"
-        fix = "sum_k T_k max(0, 0.9 - |v_k|)^2 + 0.5 (1 - T_k) max(0, |v_k| - 0.1)^2, both squared (fastcaps.losses)"
-        return Finding(check, "", WRONG, text, fix)
-    for B, ratio in ((4, small[0]), (8, large[0])):
-        notes = {1.0: "", B: sum_, 1 / J: mean, B / J: f"{sum_} and {mean}"}
-        closest = min(notes, key=lambda r: abs(r - ratio))
-        if abs(closest - ratio) > 1e-3 * closest:
-            return Finding(
-                check,
-                "",
-                SUSPICIOUS,
-                f"it is {ratio:.4g} times the paper's",
-                "the weight of the reconstruction is meant for the paper's",
-            )
-    if not notes[closest]:
+    notes = {"": lambda B: 1.0, sum_: float, mean: lambda B: 1 / J, f"{sum_} and {mean}": lambda B: B / J}
+    for note, factor in notes.items():
+        if all(abs(r - factor(B)) <= 1e-3 * factor(B) for B, part in ratios.items() for r in part):
+            return note
+    return None
+
+
+def margin_reduction(loss: Callable[..., Any], J: int, dtype: torch.dtype) -> Finding:
+    """The loss at some lengths beside the paper's: which constant lies between them, if one does?"""
+    check = "margin loss"
+    sizes = [B for B in (4, 7, 9) if B != J][:2]  # B = J could not tell a sum from a mean
+    forms = ("indices", "one-hot", "indices first", "one-hot first")
+    tried = {form: _margin_ratios(loss, form, J, sizes, dtype) for form in forms}
+    ran = {form: ratios for form, ratios in tried.items() if not isinstance(ratios, str)}
+    if not ran:
+        reason = tried["one-hot" if "no scalar" in tried["one-hot"] else "indices"]
+        if "no scalar" in reason:
+            return Finding(check, "", WRONG, reason, "reduce it: sum over classes, mean over samples")
+        text = f"it does not take lengths [B, J] and labels [B], nor one-hot labels: {reason}"
+        return Finding(check, "", UNKNOWN, text)
+    # A loss may take both kinds of labels by broadcasting: it is meant for the one that it makes sense of.
+    ratios = next((r for r in ran.values() if _factor(r, J) is not None), next(iter(ran.values())))
+    note = _factor(ratios, J)
+    values = [r for part in ratios.values() for r in part]
+    if note == "":
         return Finding(check, "", FINE, "it is the paper's: summed over the classes, averaged over the samples")
-    return Finding(
-        check, "", WRONG, f"it is {ratio:.3g} times the paper's at {B} samples and {J} classes: {notes[closest]}",
-        "sum over the classes and average over the samples, else the reconstruction weighs too much or too little",
-    )  # fmt: skip
+    if note is not None:
+        B = sizes[-1]
+        return Finding(
+            check, "", WRONG, f"it is {ratios[B][0]:.3g} times the paper's at {B} samples and {J} classes: {note}",
+            "sum over the classes and average over the samples, else the reconstruction weighs too much or too little",
+        )  # fmt: skip
+    if min(values) > 0 and max(values) / min(values) - 1 <= 1e-3:
+        text = f"it is {values[0]:.4g} times the paper's"
+        return Finding(check, "", SUSPICIOUS, text, "the weight of the reconstruction is meant for the paper's")
+    text = f"it is not a multiple of the paper's: the ratio goes from {min(values):.3g} to {max(values):.3g}"
+    fix = "sum_k T_k max(0, 0.9 - |v_k|)^2 + 0.5 (1 - T_k) max(0, |v_k| - 0.1)^2, both squared (fastcaps.losses)"
+    return Finding(check, "", WRONG, text, fix)
 
 
-def reconstruction_reduction(loss: Callable[..., Tensor]) -> Finding:
+def reconstruction_reduction(loss: Callable[..., Any]) -> Finding:
     """The loss of two random batches beside the paper's."""
     check = "reconstruction loss"
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.rand(4, 1, 28, 28, generator=generator) for _ in range(2))
     summed = (a - b).pow(2).flatten(1).sum(1).mean().item()
-    try:
-        value = loss(a, b)
-    except Exception:
-        value = loss(a.flatten(1), b.flatten(1))
-    ratio = float(value) / summed
+    value = _value(loss, a, b)
+    if isinstance(value, str):
+        value = _value(loss, a.flatten(1), b.flatten(1))
+    if isinstance(value, str):
+        if "no scalar" in value:
+            return Finding(check, "", WRONG, value, "reduce it: sum over pixels, mean over samples")
+        return Finding(check, "", UNKNOWN, f"it does not take two batches of images: {value}")
+    ratio = value.item() / summed
     names = {1.0: "", 1 / 784: "averaged over the pixels", 4.0: "summed over the samples"}
     for scale in (1.0, 0.0005):
         for factor, name in names.items():

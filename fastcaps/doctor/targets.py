@@ -1,6 +1,6 @@
 """What ``fastcaps doctor`` is pointed at: a function that builds a model, or a checkpoint."""
 
-import copy
+import contextlib
 import importlib.util
 import inspect
 import sys
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcaps.doctor import examine
+from fastcaps.doctor.checks import copied
 from fastcaps.doctor.finding import WRONG, Finding
 
 BATCH = (5, 7, 3, 11)  # samples: the first number that is no other size, so that the batch axis can be told
@@ -27,9 +28,15 @@ def load_target(target: str) -> dict[str, Any]:
     file, _, name = target.rpartition(":")
     if not Path(file).is_file():
         raise ValueError(f"there is no file {file!r} (wanted: FILE.py:FUNCTION, or a checkpoint)")
+    if Path(file).suffix != ".py":
+        raise ValueError(f"{file} is no .py file (wanted: FILE.py:FUNCTION, or a checkpoint)")
     build = getattr(_imported(Path(file)), name, None)
     if not callable(build):
         raise ValueError(f"{file} has no function {name!r}")
+    try:
+        inspect.signature(build).bind()
+    except TypeError as error:
+        raise ValueError(f"{name} must be a function without arguments: {error}") from error
     built = build()
     if isinstance(built, nn.Module):
         return {"model": built}
@@ -42,13 +49,17 @@ def load_target(target: str) -> dict[str, Any]:
 
 
 def _imported(file: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(file.stem, file)
+    name = f"_fastcaps_doctor_{file.stem}"  # a file called random.py must not become everybody's random
+    spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(file.parent.resolve()))
-    sys.modules[file.stem] = module
-    spec.loader.exec_module(module)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"{file} cannot be imported: {type(error).__name__}: {error}") from error
     return module
 
 
@@ -68,7 +79,7 @@ def random_sample(model: nn.Module, image_shape: Sequence[int] | None) -> Tensor
         sample = torch.rand(B, *shape, generator=generator).to(first)
         try:
             with torch.no_grad():
-                copy.deepcopy(model).eval()(sample)
+                copied(model).eval()(sample)
             return sample
         except Exception as error:
             errors.append(f"{shape}: {type(error).__name__}: {error}")
@@ -87,15 +98,19 @@ def examine_checkpoint(path: Path, image_shape: Sequence[int] | None) -> tuple[s
         ValueError: it is neither.
     """
     from fastcaps.checkpoints import NETWORKS, convert_checkpoint, read_state_dict
-    from fastcaps.models import CapsNet
+    from fastcaps.models import CapsNet, describe
     from fastcaps.recipes import RECIPES
 
+    if path.suffix == ".py":
+        raise ValueError(f"which function of {path} builds the model? {path}:FUNCTION")
+    ours = False
     if path.suffix == ".safetensors":
-        try:
+        with contextlib.suppress(ValueError):  # somebody else's safetensors file
+            describe(path)
+            ours = True
+        if ours:
             network = CapsNet.load(path)
             return "a fastcaps.CapsNet", examine(network, random_sample(network, network.image_shape))
-        except ValueError:
-            pass  # somebody else's safetensors file
     state, reasons = read_state_dict(path), []
     for name, whose in NETWORKS.items():
         try:
@@ -108,10 +123,10 @@ def examine_checkpoint(path: Path, image_shape: Sequence[int] | None) -> tuple[s
         if not recipe.eps and not recipe.norm_eps:
             s = torch.zeros(2)
             value = (s * s).sum() / (1 + (s * s).sum()) * s / (s * s).sum().sqrt()
-            text = f"its squash divides by the norm alone: at 0 that is {value[0].item()}"
+            text = f"its squash divides by the norm alone (known of this network): at 0 that is {value[0].item()}"
             findings.append(Finding("zero capsules", "", WRONG, text, "fastcaps.CapsNet computes 0 there"))
         if recipe.offset:
-            text = f"with iterations = 3 it computes the coupling {network.capsules.num_iterations} times"
+            text = f"with iterations = 3 it couples {network.capsules.num_iterations} times (known of this network)"
             findings.append(Finding("number of iterations", "", WRONG, text, "count the couplings"))
         if whose.not_kept:
             text = f"{whose.not_kept}; its logits are averaged over the batch (known of this network, not computed)"

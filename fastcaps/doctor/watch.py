@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 
-@dataclass
+@dataclass(eq=False)  # a call is itself: tensors do not compare to one truth
 class Call:
     """One call of one module: its arguments, its output, and the softmaxes taken in it (not in its submodules)."""
 
@@ -74,6 +74,11 @@ def tensors(value: Any) -> list[Tensor]:
     """The floating-point tensors in arguments or outputs, however nested."""
     leaves = torch.utils._pytree.tree_leaves(value)
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def batch_size(value: Any) -> int:
+    """The length of the first floating-point tensor that has an axis; 0 where there is none."""
+    return next((len(t) for t in tensors(value) if t.dim()), 0)
 
 
 @dataclass(frozen=True)
