@@ -1,8 +1,8 @@
 """Routing as published capsule layers do it, mistakes included, in plain PyTorch: for parity, and to recognise them.
 
-The op knows none of this. Two conventions are wrong: a softmax over the input capsules (the shares that an input
-capsule gives away no longer sum to 1), and logits that are averaged over the batch (the output for one image depends
-on the other images). A squash over an axis of length 1 is a third.
+The op knows none of this. Three conventions are wrong: a softmax over the input capsules (the shares that an input
+capsule gives away no longer sum to 1), logits that are averaged over the batch (the output for one image depends on
+the other images), and a squash over an axis of length 1 (which bends each entry instead of a pose's length).
 """
 
 from dataclasses import dataclass, replace
