@@ -7,6 +7,7 @@ import importlib.metadata
 import platform
 import sys
 import typing
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,9 @@ def convert(checkpoint: Path, recipe: str, out: Path, iterations: int, image_sha
 
     try:
         state = read_state_dict(checkpoint)
-        network = convert_checkpoint(state, recipe, num_iterations=iterations, image_shape=image_shape, fix=fix)
+        with warnings.catch_warnings(record=True) as notes:
+            warnings.simplefilter("always", UserWarning)
+            network = convert_checkpoint(state, recipe, num_iterations=iterations, image_shape=image_shape, fix=fix)
         network.save(out)
     except (OSError, ValueError) as error:
         print(f"fastcaps convert: {error}", file=sys.stderr)
@@ -101,6 +104,8 @@ def convert(checkpoint: Path, recipe: str, out: Path, iterations: int, image_sha
         return 1
     C, H, W = network.image_shape
     print(f"{out}: {network.num_classes} classes, images of {C} x {H} x {W}, {network.capsules}")
+    for note in notes:
+        print(f"note: {note.message}")
     for effect in getattr(network.capsules.routing, "effects", []):
         print(f"kept as it was trained: {effect}; --fix routes as in the paper")
     if fix and (changed := what_fix_changes(recipe)):

@@ -118,13 +118,14 @@ def evaluate(network: Network, settings: Settings, samples: Samples) -> Evaluati
 
 
 def load_for(model: str | os.PathLike[str], settings: Settings) -> tuple[Network, Samples]:
-    """A saved network, and the data set of the settings for it.
+    """A saved network and the data set of the settings for it, both on the GPU if one may be used.
 
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: a file is not what it should be, or the network was made for other images or classes.
     """
-    network = Network.load(model)
+    device = "cuda" if settings.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
+    network = Network.load(model, device)
     data = load_data(settings)
     if image_shape(data) != network.image_shape or data.num_classes > network.num_classes:
         raise ValueError(
@@ -132,4 +133,4 @@ def load_for(model: str | os.PathLike[str], settings: Settings) -> tuple[Network
             f"{settings.data} has {image_shape(data)} of {data.num_classes}"
         )
     kind = "cnn" if isinstance(network, CNN) else "capsnet"
-    return network, Samples(data, dataclasses.replace(settings, model=kind).resolved(network.image_shape))
+    return network, Samples(data, dataclasses.replace(settings, model=kind).resolved(network.image_shape), device)

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from fastcaps import figures
 from fastcaps.data import read_image
-from fastcaps.evaluation import Evaluation, evaluate, wrong_of
+from fastcaps.evaluation import Evaluation, evaluate, load_for, wrong_of
 from fastcaps.models import CapsNet, Network
-from fastcaps.samples import Samples, load_data
+from fastcaps.samples import Samples
 from fastcaps.settings import Settings, write_whole
 
 SHOWN = 20  # misclassified images
@@ -210,8 +210,7 @@ def write_report(out: Path) -> None:
     """
     config = json.loads((out / "config.json").read_text())
     settings = Settings(**config["settings"])
-    network = Network.load(out / "model.safetensors")
-    samples = Samples(load_data(settings), settings)
+    network, samples = load_for(out / "model.safetensors", settings)
     found = evaluate(network, settings, samples)
     rows = read_log(out)
     speeds = sorted(row["images/s"] for row in rows if "images/s" in row)
@@ -235,7 +234,7 @@ def write_report(out: Path) -> None:
     sections.append(_mistakes(samples, found))
     if isinstance(network, CapsNet):
         dtype = next(network.parameters()).dtype
-        images, labels, _ = samples.test(torch.arange(min(12, len(found.labels))))
-        sections += network_sections(network, images.to(dtype), labels[:, 0] if labels.shape[1] == 1 else None)
+        images, labels, _ = (x.cpu() for x in samples.test(torch.arange(min(12, len(found.labels)))))
+        sections += network_sections(network.cpu(), images.to(dtype), labels[:, 0] if labels.shape[1] == 1 else None)
     sections.append(Section("Settings", "As in config.json.", [list(config["settings"].items())]))
     write_page(out / "report.html", f"{settings.model} on {settings.data}: {found.error:.2f} % test error", sections)

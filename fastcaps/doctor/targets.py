@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import inspect
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -114,7 +115,9 @@ def examine_checkpoint(path: Path, image_shape: Sequence[int] | None) -> tuple[s
     state, reasons = read_state_dict(path), []
     for name, whose in NETWORKS.items():
         try:
-            network = convert_checkpoint(state, name, image_shape=image_shape, fix=whose.not_kept is not None)
+            with warnings.catch_warnings():  # what the conversion leaves out is not looked for here
+                warnings.simplefilter("ignore")
+                network = convert_checkpoint(state, name, image_shape=image_shape, fix=whose.not_kept is not None)
         except ValueError as error:
             reasons.append(f"{name}: {error}")
             continue
