@@ -6,7 +6,6 @@ import difflib
 import importlib.metadata
 import platform
 import sys
-import typing
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 
 from fastcaps._version import __version__
-from fastcaps.settings import Settings, option, read_settings
+from fastcaps.settings import Settings, kind_of, known_settings, option, read_settings
 
 
 def info() -> int:
@@ -152,6 +151,9 @@ def train(options: dict[str, Any], out: Path | None, config: Path | None, resume
         return _lacks("train", error)
     try:
         training.train(given, folder, resume=resume, overwrite=overwrite)
+    except KeyboardInterrupt:
+        print(f"fastcaps train: stopped; to go on: fastcaps train --resume --out {folder}", file=sys.stderr)
+        return 130
     except training.Interrupted as stop:
         print(f"{stop}; to go on: fastcaps train --resume --out {folder}", file=sys.stderr)
         return 130
@@ -172,9 +174,10 @@ def evaluate(model: Path, data: str | None, root: str | None, download: bool, ba
         from fastcaps.evaluation import load_for
         from fastcaps.report import confusion_counts
 
-        run = describe(model).get("run", {}).get("settings", {})
-        changed = {"data": data, "root": root, "download": download, "backend": backend}
-        settings = Settings(**(run | {name: value for name, value in changed.items() if value is not None}))
+        run = describe(model).get("run", {})
+        changed = {"data": data, "root": root, "download": download}
+        given = {name: value for name, value in changed.items() if value is not None} | {"backend": backend}
+        settings = Settings(**(known_settings(run.get("settings", {}), str(model)) | given))
         network, samples = load_for(model, settings)
         found = tested(network, settings, samples)
     except (OSError, ValueError, RuntimeError) as error:
@@ -186,11 +189,12 @@ def evaluate(model: Path, data: str | None, root: str | None, download: bool, ba
     print(f"{settings.data}: test error {found.error:.2f} % ({wrong} of {len(found.labels)}), loss {found.loss:.4f}")
     print("class      images   right  most often taken for")
     counts = confusion_counts(found.scores, found.labels)
-    for name, row in enumerate(counts):
+    names = samples.single.class_names or [str(n) for n in range(len(counts))]
+    for n, row in enumerate(counts):
         mistaken = row.clone()
-        mistaken[name] = 0
-        other = f"{int(mistaken.argmax())} ({int(mistaken.max())} times)" if mistaken.any() else ""
-        print(f"{name:<10} {int(row.sum()):>6}  {int(row[name]):>6}  {other}")
+        mistaken[n] = 0
+        other = f"{names[int(mistaken.argmax())]} ({int(mistaken.max())} times)" if mistaken.any() else ""
+        print(f"{names[n]:<10} {int(row.sum()):>6}  {int(row[n]):>6}  {other}")
     return 0
 
 
@@ -220,7 +224,7 @@ def _lacks(command: str, error: ModuleNotFoundError) -> int:
 def _add_settings(parser: argparse.ArgumentParser) -> None:
     """An option for each setting; those that are not given are not there afterwards."""
     for field in dataclasses.fields(Settings):
-        kind = next(kind for kind in (bool, int, float, str) if kind in (field.type, *typing.get_args(field.type)))
+        kind = kind_of(field)
         choices, text = field.metadata["choices"], field.metadata["help"]
         if choices:
             text += f": {', '.join(choices)}"

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,13 +22,17 @@ from fastcaps.batches import random_integers
 
 
 class Dataset(NamedTuple):
-    """Images ``[N, C, H, W]`` float32 in [0, 1] and labels ``[N]`` int64, for training and for testing."""
+    """Images ``[N, C, H, W]`` float32 in [0, 1] and labels ``[N]`` int64, for training and for testing.
+
+    ``class_names`` are those of an image folder; elsewhere there are none.
+    """
 
     train_images: Tensor
     train_labels: Tensor
     test_images: Tensor
     test_labels: Tensor
     num_classes: int
+    class_names: tuple[str, ...] = ()
 
 
 class Source(NamedTuple):
@@ -36,6 +41,9 @@ class Source(NamedTuple):
     address: str
     files: dict[str, str]
 
+
+# MNIST and Fashion-MNIST have files of the same names: the MD5 sum of the 60,000 training labels tells them apart.
+WHOSE_LABELS = {"e86ee40d66677c011a9abda399ec8c4d": "mnist", "3236f6424fc25388b2834cb19942cf7e": "fashion-mnist"}
 
 MNIST = Source(
     "https://ossci-datasets.s3.amazonaws.com/mnist/",
@@ -91,26 +99,28 @@ def mnist(root: str | os.PathLike[str], *, download: bool = False) -> Dataset:
     """Handwritten digits, 60,000 and 10,000 images of 28x28 pixels (LeCun, Cortes and Burges).
 
     Args:
-        root: the folder with the four idx files, each as it is or as ``.gz``; also ``root/MNIST/raw`` is looked into.
-        download: fetch what is missing from the published address, into ``root``.
+        root: the folder with the four idx files, each as it is or as ``.gz``; ``root/mnist`` and ``root/MNIST/raw`` are
+            looked into as well.
+        download: fetch what is missing from the published address, into ``root/mnist``; checksums are those published.
 
     Returns:
         A :class:`Dataset` with images ``[60000, 1, 28, 28]`` and ``[10000, 1, 28, 28]``.
 
     Raises:
         FileNotFoundError: a file is missing; the message names all of them and where they were looked for.
-        ValueError: a file has the wrong type, size or checksum, or a label is out of range.
+        ValueError: a file has the wrong type or size, a download the wrong checksum, a label is out of range, or it is
+            Fashion-MNIST, whose files have the same names.
         OSError: the download failed.
     """
-    return _idx_dataset(Path(root), ("", "mnist", "MNIST/raw"), MNIST, 10, download)
+    return _idx_dataset(Path(root), ("mnist", "", "MNIST/raw"), MNIST, 10, download)
 
 
 def fashion_mnist(root: str | os.PathLike[str], *, download: bool = False) -> Dataset:
     """Zalando's articles, 60,000 and 10,000 images of 28x28 pixels (Xiao, Rasul and Vollgraf 2017).
 
     Args:
-        root: as in :func:`mnist`; also ``root/FashionMNIST/raw`` is looked into.
-        download: as in :func:`mnist`.
+        root: as in :func:`mnist`; here ``root/fashion-mnist`` and ``root/FashionMNIST/raw`` are looked into as well.
+        download: as in :func:`mnist`, into ``root/fashion-mnist``.
 
     Returns:
         A :class:`Dataset` with images ``[60000, 1, 28, 28]`` and ``[10000, 1, 28, 28]``.
@@ -120,7 +130,7 @@ def fashion_mnist(root: str | os.PathLike[str], *, download: bool = False) -> Da
         ValueError: as in :func:`mnist`.
         OSError: the download failed.
     """
-    return _idx_dataset(Path(root), ("", "fashion-mnist", "FashionMNIST/raw"), FASHION_MNIST, 10, download)
+    return _idx_dataset(Path(root), ("fashion-mnist", "", "FashionMNIST/raw"), FASHION_MNIST, 10, download)
 
 
 def cifar10(root: str | os.PathLike[str], *, download: bool = False) -> Dataset:
@@ -209,7 +219,7 @@ def image_folder(root: str | os.PathLike[str], *, channels: int | None = None) -
         stacked = torch.stack([_with_channels(image, 1 if grey else 3) for image in images[part]])
         tensors += [stacked, torch.tensor([n for _, n in paths])]
     train_images, train_labels, test_images, test_labels = tensors
-    return Dataset(train_images, train_labels, test_images, test_labels, len(classes))
+    return Dataset(train_images, train_labels, test_images, test_labels, len(classes), tuple(classes))
 
 
 def read_image(
@@ -234,8 +244,11 @@ def read_image(
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("reading images needs Pillow: pip install pillow") from error
     try:
-        with Image.open(path) as image:
-            grey = image.mode in ("1", "L", "I", "I;16", "LA") if channels is None else channels == 1
+        with Image.open(path) as file:
+            image: Image.Image = file
+            if file.mode.startswith("I"):  # 16 bits, which convert() would clip at 255
+                image = Image.fromarray((np.asarray(file, np.float32) / 257).round().clip(0, 255).astype(np.uint8))
+            grey = image.mode in ("1", "L", "LA") if channels is None else channels == 1
             picture = image.convert("L" if grey else "RGB")
             if size is not None:
                 picture = picture.resize((size[1], size[0]))
@@ -296,7 +309,7 @@ def _idx_dataset(root: Path, places: Sequence[str], source: Source, num_classes:
     if download:
         for name in names:
             if _find(name, folders) is None and _find(name.removesuffix(".gz"), folders) is None:
-                _download(source, name, root)
+                _download(source, name, folders[0])
     paths = [_find(name.removesuffix(".gz"), folders) or _find(name, folders) for name in names]
     if None in paths:
         missing = [name for name, path in zip(names, paths, strict=True) if path is None]
@@ -311,6 +324,9 @@ def _idx_dataset(root: Path, places: Sequence[str], source: Source, num_classes:
                 f"{images} must hold images [N, H, W] and {labels} labels [N], got {list(x.shape)} and {list(y.shape)}"
             )
         tensors += [x[:, None].float() / 255, _labels(y, num_classes, str(labels))]
+    whose = WHOSE_LABELS.get(hashlib.md5(tensors[1].byte().numpy().data, usedforsecurity=False).hexdigest())
+    if whose not in (None, places[0]):
+        raise ValueError(f"{paths[1]} is of {whose}, not of {places[0]}")
     if tensors[0].shape[1:] != tensors[2].shape[1:]:
         raise ValueError(f"{paths[0]} and {paths[2]} hold images of different sizes")
     train_images, train_labels, test_images, test_labels = tensors

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from fastcaps import losses
 from fastcaps.functional import length
-from fastcaps.models import CNN, CapsNet, Network
-from fastcaps.samples import Samples, image_shape, load_data
+from fastcaps.layers import CapsuleLayer
+from fastcaps.models import CNN, CapsNet, Network, describe
+from fastcaps.samples import Samples, image_shape, load_data, single
 from fastcaps.settings import Settings
 
 DEAD = 0.1  # m- of the margin loss: an output capsule that no image makes longer than this says nothing
@@ -132,5 +133,13 @@ def load_for(model: str | os.PathLike[str], settings: Settings) -> tuple[Network
             f"{os.fspath(model)!r} takes images {network.image_shape} of {network.num_classes} classes, but "
             f"{settings.data} has {image_shape(data)} of {data.num_classes}"
         )
+    trained_on = describe(model).get("run", {}).get("data", {}).get("class names", [])
+    names = list(single(data).class_names)
+    if trained_on and names and trained_on != names:
+        raise ValueError(f"{os.fspath(model)!r} knows the classes {', '.join(trained_on)}, not {', '.join(names)}")
+    if settings.backend is not None:
+        for layer in network.modules():
+            if isinstance(layer, CapsuleLayer):
+                layer.routing_options["backend"] = settings.backend
     kind = "cnn" if isinstance(network, CNN) else "capsnet"
     return network, Samples(data, dataclasses.replace(settings, model=kind).resolved(network.image_shape), device)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastcaps._version import __version__
 from fastcaps.conventions import Convention
+from fastcaps.files import write_whole
 from fastcaps.functional import length
 from fastcaps.layers import CapsuleLayer, PrimaryCapsules, require_like, require_positive
 from fastcaps.losses import check_labels, margin_loss, one_hot, reconstruction_loss
@@ -140,8 +141,7 @@ class Network(nn.Module):
             ...     CapsNet.load(f"{folder}/model.safetensors").num_classes
             10
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         config = {name: value for name, value in self.config.items() if name != "backend"}  # this machine's choice
         routing = config.get("routing")
@@ -151,14 +151,7 @@ class Network(nn.Module):
             raise TypeError(f"routing={routing!r} cannot be saved: only what fastcaps knows can")
         described = {"model": type(self).__name__, "version": __version__, "config": config}
         metadata = {METADATA: json.dumps(described | ({"run": run} if run else {}))}
-        partial = Path(f"{os.fspath(path)}.partial")
-        try:
-            save_file({k: v.contiguous() for k, v in self.state_dict().items()}, partial, metadata)
-            os.replace(partial, path)
-        except SafetensorError as error:
-            raise OSError(f"{os.fspath(path)!r} cannot be written: {error}") from error
-        finally:
-            partial.unlink(missing_ok=True)
+        write_whole(path, save({k: v.contiguous() for k, v in self.state_dict().items()}, metadata))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> "Self":
@@ -192,9 +185,9 @@ class Network(nn.Module):
         except SafetensorError as error:
             raise ValueError(f"{os.fspath(path)!r} is not a whole safetensors file: {error}") from error
         config = described["config"]
-        if "routing" in config:
-            config["routing"] = Convention(**config["routing"])
         try:
+            if "routing" in config:
+                config["routing"] = Convention(**config["routing"])
             network = kind(**config).to(device, next(iter(state.values())).dtype)
             network.load_state_dict(state)
         except (RuntimeError, TypeError, StopIteration) as error:
@@ -225,7 +218,9 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
             described = json.loads((file.metadata() or {}).get(METADATA, "{}"))
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{os.fspath(path)!r} is not a whole safetensors file: {error}") from error
-    if not isinstance(described, dict) or not {"model", "config"} <= described.keys():
+    parts = {"model": str, "config": dict, "run": dict}
+    known = isinstance(described, dict) and {"model", "config"} <= described.keys()
+    if not known or not all(isinstance(described[part], kind) for part, kind in parts.items() if part in described):
         raise ValueError(f"{os.fspath(path)!r} does not say that it holds a network of fastcaps")
     return described
 

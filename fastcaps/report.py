@@ -17,9 +17,10 @@ from torch import Tensor
 from fastcaps import figures
 from fastcaps.data import read_image
 from fastcaps.evaluation import Evaluation, evaluate, load_for, wrong_of
-from fastcaps.models import CapsNet, Network
+from fastcaps.files import write_whole
+from fastcaps.models import CapsNet, Network, describe
 from fastcaps.samples import Samples
-from fastcaps.settings import Settings, write_whole
+from fastcaps.settings import Settings
 
 SHOWN = 20  # misclassified images
 
@@ -76,13 +77,27 @@ def read_log(out: Path) -> list[dict[str, float]]:
     rows: list[dict[str, float]] = []
     folders = sorted((out / "log").glob("version_*"), key=lambda folder: int(folder.name.split("_")[1]))
     for file in (folder / "metrics.csv" for folder in folders):
-        if file.exists():
-            with file.open(newline="") as lines:
-                read = [{k: float(v) for k, v in row.items() if v and k} for row in csv.DictReader(lines)]
-            if read:
-                start = read[0]["step"]
-                rows = [row for row in rows if row["step"] < start or ("epoch" in row and row["step"] == start)]
-                rows += read
+        read = _read_csv(file) if file.exists() else []
+        if read:
+            start, epochs = read[0]["step"], {row.get("epoch") for row in read}
+            # The test after the last step before a checkpoint has that step's number, too.
+            before = [r for r in rows if r["step"] < start or (r["step"] == start and "epoch" in r)]
+            rows = [r for r in before if "epoch" not in r or r["epoch"] not in epochs] + read
+    return rows
+
+
+def _read_csv(file: Path) -> list[dict[str, float]]:
+    """The whole rows of a log; a machine that stops may cut the last one."""
+    rows = []
+    with file.open(newline="") as lines:
+        whole = [line for line in lines if line.endswith("\n")]
+    for row in csv.DictReader(whole):
+        try:
+            numbers = {name: float(value) for name, value in row.items() if value}
+        except (TypeError, ValueError):
+            continue
+        if "step" in numbers:
+            rows.append(numbers)
     return rows
 
 
@@ -183,12 +198,13 @@ def show(model: Path, images: Sequence[Path], out: Path) -> list[str]:
     pictures = torch.stack([read_image(path, C, (H, W)) for path in images]).to(dtype)
     with torch.no_grad():
         scores = network(pictures).lengths if isinstance(network, CapsNet) else network(pictures).softmax(1)
-    lines = []
+    names = describe(model).get("run", {}).get("data", {}).get("class names") or range(scores.shape[1])
+    lines, titles = [], []
     for path, row in zip(images, scores, strict=True):
         best = row.topk(min(3, len(row)))
-        found = ", ".join(f"{name} ({value:.3f})" for value, name in zip(*map(Tensor.tolist, best), strict=True))
-        lines.append(f"{path}: {found}")
-    titles = [f"{path.name}: {row.argmax()}" for path, row in zip(images, scores, strict=True)]
+        found = [(names[n], value) for value, n in zip(*map(Tensor.tolist, best), strict=True)]
+        lines.append(f"{path}: " + ", ".join(f"{name} ({value:.3f})" for name, value in found))
+        titles.append(f"{path.name}: {found[0][0]}")
     sections = [Section("Images", "As the network sees them.", [figures.pictures(pictures, titles)])]
     if isinstance(network, CapsNet):
         for n, path in enumerate(images):

@@ -44,16 +44,17 @@ def image_shape(data: Dataset | MultiMNIST) -> tuple[int, int, int]:
 
 
 def fingerprint(data: Dataset | MultiMNIST) -> dict[str, Any]:
-    """What tells this data set from another: sizes, and a digest of its training images and labels."""
-    images, labels, _, test_labels, _ = single(data)
+    """What tells this data set from another: sizes, names, and a digest of all images and labels."""
+    tensors, names = single(data)[:4], single(data).class_names
     digest = hashlib.sha256()
-    for tensor in (images, labels):
+    for tensor in tensors:
         digest.update(tensor.contiguous().numpy().data)
     return {
         "image_shape": list(image_shape(data)),
         "classes": data.num_classes,
-        "training images": len(labels),
-        "test images": len(test_labels),
+        "class names": list(names),
+        "training images": len(tensors[1]),
+        "test images": len(tensors[3]),
         "sha256": digest.hexdigest(),
     }
 
@@ -66,7 +67,7 @@ class Samples:
 
     def __init__(self, data: Dataset | MultiMNIST, settings: Settings, device: torch.device | str = "cpu") -> None:
         train_images, train_labels, test_images, test_labels = (x.to(device) for x in single(data)[:4])
-        self.single = Dataset(train_images, train_labels, test_images, test_labels, data.num_classes)
+        self.single = Dataset(train_images, train_labels, test_images, test_labels, *single(data)[4:])
         self.pairs = MultiMNIST(self.single) if isinstance(data, MultiMNIST) else None
         self.seed, self.shift, self.flip = settings.seed, settings.shift or 0, bool(settings.flip)
 

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import json
 import os
+import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -65,13 +66,19 @@ class Settings:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.metadata["choices"] and value is not None:
-                nearest(value, field.metadata["choices"], option(field.name))
+            if type(value) is int and kind_of(field) is float:
+                setattr(self, field.name, value := float(value))
+            if value is None and type(None) in typing.get_args(field.type):
+                continue
+            if type(value) is not kind_of(field):
+                raise ValueError(f"{option(field.name)} must be {_KINDS[kind_of(field)]}, got {value!r}")
+            if field.metadata["choices"]:
+                nearest(str(value), field.metadata["choices"], option(field.name))
         least = {"shift": 0, "seed": 0} | dict.fromkeys(_COUNTS, 1)
         for name, smallest in least.items():
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < smallest):
-                raise ValueError(f"{option(name)} must be a whole number of at least {smallest}, got {value!r}")
+            if value is not None and not smallest <= value < 2**31:
+                raise ValueError(f"{option(name)} must be from {smallest} to {2**31 - 1}, got {value}")
         if not 0 < self.lr < float("inf"):
             raise ValueError(f"--lr must be positive, got {self.lr}")
         if self.reconstruction is not None and not 0 <= self.reconstruction < float("inf"):
@@ -112,6 +119,7 @@ class Settings:
         return dataclasses.replace(self, **unset)
 
 
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 _CAPSNET: tuple[str, ...] = (
     "stem",
     "kernel_size",
@@ -138,6 +146,11 @@ def _fail() -> bool:
     raise ValueError
 
 
+def kind_of(field: "dataclasses.Field[Any]") -> type:
+    """bool, int, float or str."""
+    return next(kind for kind in _KINDS if kind in (field.type, *typing.get_args(field.type)))
+
+
 def option(name: str) -> str:
     """The command-line option of a setting."""
     return "--" + name.replace("_", "-")
@@ -161,26 +174,22 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     try:
         read = json.loads(Path(path).read_text())
-        settings = read.get("settings", read)
-        names = [field.name for field in dataclasses.fields(Settings)]
-        for name in settings:
-            nearest(name, names, f"{path}: setting")
-        return dict(settings)
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, TypeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a JSON object of settings: {error}") from error
+    return known_settings(read.get("settings", read) if isinstance(read, dict) else read, str(path))
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that is there whole or not at all, even if the machine stops."""
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+def known_settings(given: Any, where: str) -> dict[str, Any]:
+    """Settings that something else says: their names are checked here, their values by :class:`Settings`.
+
+    Raises:
+        ValueError: it is no mapping, or names what is no setting.
+    """
+    if not isinstance(given, dict):
+        raise ValueError(f"{where} is not a JSON object of settings: {given!r}")
+    for name in given:
+        nearest(name, [field.name for field in dataclasses.fields(Settings)], f"{where}: setting")
+    return dict(given)
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any], free: Iterable[str] = ()) -> list[str]:

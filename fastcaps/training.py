@@ -31,10 +31,11 @@ from fastcaps._version import __version__
 from fastcaps.batches import Batches
 from fastcaps.data import Dataset, MultiMNIST
 from fastcaps.evaluation import network_loss, routing_statistics, wrong_of
+from fastcaps.files import write_whole
 from fastcaps.models import CNN, CapsNet, Network
 from fastcaps.report import write_report
 from fastcaps.samples import Samples, fingerprint, image_shape, load_data
-from fastcaps.settings import FREE, Settings, changes, write_whole
+from fastcaps.settings import FREE, Settings, changes, known_settings
 
 PROBES = 32  # test images whose routing is watched
 LOG_STEPS = 10  # from one line of the log to the next
@@ -86,14 +87,18 @@ class Training(L.LightningModule):
         settings: resolved.
         probes: test images ``[B, C, H, W]`` whose routing is watched.
         batches: to train on.
+        config: what ``config.json`` says; checkpoints say it, too.
     """
 
     network: Network
     settings: Settings
     probes: Tensor
 
-    def __init__(self, network: Network, settings: Settings, probes: Tensor, batches: Batches) -> None:
+    def __init__(
+        self, network: Network, settings: Settings, probes: Tensor, batches: Batches, config: dict[str, Any]
+    ) -> None:
         super().__init__()
+        self.config = config
         self.network, self.settings, self.batches = network, settings, batches
         assert settings.epochs is not None
         self.epochs = settings.epochs
@@ -123,9 +128,13 @@ class Training(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Where the next batch stands: by itself Lightning keeps it only in the middle of an epoch."""
         checkpoint["batches"] = self.batches.state_dict()
+        checkpoint["fastcaps"] = self.config
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on there."""
+        done = checkpoint["batches"]["epoch"] + (checkpoint["batches"]["position"] > 0)
+        if done > self.epochs:
+            raise ValueError(f"--epochs {self.epochs}: epoch {done} has begun already")
         self.batches.load_state_dict(checkpoint["batches"])
 
     def on_train_start(self) -> None:
@@ -145,7 +154,8 @@ class Training(L.LightningModule):
             self.watched = step
             self.write({f"routing/{k}": v for k, v in self.routing_of(self.probes).items()})
         loss, scores = self.batch_loss(self.network, self.settings, *batch)
-        if not torch.isfinite(loss):
+        # Of several processes one alone must not stop: the gradient, which all share, is looked at below.
+        if self.trainer.world_size == 1 and not torch.isfinite(loss):
             self.diverged(f"the loss is {loss.item()}", batch[0])
         self.seen += len(batch[0]) * self.trainer.world_size
         speed = self.seen / (time.perf_counter() - self.epoch_start)
@@ -279,11 +289,10 @@ class Keeper(L.Callback):
         step = trainer.global_step
         stop = self.interrupted
         if trainer.world_size > 1:  # all processes stop at the same step
-            stop = step % 10 == 0 and trainer.strategy.reduce_boolean_decision(stop, all=False)
+            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
         if stop or step % self.every == 0:
             trainer.save_checkpoint(self.out / "last.ckpt")
         if stop:
-            self.interrupted = True
             raise Interrupted(step)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Training) -> None:  # type: ignore[override]
@@ -343,6 +352,8 @@ def check_devices(settings: Settings) -> int:
     Raises:
         ValueError: there are fewer devices.
     """
+    if settings.nodes > 1 and not (SLURMEnvironment.detect() or "MASTER_ADDR" in os.environ):
+        raise ValueError(f"--nodes {settings.nodes} needs torchrun or SLURM, which tell the machines of each other")
     devices = settings.devices or int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     gpu = settings.accelerator == "gpu" or (settings.accelerator == "auto" and torch.cuda.is_available())
     there, kind = (torch.cuda.device_count(), "GPUs") if gpu else (os.cpu_count() or 1, "CPU cores")
@@ -356,12 +367,22 @@ def _held(out: Path) -> list[Path]:
     return [out / name for name in WRITTEN if (out / name).exists()]
 
 
-def _read_config(out: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((out / "config.json").read_text())
-        return {"settings": config["settings"], "data": config["data"]}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{out / 'config.json'} is damaged: {error}") from error
+def _config_of(out: Path) -> dict[str, Any] | None:
+    """What the run in this folder was told, first of all by its checkpoint; None: nothing is there."""
+    if (out / "last.ckpt").exists():
+        where, config = out / "last.ckpt", WholeFiles().load_checkpoint(out / "last.ckpt").get("fastcaps")
+    elif (out / "config.json").exists():
+        where = out / "config.json"
+        try:
+            config = json.loads(where.read_text())
+        except ValueError as error:
+            raise ValueError(f"{where} is damaged: {error}") from error
+    else:
+        return None
+    if not isinstance(config, dict) or not isinstance(config.get("data"), dict):
+        raise ValueError(f"{where} is not of a run of fastcaps train")
+    settings = Settings(**known_settings(config.get("settings"), str(where)))  # what is new since then is as it was
+    return {"settings": dataclasses.asdict(settings), "data": config["data"]}
 
 
 def settle(given: dict[str, Any], out: Path, resume: bool) -> tuple[Settings, Dataset | MultiMNIST, dict[str, Any]]:
@@ -371,7 +392,7 @@ def settle(given: dict[str, Any], out: Path, resume: bool) -> tuple[Settings, Da
         ValueError: a setting is wrong, or the run that is resumed had another network, data set or course.
         OSError: a file is missing or cannot be read.
     """
-    before = _read_config(out) if resume and (out / "config.json").exists() else None
+    before = _config_of(out) if resume else None
     settings = Settings(**((before["settings"] if before else {}) | given))
     data = load_data(settings)
     settings = settings.resolved(image_shape(data))
@@ -381,7 +402,9 @@ def settle(given: dict[str, Any], out: Path, resume: bool) -> tuple[Settings, Da
         "version": __version__,
     }
     if before is not None:
-        differences = changes(before["settings"], config["settings"], FREE) + changes(before["data"], config["data"])
+        # A cosine ends at 0 after the epochs that it was made for: with others it is another course.
+        free = FREE - {"epochs"} if settings.schedule == "cosine" else FREE
+        differences = changes(before["settings"], config["settings"], free) + changes(before["data"], config["data"])
         if differences:
             raise ValueError(f"{out} cannot be resumed, as {'; '.join(differences)}")
     return settings, data, config
@@ -425,14 +448,16 @@ def train(given: dict[str, Any], out: Path, *, resume: bool = False, overwrite: 
         accumulate=settings.accumulate,
     )
     probes = samples.test(torch.arange(min(PROBES, len(samples.single.test_labels))))[0]
-    module = Training(network, settings, probes, batches)
+    module = Training(network, settings, probes, batches, config)
     last = out / "last.ckpt"
     going_on = resume and last.exists()
     if first:
-        for path in [] if resume else _held(out):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
         out.mkdir(parents=True, exist_ok=True)
-        write_whole(out / "config.json", json.dumps(config, indent=1).encode())
+        write_whole(out / "config.json", json.dumps(config, indent=1).encode())  # before anything is deleted
+        stale = [out / "model.safetensors", out / "report.html"]  # of a run that is made longer
+        for path in _held(out):
+            if path in stale or (not resume and path.name != "config.json"):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         print(_described(network, config, out, going_on))
     tests = samples.tests(trainer.global_rank, trainer.world_size)
     with warnings.catch_warnings():

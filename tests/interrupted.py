@@ -5,7 +5,7 @@ import signal
 import sys
 from pathlib import Path
 
-from fastcaps import cli, settings, training
+from fastcaps import cli, files, training
 
 
 def stop(number: int = signal.SIGKILL) -> None:
@@ -35,7 +35,33 @@ def at_checkpoint(at: int) -> None:
                 stop()
         replace(before, after)
 
-    settings.os.replace = hook
+    files.os.replace = hook
+
+
+def at_pictures(at: int) -> None:
+    """When test ``at`` is written down, but no checkpoint."""
+
+    def hook(self, trainer, module):
+        if trainer.current_epoch == at:
+            stop()
+
+    training.Pictures.on_validation_end = hook
+
+
+def at_write(at: int) -> None:
+    """In the middle of writing checkpoint number ``at``."""
+    write, count = files.write_whole, 0
+
+    def hook(path, content):
+        nonlocal count
+        if Path(path).name == "last.ckpt":
+            count += 1
+            if count == at:
+                Path(f"{path}.partial").write_bytes(content[: len(content) // 2])
+                stop()
+        write(path, content)
+
+    training.write_whole = hook
 
 
 def at_test(at: int) -> None:
@@ -51,10 +77,9 @@ def at_test(at: int) -> None:
 
 if __name__ == "__main__":
     moment, at = sys.argv[1], int(sys.argv[2])
-    if moment == "checkpoint":
-        at_checkpoint(at)
-    elif moment == "test":
-        at_test(at)
+    moments = {"checkpoint": at_checkpoint, "write": at_write, "test": at_test, "pictures": at_pictures}
+    if moment in moments:
+        moments[moment](at)
     else:
         at_step(at, getattr(signal, moment))
     sys.exit(cli.main(["train", *sys.argv[3:]]))

@@ -11,6 +11,7 @@ import tarfile
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -38,6 +39,17 @@ def small_mnist(folder: Path, zipped=True, **replaced: bytes) -> dict[str, bytes
     for name, content in (contents | replaced).items():
         (folder / name).write_bytes(content)
     return contents | replaced
+
+
+def test_grey_images_of_16_bits(tmp_path):
+    from PIL import Image
+
+    values = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
+    Image.fromarray(values).save(tmp_path / "a.png")
+    image = data.read_image(tmp_path / "a.png")
+    assert image.shape == (1, 8, 8)
+    assert np.abs(image[0].numpy() - values / 65535).max() < 1 / 255
+    assert data.read_image(tmp_path / "a.png", 3, (4, 6)).shape == (3, 4, 6)
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -103,6 +115,17 @@ def test_wrong_files(name, tmp_path):
     small_mnist(tmp_path, **replaced)
     with pytest.raises(ValueError, match=match):
         mnist(tmp_path)
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="real MNIST is not here")
+def test_two_sets_whose_files_have_the_same_names(tmp_path):
+    with pytest.raises(ValueError, match="is of mnist, not of fashion-mnist"):
+        fashion_mnist(REAL)
+    small_mnist(tmp_path)
+    (tmp_path / "fashion-mnist").mkdir()
+    small_mnist(tmp_path / "fashion-mnist")
+    (tmp_path / NAMES[0]).unlink()
+    assert len(fashion_mnist(tmp_path).train_labels) == 6  # the folder of its own goes first
 
 
 def cifar_files(folder: Path, wrong: dict[str, bytes] | None = None) -> dict[str, bytes]:
@@ -180,7 +203,7 @@ def test_a_download_is_checked_and_kept(server, tmp_path, monkeypatch):
     served(monkeypatch, folder, address, small_mnist(made))
     root = tmp_path / "new" / "root"
     d = mnist(root, download=True)
-    assert sorted(path.name for path in root.iterdir()) == sorted(NAMES)
+    assert sorted(path.name for path in (root / "mnist").iterdir()) == sorted(NAMES)
     (folder / NAMES[0]).unlink()
     assert torch.equal(mnist(root, download=True).train_images, d.train_images)  # what is there is not fetched again
 
@@ -195,14 +218,14 @@ def test_a_wrong_or_broken_download_is_not_left_behind(server, tmp_path, monkeyp
     root = tmp_path / "root"
     with pytest.raises(ValueError, match=rf"{NAMES[1]} has the MD5 sum \w+, not \w+: not kept"):
         mnist(root, download=True)
-    assert [path.name for path in root.iterdir()] == [NAMES[0]]
+    assert [path.name for path in (root / "mnist").iterdir()] == [NAMES[0]]
     (folder / NAMES[1]).unlink()
     with pytest.raises(OSError, match="cannot be fetched: HTTP Error 404"):
         mnist(root, download=True)
     monkeypatch.setattr(data, "MNIST", Source("http://127.0.0.1:9/", data.MNIST.files))
     with pytest.raises(OSError, match="cannot be fetched"):
         mnist(root, download=True)
-    assert [path.name for path in root.iterdir()] == [NAMES[0]]
+    assert [path.name for path in (root / "mnist").iterdir()] == [NAMES[0]]
 
 
 def test_a_connection_that_breaks_off(tmp_path, monkeypatch):
@@ -227,7 +250,7 @@ def test_a_connection_that_breaks_off(tmp_path, monkeypatch):
     finally:
         httpd.shutdown()
         httpd.server_close()
-    assert list((tmp_path / "root").iterdir()) == []
+    assert list((tmp_path / "root" / "mnist").iterdir()) == []
 
 
 # -------------------------------------------------------------------------------------------------- images of one's own

@@ -20,7 +20,7 @@ from fastcaps.losses import margin_loss, spread_loss
 from fastcaps.models import CNN, Network, describe
 from fastcaps.report import confusion_counts, read_log
 from fastcaps.samples import Samples, fingerprint, image_shape, load_data
-from fastcaps.settings import Settings, read_settings
+from fastcaps.settings import Settings, kind_of, option, read_settings
 from fastcaps.training import build_network
 
 MNIST = Path(__file__).parents[2] / "shared" / "data" / "mnist"
@@ -138,9 +138,11 @@ def test_a_configuration_is_taken_back(whole, tmp_path):
         ("SIGKILL", 11, -9),  # right after an epoch
         ("SIGINT", 9, 130),
         ("SIGTERM", 10, 130),  # at the last step of an epoch
-        ("checkpoint", 1, -9),  # while it is written
+        ("write", 2, -9),  # while a checkpoint is half written
+        ("checkpoint", 1, -9),  # while it is written, but not renamed
         ("checkpoint", 4, -9),
         ("test", 1, -9),  # during a test
+        ("pictures", 1, -9),  # after it
     ],
 )
 @pytest.mark.usefixtures("no_report")
@@ -158,7 +160,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(whole, tmp_path, moment, a
 
 
 @pytest.mark.usefixtures("no_report")
-def test_a_finished_run_can_be_made_longer(whole, tmp_path):
+def test_a_finished_run_can_be_made_longer(tmp_path, capsys):
     options = [*SMALL, "--schedule", "constant"]
     assert train(tmp_path / "long", *options) == 0
     assert train(tmp_path / "short", *options, "--epochs", "2") == 0
@@ -166,11 +168,16 @@ def test_a_finished_run_can_be_made_longer(whole, tmp_path):
     assert_same(tmp_path / "long", tmp_path / "short")
     assert train(tmp_path / "short", "--resume") == 0  # nothing is left to do
     assert_same(tmp_path / "long", tmp_path / "short")
+    assert train(tmp_path / "short", "--resume", "--epochs", "2") == 1
+    assert "epoch 3 has begun already" in capsys.readouterr().err
+    assert train(tmp_path / "cosine", *SMALL, "--epochs", "1") == 0
+    assert train(tmp_path / "cosine", "--resume", "--epochs", "2") == 1
+    assert "epochs was 1 and is now 2" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("no_report")
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, capsys):
-    assert train(tmp_path / "run", *SMALL, "--epochs", "1") == 0
+    assert train(tmp_path / "run", *SMALL, "--epochs", "1", "--schedule", "constant") == 0
     before = (tmp_path / "run" / "last.ckpt").read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))  # a write beyond it fails
@@ -186,13 +193,34 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, capsys):
 
 @pytest.mark.usefixtures("no_report")
 def test_a_damaged_checkpoint_is_refused(tmp_path, capsys):
-    assert train(tmp_path, *SMALL, "--epochs", "1") == 0
+    assert train(tmp_path, *SMALL, "--epochs", "1", "--schedule", "constant") == 0
     last = tmp_path / "last.ckpt"
     content = last.read_bytes()
     for damaged in (content[: len(content) // 2], b"", content[:1000] + b"x" * 1000 + content[2000:]):
         last.write_bytes(damaged)
         assert train(tmp_path, "--resume", "--epochs", "2") == 1
         assert f"{last} is not a whole checkpoint" in capsys.readouterr().err
+    torch.save({"somebody's": 1}, last)
+    assert train(tmp_path, "--resume") == 1
+    assert f"{last} is not of a run of fastcaps train" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("no_report")
+def test_a_checkpoint_says_what_run_it_is_of(tmp_path, capsys):
+    assert train(tmp_path, *SMALL, "--epochs", "1") == 0
+    (tmp_path / "config.json").unlink()
+    assert train(tmp_path, "--resume", "--loss", "focal") == 1
+    assert "loss was 'margin' and is now 'focal'" in capsys.readouterr().err
+
+
+def test_a_log_that_was_cut(whole, tmp_path):
+    folder = tmp_path / "log" / "version_0"
+    folder.mkdir(parents=True)
+    content = (whole / "log" / "version_0" / "metrics.csv").read_text()
+    (folder / "metrics.csv").write_text(content[:-7])
+    assert course(tmp_path) == course(whole)[:-1]
+    (folder / "metrics.csv").write_text(content + "nonsense,1\n")
+    assert course(tmp_path) == course(whole)
 
 
 @pytest.mark.usefixtures("no_report")
@@ -228,8 +256,8 @@ def test_two_processes_are_one(tmp_path):
     half = tmp_path / "torchrun"
     run(*torchrun, "fastcaps.cli", "train", *options, "--epochs", "1", "--accumulate", "2", "--out", str(half))
     run(*torchrun, "fastcaps.cli", "train", "--resume", "--epochs", "2", "--out", str(half))
-    a, b = course(tmp_path / "one"), course(half)
-    errors = [[row["test_error"] for row in rows if "test_error" in row] for rows in (a, b)]
+    assert_same(tmp_path / "one", half, 1e-9)
+    errors = [[row["test_error"] for row in course(out) if "test_error" in row] for out in (tmp_path / "one", half)]
     assert errors[0] == errors[1]
 
 
@@ -242,18 +270,32 @@ def test_parts_of_a_batch_add_up(tmp_path):
 
 
 @pytest.mark.usefixtures("no_report")
-def test_half_precision_and_compilation(tmp_path):
-    options = [*SMALL, "--epochs", "1"]
-    assert train(tmp_path / "half", *options, "--precision", "bf16-mixed") == 0
+def test_half_precision_and_compilation(tmp_path, monkeypatch):
+    options, dtypes, compiled = [*SMALL, "--epochs", "1"], set(), []
+    poses, compile_ = CapsNet.class_poses, torch.compile
+
+    def seen(self, images):
+        out = poses(self, images)
+        dtypes.add(out.dtype)
+        return out
+
+    def counted(function, **options):
+        compiled.append((function.__name__, options))
+        return compile_(function, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CapsNet, "class_poses", seen)
+        assert train(tmp_path / "half", *options, "--precision", "bf16-mixed") == 0
+    assert torch.bfloat16 in dtypes
+    monkeypatch.setattr(torch, "compile", counted)
     assert weights(tmp_path / "half")["stem.weight"].dtype == torch.float32
     assert train(tmp_path / "compiled", *options, "--compile") == 0
+    assert compiled == [("network_loss", {"fullgraph": True})]
     assert train(tmp_path / "eager", *options) == 0
-    losses = [
-        [row["train_loss"] for row in course(tmp_path / name) if "train_loss" in row] for name in os.listdir(tmp_path)
-    ]
-    assert len(losses) == 3
-    for other in losses:
-        assert other == pytest.approx(losses[0], rel=0.02)
+    half, eager = (
+        [row["train_loss"] for row in course(tmp_path / name) if "train_loss" in row] for name in ("half", "eager")
+    )
+    assert half == pytest.approx(eager, rel=0.02)
     assert_same(tmp_path / "compiled", tmp_path / "eager", 1e-4)
 
 
@@ -346,11 +388,14 @@ def test_the_baseline(tmp_path, capsys):
 def test_a_run_of_the_baseline(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "CNN", lambda *shape: CNN(*shape, channels=(8,), units=(16,)))
     monkeypatch.setattr(training, "WATCH_STEPS", 1)
-    options = ["--model", "cnn", "--epochs", "2", "--accelerator", "cpu"]
+    options = ["--model", "cnn", "--epochs", "2", "--accelerator", "cpu", "--checkpoint-steps", "4"]
     assert train(tmp_path / "one", *options) == 0
     assert "<h2>Reconstructions</h2>" not in (tmp_path / "one" / "report.html").read_text()
-    assert train(tmp_path / "two", *options, "--epochs", "1") == 0
-    assert train(tmp_path / "two", "--resume", "--epochs", "2") == 0  # dropout goes on, too
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Keeper, "on_train_start", lambda self, *_: setattr(self, "interrupted", True))
+        assert train(tmp_path / "two", *options) == 130  # after the first step
+    assert train(tmp_path / "two", "--resume") == 0  # dropout goes on, too
+    assert_same(tmp_path / "one", tmp_path / "two")
 
 
 # ----------------------------------------------------------------------------------------------------------- other data
@@ -425,7 +470,7 @@ def test_colour_images_and_stacked_capsules(colours, tmp_path):
     [
         (["--data", "minst"], "did you mean 'mnist'?"),
         (["--loss", "margn"], "did you mean 'margin'?"),
-        (["--epochs", "0"], "--epochs must be a whole number of at least 1, got 0"),
+        (["--epochs", "0"], "--epochs must be from 1 to 2147483647, got 0"),
         (["--lr", "-1"], "--lr must be positive"),
         (["--hidden-capsules", "8"], "must be like 64x8,32x16"),
         (["--batch-size", "5000"], "from 1 to 1438"),
@@ -487,10 +532,26 @@ def test_a_changed_image_changes_the_fingerprint(colours):
     from PIL import Image
 
     settings = Settings(data="image-folder", root=str(colours))
-    before = fingerprint(load_data(settings))
-    Image.new("RGB", (20, 18), (201, 30, 30)).save(colours / "train" / "red" / "0.png")
-    after = fingerprint(load_data(settings))
-    assert {name for name in before if before[name] != after[name]} == {"sha256"}
+    for part in ("train", "test"):
+        before = fingerprint(load_data(settings))
+        Image.new("RGB", (20, 18), (201, 30, 30)).save(colours / part / "red" / "0.png")
+        after = fingerprint(load_data(settings))
+        assert {name for name in before if before[name] != after[name]} == {"sha256"}
+        assert after["class names"] == ["blue", "red"]
+
+
+@pytest.mark.usefixtures("no_report")
+def test_names_of_classes_are_kept(colours, tmp_path, capsys):
+    options = [*TINY, "--data", "image-folder", "--root", str(colours)]
+    model = str(tmp_path / "run" / "model.safetensors")
+    assert train(tmp_path / "run", *options) == 0
+    picture = str(colours / "test" / "red" / "0.png")
+    assert cli.main(["show", model, picture, "--out", str(tmp_path / "show.html")]) == 0
+    assert re.search(r"0\.png: (red|blue) \(", capsys.readouterr().out)
+    for part in ("train", "test"):
+        (colours / part / "red").rename(colours / part / "green")
+    assert cli.main(["evaluate", model]) == 1
+    assert "knows the classes blue, red, not blue, green" in capsys.readouterr().err
 
 
 def test_a_disk_that_cannot_be_written(tmp_path, capsys):
@@ -503,6 +564,17 @@ def test_a_disk_that_cannot_be_written(tmp_path, capsys):
         assert "ermission denied" in capsys.readouterr().err
 
 
+def test_a_full_disk_leaves_the_old_run(tmp_path, monkeypatch, capsys):
+    def full(path, content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / "last.ckpt").write_bytes(b"old")
+    monkeypatch.setattr(training, "write_whole", full)
+    assert train(tmp_path, *SMALL, "--overwrite") == 1
+    assert "No space left on device" in capsys.readouterr().err
+    assert (tmp_path / "last.ckpt").read_bytes() == b"old"
+
+
 @pytest.mark.usefixtures("no_report")
 def test_signals_mean_afterwards_what_they_meant_before(tmp_path):
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
@@ -510,6 +582,43 @@ def test_signals_mean_afterwards_what_they_meant_before(tmp_path):
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-def test_every_setting_is_an_option():
-    parsed = Settings(**{field.name: field.default for field in dataclasses.fields(Settings)})
-    assert parsed == Settings()
+def test_every_setting_is_an_option(monkeypatch, tmp_path):
+    given = []
+    monkeypatch.setattr(training, "train", lambda options, *_, **__: given.append(options))
+    values = {"str": "text", "int": "3", "float": "0.5"}
+    for field in dataclasses.fields(Settings):
+        value = next(iter(field.metadata["choices"] or ["8x4" if field.name == "hidden_capsules" else None]))
+        kind = kind_of(field)
+        arguments = [option(field.name)] + ([] if kind is bool else [value or values[kind.__name__]])
+        assert train(tmp_path, *arguments) == 0
+        assert list(given.pop()) == [field.name]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"flip": "no"}, {"compile": 1}, {"lr": True}, {"lr": "fast"}, {"lr": None}, {"reconstruction": "a"},
+        {"root": 5}, {"data": 5}, {"data": None}, {"precision": 32}, {"backend": 7}, {"hidden_capsules": None},
+        {"batch_size": None}, {"epochs": 2.5}, {"seed": 2**70}, {"schedule": None}, {"lr": float("nan")},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_values_of_the_wrong_kind(given):
+    (name,) = given
+    with pytest.raises(ValueError, match=option(name)):
+        Settings(**given)
+    assert Settings(lr=1).lr == 1.0
+
+
+def test_nodes_need_somebody_who_knows_them(tmp_path, capsys):
+    assert train(tmp_path / "run", "--nodes", "2") == 1
+    assert "needs torchrun or SLURM" in capsys.readouterr().err
+
+
+def test_evaluation_by_a_named_backend(whole, capsys):
+    command = ["evaluate", str(whole / "model.safetensors"), "--backend"]
+    assert cli.main([*command, "reference"]) == 0
+    if not torch.cuda.is_available():
+        capsys.readouterr()
+        assert cli.main([*command, "triton"]) == 1
+        assert "triton" in capsys.readouterr().err
