@@ -449,6 +449,8 @@ def train(given: dict[str, Any], out: Path, *, resume: bool = False, overwrite: 
     )
     probes = samples.test(torch.arange(min(PROBES, len(samples.single.test_labels))))[0]
     module = Training(network, settings, probes, batches, config)
+    if settings.precision == "64":
+        module.double()  # Lightning does so only after it has read a checkpoint, and would round that to float32
     last = out / "last.ckpt"
     going_on = resume and last.exists()
     if first:

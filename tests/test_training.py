@@ -160,8 +160,9 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(whole, tmp_path, moment, a
 
 
 @pytest.mark.usefixtures("no_report")
-def test_a_finished_run_can_be_made_longer(tmp_path, capsys):
-    options = [*SMALL, "--schedule", "constant"]
+@pytest.mark.parametrize("precision", ["32", "64"])
+def test_a_finished_run_can_be_made_longer(tmp_path, capsys, precision):
+    options = [*SMALL, "--schedule", "constant", "--precision", precision]
     assert train(tmp_path / "long", *options) == 0
     assert train(tmp_path / "short", *options, "--epochs", "2") == 0
     assert train(tmp_path / "short", "--resume", "--epochs", "3") == 0
