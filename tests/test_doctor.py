@@ -1,6 +1,7 @@
 """The doctor: published networks have exactly the mistakes that are known of them; planted ones are found, alone."""
 
 import sys
+import threading
 
 import pytest
 import torch
@@ -199,6 +200,19 @@ def test_a_batch_as_large_as_another_axis(B):
     assert wrong(examine(model, torch.rand(B, *SHAPE))) == set()
 
 
+@pytest.mark.parametrize("B", [6, 10])  # D_out and J
+def test_a_model_for_one_batch_size_that_is_as_large_as_another_axis(B):
+    class Fixed(seed.Network):
+        def forward(self, images):
+            assert len(images) == B
+            return super().forward(images)
+
+    model = Fixed(**SMALL)
+    assert wrong(examine(model, torch.rand(B, *SHAPE))) == set()
+    model.digits.__class__ = type("Planted", (Planted,), {"mistake": "batch"})
+    assert wrong(examine(model, torch.rand(B, *SHAPE))) == {BATCH}
+
+
 def test_labels_and_numbers_beside_the_images():
     class Labelled(seed.Network):
         def forward(self, images, labels, scale):
@@ -229,13 +243,69 @@ def test_models_that_are_hard_to_look_at(grad):
     assert next(f for f in findings if f.check == TRAINS).verdict == (FINE if grad else UNKNOWN)
 
 
-def test_an_output_that_is_not_finite_is_called_so():
+def test_models_that_cannot_be_trained_or_given_other_samples():
+    class Training(seed.Network):
+        """It wants labels in training."""
+
+        def forward(self, images, labels=None):
+            return super().forward(images + labels if self.training else images)
+
+    class Keeping(seed.Network):
+        """It keeps a graph from call to call."""
+
+        kept = 0.0
+
+        def forward(self, images):
+            self.kept = super().forward(images)[0].mean() + 0 * self.kept
+            return super().forward(images)[0] + 0 * self.kept
+
+    class Bounded(seed.Network):
+        def forward(self, images):
+            assert images.max() <= 1
+            return super().forward(images)
+
+    frozen = seed.Network(**SMALL).requires_grad_(False)
+    for model, check, text in [
+        (Training(**SMALL), TRAINS, "on the sample alone: TypeError"),
+        (Keeping(**SMALL), TRAINS, "on the sample alone: RuntimeError: Trying to backward"),
+        (frozen, TRAINS, "no parameter requires a gradient"),
+        (Bounded(**SMALL), BATCH, "does not take twice the last sample as the others: AssertionError"),
+    ]:
+        findings = look(model)
+        assert wrong(findings) == set()
+        finding = next(f for f in findings if f.check == check)
+        assert (finding.verdict, text in finding.evidence) == (UNKNOWN, True), str(finding)
+
+
+def test_a_batch_mistake_where_the_samples_decide_what_is_called():
+    class Deciding(seed.Network):
+        def __init__(self, **sizes):
+            super().__init__(**sizes)
+            self.same = nn.Identity()
+
+        def forward(self, images):
+            for _ in range(1 + int(images.max() > 1)):
+                images = self.same(images - images.mean(0, keepdim=True))
+            return super().forward(images)
+
+    assert wrong(look(Deciding(**SMALL))) == {BATCH}
+
+
+def test_a_model_that_cannot_be_copied_is_refused():
     model = seed.Network(**SMALL)
+    model.lock = threading.Lock()
+    with pytest.raises(ValueError, match="the model cannot be copied: TypeError"):
+        examine(model, torch.rand(7, *SHAPE))
+
+
+@pytest.mark.parametrize("where", ["parameter", "sample"])
+def test_an_output_that_is_not_finite_is_called_so_and_nothing_else(where):
+    model, sample = seed.Network(**SMALL), torch.rand(7, *SHAPE)
     with torch.no_grad():
-        model.digits.weights[0, 0, 0, 0, 0] = float("nan")
-    findings = look(model)
-    assert "the output is finite" in wrong(findings)
-    assert BATCH not in wrong(findings)
+        (sample if where == "sample" else model.digits.weights).flatten()[0] = float("nan")
+    findings = examine(model, sample)
+    assert wrong(findings) == {"the output is finite"}, "\n".join(map(str, findings))
+    assert not any(f.verdict == SUSPICIOUS or "nan" in f.evidence for f in findings), "\n".join(map(str, findings))
 
 
 # --------------------------------------------------------------------------------------------------------------- losses
@@ -244,6 +314,10 @@ def test_an_output_that_is_not_finite_is_called_so():
 def unsquared(lengths, labels):
     target = nn.functional.one_hot(labels, lengths.shape[1])
     return (target * (0.9 - lengths).relu() + 0.5 * (1 - target) * (lengths - 0.1).relu()).sum(1).mean()
+
+
+def unreduced(lengths, labels):
+    return torch.stack([margin_loss(*pair) for pair in zip(lengths.split(1), labels.split(1), strict=True)])
 
 
 def one_hot_margin(lengths, target):
@@ -266,6 +340,8 @@ MARGINS = {
     "unsquared": (unsquared, WRONG, "not a multiple of the paper's"),
     "scaled": (lambda v, y: 3 * margin_loss(v, y), SUSPICIOUS, "it is 3 times the paper's"),
     "unreduced": (lambda v, y: (v - 0.1).relu()[:, :1].expand(-1, 3), WRONG, "no scalar"),
+    "unreduced, labels first": (lambda y, v: unreduced(v, y), WRONG, ",), no scalar"),
+    "nothing": (lambda v, y: None, WRONG, "it returns NoneType, no scalar"),
     "a float": (lambda v, y: margin_loss(v, y).item(), FINE, "it is the paper's"),
     "labels first": (lambda y, v: margin_loss(v, y), FINE, "it is the paper's"),
     "three arguments": (lambda v, y, images: margin_loss(v, y), UNKNOWN, "does not take lengths"),
@@ -328,7 +404,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     file.write_text(SCRIPT)
     monkeypatch.setattr(sys, "path", list(sys.path))
     assert cli.main(["doctor", f"{file}:alone", "--image-shape", "1", "12", "12"]) == 0
-    assert "0 of 10 checks found something wrong" in capsys.readouterr().out
+    assert "0 of 12 checks found something wrong" in capsys.readouterr().out
     assert cli.main(["doctor", f"{file}:with_sample"]) == 1
     out = capsys.readouterr().out
     assert "WRONG       softmax over the output capsules, digit_capsules" in out
@@ -390,4 +466,6 @@ def test_bad_input():
         examine(model, torch.rand(4, *SHAPE))
     with pytest.raises(ValueError, match="the model cannot run on the sample: ValueError: images must be"):
         examine(model, torch.rand(5, 1, 5, 5))
+    with pytest.raises(ValueError, match="samples in floating point"):
+        examine(model, torch.zeros(5, *SHAPE, dtype=torch.uint8))
     assert UNKNOWN == "not checked"

@@ -47,10 +47,11 @@ def examine(
         reconstruction: its reconstruction loss, a function of two batches of images; or None.
 
     Returns:
-        A :class:`Finding` for every check, also for those that found nothing wrong.
+        A :class:`Finding` for every check, also for those that found nothing wrong; what is asked of a layer that
+        routes, for each of them.
 
     Raises:
-        ValueError: the model cannot run on the sample, or there are too few samples.
+        ValueError: the model cannot run on the sample or be copied, or there are too few samples.
 
     Example:
         >>> import fastcaps
@@ -64,7 +65,7 @@ def examine(
     B = batch_size((args, kwargs))
     if B < FEWEST:
         shapes = [tuple(t.shape) for t in tensors((args, kwargs))]
-        raise ValueError(f"the sample must hold at least {FEWEST} samples, got {shapes}")
+        raise ValueError(f"the sample must hold at least {FEWEST} samples in floating point, got {shapes}")
     training = {module: module.training for module in model.modules()}
     try:
         model.eval()
@@ -112,11 +113,12 @@ def _checks(
         output = watch.run(*args, **kwargs)
     except Exception as error:
         raise ValueError(f"the model cannot run on the sample: {type(error).__name__}: {error}") from error
+    try:
+        checks.copied(model)  # only after a call a model may hold what cannot be copied
+    except Exception as error:
+        raise ValueError(f"the model cannot be copied: {type(error).__name__}: {error}") from error
     args, kwargs, B, watch, output = _with_another_batch(model, args, kwargs, B, watch, output)
-    finite = [float(t.isfinite().double().mean()) for t in tensors(output) if t.numel()]
-    if finite and min(finite) < 1:
-        text = f"{100 * (1 - min(finite)):.3g} % of an output's entries are NaN or infinite on this sample"
-        yield Finding("the output is finite", "", WRONG, text, "see the zero capsules, and the sample itself")
+    yield checks.finite(output)
     fused = [call for call in watch.calls if routed_by_fastcaps(call)]
     routings = find_routings([call for call in watch.calls if call not in fused], B)
     for call in fused:

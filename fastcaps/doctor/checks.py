@@ -20,6 +20,18 @@ STEPS, TRAINS = 40, 0.02  # Adam steps of the training probe, and by what share 
 PLACES = "capsules keep their place"
 
 
+def finite(output: Any) -> Finding:
+    """Is there a NaN or an infinity in what the model returns?"""
+    check = "the output is finite"
+    shares = [t.isfinite().double().mean().item() for t in tensors(output) if t.numel()]
+    if not shares:
+        return Finding(check, "", UNKNOWN, "the model returns no floating-point tensor")
+    if min(shares) == 1:
+        return Finding(check, "", FINE, "no entry is NaN or infinite on this sample")
+    text = f"{100 * (1 - min(shares)):.3g} % of an output's entries are NaN or infinite on this sample"
+    return Finding(check, "", WRONG, text, "look for it in the sample and in the parameters, then at the zero capsules")
+
+
 @torch.no_grad()
 def batch_mates(
     model: nn.Module, args: Any, kwargs: Any, output: Any, watch: Watch, routings: list[Routing]
@@ -31,7 +43,12 @@ def batch_mates(
     if not all(t.isfinite().all() for t in tensors(output)):
         return Finding(check, "", UNKNOWN, "the model's output is not finite")
     other_args, other_kwargs = _with_other_mates((args, kwargs), B)
-    other = second.run(*other_args, **other_kwargs)
+    try:
+        other = second.run(*other_args, **other_kwargs)
+    except Exception as error:
+        return Finding(
+            check, "", UNKNOWN, f"the model does not take twice the last sample as the others: {_text(error)}"
+        )
     worst = _first_sample_changes(output, other, B)
     if worst is None:
         return Finding(check, "", UNKNOWN, "the model returns nothing with the batch on an axis")
@@ -49,13 +66,17 @@ def batch_mates(
         return Finding(check, "", FINE, f"a sample's output changes by {worst:.0e} when its batch mates change")
     culprits = [
         a.path
-        for a, b in zip(watch.calls, second.calls, strict=True)
-        if not is_torch(a.module) and (_first_sample_changes(a.output, b.output, B) or 0) > CHANGES
+        for a, b in zip(watch.calls, second.calls, strict=False)  # what is called may depend on the samples
+        if a.path == b.path and not is_torch(a.module) and (_first_sample_changes(a.output, b.output, B) or 0) > CHANGES
         and (_first_sample_changes(a.args, b.args, B) or 0) <= CHANGES
     ]  # fmt: skip
     inner = [path for path in culprits if not any(_inside(other, path) for other in culprits)]
     text = f"a sample's output changes by {100 * worst:.2g} % when its batch mates change"
     return Finding(check, inner[0] if inner else "", WRONG, text, fix)
+
+
+def _text(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _inside(path: str, outer: str) -> bool:
@@ -84,11 +105,14 @@ def _layer_mates(call: Call, factor: float, B: int) -> float:
 
 
 def _first_sample_changes(before: Any, after: Any, B: int) -> float | None:
-    """The largest relative change of the first sample over all tensors that have the batch on one axis."""
+    """The largest relative change of the first sample over all tensors whose shape tells the batch.
+
+    A model for one batch size only may have that size on another axis as well: then the first axis is the batch.
+    """
     changes = []
     for a, b in zip(tensors(before), tensors(after), strict=False):
-        if a.shape == b.shape and list(a.shape).count(B) == 1:
-            axis = list(a.shape).index(B)
+        if a.shape == b.shape and (a.shape[:1] == (B,) or a.shape.count(B) == 1):
+            axis = a.shape.index(B)
             changes.append(_relative(a.select(axis, 0), b.select(axis, 0)))
     return max(changes, default=None)
 
@@ -159,7 +183,7 @@ def _scaled(module: nn.Module, factor: float) -> nn.Module:
     twin = detached_copy(module, next(iter(module.parameters()), torch.empty(0)).dtype)
     with torch.no_grad():
         for parameter in twin.parameters():
-            parameter.mul_(factor)
+            parameter.nan_to_num_().mul_(factor)  # 0 * NaN is NaN
     return twin
 
 
@@ -190,6 +214,8 @@ def squash_axis(routing: Routing, B: int) -> Finding:
         y = next(iter(tensors(_scaled(call.module, 1e3)(*args, **kwargs))))
     except Exception as error:
         return Finding(check, call.path, UNKNOWN, f"the layer cannot run alone: {error}")
+    if not y.isfinite().all():
+        return Finding(check, call.path, UNKNOWN, "its output is not finite for large inputs")
     sizes = [y.shape[axis] for axis in _unit_axes(y, B)]
     real = [size for size in sizes if size > 1]
     fix = "squash over the axis of the pose's entries, the last of [B, J, D_out]"
@@ -231,6 +257,8 @@ def input_squash(model: nn.Module, args: Any, kwargs: Any, layer: Call, I: int |
     watch.run(*args, **kwargs)
     x = next(call.input for call in watch.calls if call.path == where)
     assert x is not None
+    if not x.isfinite().all():
+        return Finding(check, where, UNKNOWN, "its poses are not finite where the convolutions have large weights")
     sizes = [x.shape[axis] for axis in _unit_axes(x, B)]
     if sizes == [I]:
         return Finding(
@@ -250,7 +278,9 @@ def places(calls: list[Call], target: Call, B: int, I: int | None) -> Finding:
     x, order = target.input, calls.index(target)
     convolutions = [c for c in calls[:order] if isinstance(c.module, nn.Conv2d) and isinstance(c.output, Tensor)]
     if x is None or x.grad_fn is None or x.dim() != 3 or not convolutions:
-        return Finding(check, where, UNKNOWN, "no convolution leads to its poses")
+        return Finding(check, where, UNKNOWN, "no convolution leads to its poses, or no gradient")
+    if not x.isfinite().all():
+        return Finding(check, where, UNKNOWN, "its poses are not finite")
     last = [c.output for c in convolutions if c.args and c.args[0] is convolutions[-1].args[0]]
     last = [t for t in last if t.requires_grad]
     if x.shape[0] != B or not last:
@@ -308,26 +338,38 @@ def zero_capsules(calls: list[Call]) -> Iterator[Finding]:
         yield Finding("zero capsules", "", FINE, "with zero inputs and parameters all outputs and gradients are finite")
 
 
-def initialisation(model: nn.Module, args: Any, kwargs: Any, output: Any, B: int) -> Finding:
-    """Are all output capsules saturated or silent, and does a short training on the sample lower the margin loss?"""
-    check = "it trains from here"
-    found = class_lengths(output, B)
-    if found is None or not any(p.requires_grad for p in model.parameters()):
-        return Finding(check, "", UNKNOWN, "no output [B, J, D_out] or [B, J] was found")
-    lengths = found[0].detach()
-    labels = torch.arange(B, device=lengths.device) % lengths.shape[1]
-    twin = copied(model).train()
+def _trained(twin: nn.Module, args: Any, kwargs: Any, B: int, labels: Tensor) -> list[float]:
+    """The margin loss before each step of Adam, and after the last."""
     optimizer = torch.optim.Adam([p for p in twin.parameters() if p.requires_grad], lr=1e-3)
     losses = []
     for _ in range(STEPS + 1):
         now = class_lengths(twin(*args, **kwargs), B)
         if now is None or not now[0].requires_grad:
-            return Finding(check, "", UNKNOWN, "in training its output is another one, or carries no gradient")
+            raise ValueError("in training its output is another one, or carries no gradient")
         loss = margin_loss(now[0], labels)
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+    return losses
+
+
+def initialisation(model: nn.Module, args: Any, kwargs: Any, output: Any, B: int) -> Finding:
+    """Are all output capsules saturated or silent, and does a short training on the sample lower the margin loss?"""
+    check = "it trains from here"
+    found = class_lengths(output, B)
+    if found is None:
+        return Finding(check, "", UNKNOWN, "no output [B, J, D_out] or [B, J] was found")
+    if not found[0].isfinite().all():
+        return Finding(check, "", UNKNOWN, "the model's output is not finite")
+    if not any(p.requires_grad for p in model.parameters()):
+        return Finding(check, "", UNKNOWN, "no parameter requires a gradient")
+    lengths = found[0].detach()
+    labels = torch.arange(B, device=lengths.device) % lengths.shape[1]
+    try:
+        losses = _trained(copied(model).train(), args, kwargs, B, labels)
+    except Exception as error:  # in training it may want labels, or keep a graph from step to step
+        return Finding(check, "", UNKNOWN, f"it does not train on the sample alone: {_text(error)}")
     text = (
         f"lengths {lengths.min():.2g} to {lengths.max():.2g}, mean {lengths.mean():.2g}; {STEPS} steps of Adam on the "
         f"sample take the margin loss from {losses[0]:.3g} to {losses[-1]:.3g}"

@@ -29,9 +29,14 @@ def losses(
     """What the losses are given, and how they are reduced."""
     found = class_lengths(output, B)
     scores = next((t for t in tensors(output) if t.dim() == 2 and t.shape[0] == B), None)
-    if scores is not None and (scores.sum(1) - 1).abs().max() < 1e-4:
+    check = "class scores are lengths"
+    if scores is None or not scores.isfinite().all():
+        yield Finding(check, "", UNKNOWN, "no finite output [B, J] was found")
+    elif ((sums := scores.sum(1)) - 1).abs().max() >= 1e-4:
+        yield Finding(check, "", FINE, f"no softmax: those of a sample sum to {sums.min():.2g} to {sums.max():.2g}")
+    else:
         yield Finding(
-            "class scores are lengths", "", SUSPICIOUS, "the class scores of each sample sum to 1, as after a softmax",
+            check, "", SUSPICIOUS, "the class scores of each sample sum to 1, as after a softmax",
             "give the margin loss the lengths: its bounds 0.9 and 0.1 are for them, not for probabilities that compete",
         )  # fmt: skip
     if margin is None or found is None:
@@ -48,9 +53,13 @@ def losses(
 def _value(loss: Callable[..., Any], *args: Tensor) -> Tensor | str:
     """What a loss gives: a number, or what is in the way of one."""
     try:
-        value = torch.as_tensor(loss(*args))
+        returned = loss(*args)
     except Exception as error:
         return f"{type(error).__name__}: {error}".splitlines()[0]
+    try:
+        value = torch.as_tensor(returned)
+    except Exception:
+        return f"it returns {type(returned).__name__}, no scalar"
     return value.detach().double().squeeze() if value.numel() == 1 else f"it returns {tuple(value.shape)}, no scalar"
 
 
@@ -88,7 +97,7 @@ def margin_reduction(loss: Callable[..., Any], J: int, dtype: torch.dtype) -> Fi
     tried = {form: _margin_ratios(loss, form, J, sizes, dtype) for form in forms}
     ran = {form: ratios for form, ratios in tried.items() if not isinstance(ratios, str)}
     if not ran:
-        reason = tried["one-hot" if "no scalar" in tried["one-hot"] else "indices"]
+        reason = next((text for text in tried.values() if "no scalar" in text), tried["indices"])
         if "no scalar" in reason:
             return Finding(check, "", WRONG, reason, "reduce it: sum over classes, mean over samples")
         text = f"it does not take lengths [B, J] and labels [B], nor one-hot labels: {reason}"
