@@ -1,11 +1,10 @@
 """What ``fastcaps doctor`` is pointed at: a function that builds a model, or a checkpoint."""
 
-import contextlib
 import importlib.util
 import inspect
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,8 +15,9 @@ from torch import Tensor, nn
 from fastcaps.doctor import examine
 from fastcaps.doctor.checks import copied
 from fastcaps.doctor.finding import WRONG, Finding
+from fastcaps.recipes import RECIPES, Recipe
 
-BATCH = (5, 7, 3, 11)  # samples: the first number that is no other size, so that the batch axis can be told
+BATCH = (5, 7, 11, 13)  # samples: the first number that is no other size, so that the batch axis can be told
 
 
 def load_target(target: str) -> dict[str, Any]:
@@ -100,19 +100,21 @@ def examine_checkpoint(path: Path, image_shape: Sequence[int] | None) -> tuple[s
     """
     from fastcaps.checkpoints import NETWORKS, convert_checkpoint, read_state_dict
     from fastcaps.models import CapsNet, describe
-    from fastcaps.recipes import RECIPES
 
     if path.suffix == ".py":
         raise ValueError(f"which function of {path} builds the model? {path}:FUNCTION")
-    ours = False
+    reasons = []
     if path.suffix == ".safetensors":
-        with contextlib.suppress(ValueError):  # somebody else's safetensors file
+        try:
             describe(path)
-            ours = True
-        if ours:
+        except ValueError as error:  # somebody else's safetensors file, or a damaged one of ours
+            reasons.append(f"fastcaps: {error}")
+        else:
             network = CapsNet.load(path)
+            if image_shape and tuple(image_shape) != tuple(network.image_shape):
+                raise ValueError(f"{path} is of a network for images {network.image_shape}, not --image-shape")
             return "a fastcaps.CapsNet", examine(network, random_sample(network, network.image_shape))
-    state, reasons = read_state_dict(path), []
+    state = read_state_dict(path)
     for name, whose in NETWORKS.items():
         try:
             with warnings.catch_warnings():  # what the conversion leaves out is not looked for here
@@ -122,19 +124,28 @@ def examine_checkpoint(path: Path, image_shape: Sequence[int] | None) -> tuple[s
             reasons.append(f"{name}: {error}")
             continue
         recipe = next(r for r in RECIPES if r.name == name)
+        known = list(_known(recipe, whose.not_kept, network.capsules.num_iterations))
         findings = examine(network, random_sample(network, network.image_shape))
-        if not recipe.eps and not recipe.norm_eps:
-            s = torch.zeros(2)
-            value = (s * s).sum() / (1 + (s * s).sum()) * s / (s * s).sum().sqrt()
-            text = f"its squash divides by the norm alone (known of this network): at 0 that is {value[0].item()}"
-            findings.append(Finding("zero capsules", "", WRONG, text, "fastcaps.CapsNet computes 0 there"))
-        if recipe.offset:
-            text = f"with iterations = 3 it couples {network.capsules.num_iterations} times (known of this network)"
-            findings.append(Finding("number of iterations", "", WRONG, text, "count the couplings"))
-        if whose.not_kept:
-            text = f"{whose.not_kept}; its logits are averaged over the batch (known of this network, not computed)"
-            findings.append(
-                Finding("squash of the input poses", "", WRONG, text, "convert it with --fix, and train it on")
-            )
-        return f"the network of {name}", findings
+        # Where the conversion differs from the network, what was computed of it says nothing of the network.
+        findings = [finding for finding in findings if finding.check not in {other.check for other in known}]
+        how = " with --fix" if whose.not_kept else ""
+        return f"the network of {name}, run as it is converted{how}", findings + known
     raise ValueError(f"{str(path)!r} is of no network that is known:\n" + "\n".join(reasons))
+
+
+def _known(recipe: Recipe, not_kept: str | None, num_iterations: int) -> Iterator[Finding]:
+    """What is known of a network and cannot be computed from its conversion."""
+    if not recipe.eps and not recipe.norm_eps:
+        s = torch.zeros(2)
+        value = (s * s).sum() / (1 + (s * s).sum()) * s / (s * s).sum().sqrt()
+        text = f"its squash divides by the norm alone (known of this network): at 0 that is {value[0].item()}"
+        yield Finding("zero capsules", "", WRONG, text, "fastcaps.CapsNet computes 0 there")
+    if recipe.offset:
+        text = f"with iterations = 3 it couples {num_iterations} times (known of this network)"
+        yield Finding("number of iterations", "", WRONG, text, "count the couplings")
+    if not_kept:
+        fix, how = "convert it with --fix, and train it on", "(known of this network, not computed)"
+        yield Finding("squash of the input poses", "", WRONG, f"{not_kept} {how}", fix)
+        if recipe.logits == "batch":
+            text = f"the routing logits are averaged over the batch {how}"
+            yield Finding("samples are independent", "", WRONG, text, fix)
