@@ -7,7 +7,6 @@ python benchmarks/report.py                # the README's table of it
 import argparse
 import copy
 import json
-import subprocess
 import sys
 import time
 import warnings
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import description
+from machine import commit, description
 from torch import nn
 
 from fastcaps.convert import RECIPES, replace_capsules
@@ -114,9 +113,8 @@ def main() -> None:
         for fix in (False, True) if wrong else (False,):
             rows.append(measure(name, given.rounds, given.device, fix))
             print(line(rows[-1]), flush=True)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     machine = description() | ({"gpu": torch.cuda.get_device_name()} if given.device == "cuda" else {})
-    content = {"machine": machine, "commit": commit.stdout.strip(), "sizes": [B, I, J, D_IN, D_OUT, T], "rows": rows}
+    content = {"machine": machine, "commit": commit(), "sizes": [B, I, J, D_IN, D_OUT, T], "rows": rows}
     out = given.out or ROOT / "benchmarks" / "results" / f"conversion-{given.device}.json"
     out.write_text(json.dumps(content, indent=1) + "\n")
 

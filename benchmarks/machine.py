@@ -79,5 +79,11 @@ def description() -> dict[str, Any]:
     }
 
 
+def commit() -> str:
+    """Of the code that was measured; empty outside a checkout."""
+    command = ["git", "rev-parse", "HEAD"]
+    return subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=False).stdout.strip()
+
+
 if __name__ == "__main__":
     print(instruction_set())

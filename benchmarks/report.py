@@ -100,15 +100,20 @@ def text(path: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def conditions(content: dict[str, Any]) -> str:
+    """Where and with what a result was measured."""
+    machine = content["machine"]
+    where = machine.get("gpu") or f"{machine['processor']}, {machine['instruction_set']}, {machine['threads']} threads"
+    return f"{where}, torch {machine['torch']}, commit {content['commit'][:7]}"
+
+
 def conversion(path: Path) -> str:
     """The table of published layers before and after ``replace_capsules``."""
     content = json.loads(path.read_text())
-    machine, (B, I, J, D_in, D_out, T) = content["machine"], content["sizes"]
-    where = machine.get("gpu") or f"{machine['processor']}, {machine['instruction_set']}, {machine['threads']} threads"
+    B, I, J, D_in, D_out, T = content["sizes"]
     lines = [
-        f"{where}, torch {machine['torch']}, commit {content['commit'][:7]}; float32, B={B}, {I} -> {J}, "
-        f"{D_in} -> {D_out}, T = {T}; ms, median (20th percentile) of rounds in which old and new take turns, and the "
-        "peak of PyTorch's allocations in MB:",
+        f"{conditions(content)}; float32, B={B}, {I} -> {J}, {D_in} -> {D_out}, T = {T}; ms, median (20th percentile) "
+        "of rounds in which old and new take turns, and the peak of PyTorch's allocations in MB:",
         "",
         "| recipe | before | after | ratio | MB before | MB after |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -120,13 +125,6 @@ def conversion(path: Path) -> str:
         ratio = f"**{row['before_ms'] / row['after_ms']:.1f}**"
         lines.append(f"| {' | '.join([name, *times, ratio, *memory])} |")
     return "\n".join(lines) + "\n"
-
-
-def conditions(content: dict[str, Any]) -> str:
-    """Where and with what a result was measured."""
-    machine = content["machine"]
-    where = machine.get("gpu") or f"{machine['processor']}, {machine['instruction_set']}, {machine['threads']} threads"
-    return f"{where}, torch {machine['torch']}, commit {content['commit'][:7]}"
 
 
 def share(path: Path) -> str:

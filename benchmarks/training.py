@@ -8,20 +8,19 @@ python benchmarks/report.py                     # the README's tables of both
 import argparse
 import json
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from machine import description
+from machine import commit, description
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from fastcaps import CapsNet
 from fastcaps.evaluation import network_loss
-from fastcaps.models import describe
+from fastcaps.network import describe
 from fastcaps.report import read_log
 from fastcaps.settings import Settings
 from fastcaps.timing import FORMS
@@ -31,11 +30,6 @@ RESULTS = ROOT / "benchmarks" / "results"
 BATCH = 128
 PROFILED = 5  # steps
 ROUTINGS: dict[str, Callable[..., Tensor] | None] = {"einsum, eager": FORMS["einsum"], "fastcaps": None}
-
-
-def commit() -> str:
-    """What was measured."""
-    return subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True).strip()
 
 
 def training_step(routing: Callable[..., Tensor] | None, precision: str) -> Callable[[], None]:
@@ -111,7 +105,7 @@ def share(rounds: int) -> None:
 
 
 def keep(out: Path) -> None:
-    """Write down what a finished run was told and how it went, epoch by epoch."""
+    """Write down what a finished run was told and how it went, epoch by epoch; machine and commit are those of now."""
     run: dict[str, Any] = describe(out / "model.safetensors")["run"]
     rows = read_log(out)
     epochs = [row for row in rows if "epoch" in row]

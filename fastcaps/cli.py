@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import difflib
 import importlib.metadata
 import platform
 import sys
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 
 from fastcaps._version import __version__
-from fastcaps.settings import Settings, kind_of, known_settings, option, read_settings
+from fastcaps.settings import Settings, hint, kind_of, known_settings, option, read_settings
 
 
 def info() -> int:
@@ -144,6 +143,7 @@ def train(options: dict[str, Any], out: Path | None, config: Path | None, resume
         settings = Settings(**given)
         folder = out or Path("runs") / f"{settings.data}-{settings.model}"
         from fastcaps import training
+        from fastcaps.callbacks import Interrupted
     except (OSError, ValueError) as error:
         print(f"fastcaps train: {error}", file=sys.stderr)
         return 1
@@ -154,7 +154,7 @@ def train(options: dict[str, Any], out: Path | None, config: Path | None, resume
     except KeyboardInterrupt:
         print(f"fastcaps train: stopped; to go on: fastcaps train --resume --out {folder}", file=sys.stderr)
         return 130
-    except training.Interrupted as stop:
+    except Interrupted as stop:
         print(f"{stop}; to go on: fastcaps train --resume --out {folder}", file=sys.stderr)
         return 130
     except (OSError, ValueError, training.Diverged) as error:
@@ -167,7 +167,7 @@ def train(options: dict[str, Any], out: Path | None, config: Path | None, resume
 
 def evaluate(model: Path, data: str | None, root: str | None, download: bool, backend: str | None) -> int:
     """Test a model that ``fastcaps train`` wrote."""
-    from fastcaps.models import describe
+    from fastcaps.network import describe
 
     try:
         from fastcaps.evaluation import evaluate as tested
@@ -239,8 +239,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
 def _refuse_unknown(parser: argparse.ArgumentParser, unknown: list[str]) -> None:
     known = [name for action in parser._actions for name in action.option_strings]
     for text in unknown:
-        similar = difflib.get_close_matches(text.split("=")[0], known, 1, 0.5)
-        parser.error(f"unknown argument {text}" + (f"; did you mean {similar[0]}?" if similar else ""))
+        parser.error(f"unknown argument {text}{hint(text.split('=')[0], known)}")
 
 
 def _at_least(least: int):  # type: ignore[no-untyped-def]

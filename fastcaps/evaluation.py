@@ -11,7 +11,8 @@ from torch import Tensor
 from fastcaps import losses
 from fastcaps.functional import length
 from fastcaps.layers import CapsuleLayer
-from fastcaps.models import CNN, CapsNet, Network, describe
+from fastcaps.models import CNN, CapsNet
+from fastcaps.network import Network, describe
 from fastcaps.samples import Samples, image_shape, load_data, single
 from fastcaps.settings import Settings
 

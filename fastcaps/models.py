@@ -1,29 +1,18 @@
 """The capsule network of Sabour et al. (2017), for any image size, channel count and number of classes."""
 
-import dataclasses
 import itertools
-import json
 import math
-import os
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastcaps._version import __version__
-from fastcaps.conventions import Convention
-from fastcaps.files import write_whole
 from fastcaps.functional import length
 from fastcaps.layers import CapsuleLayer, PrimaryCapsules, require_like, require_positive
 from fastcaps.losses import check_labels, margin_loss, one_hot, reconstruction_loss
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
-METADATA = "fastcaps"  # under this key a file says what it holds
+from fastcaps.network import Network
 
 
 class CapsNetOutput(NamedTuple):
@@ -108,121 +97,6 @@ class Decoder(nn.Module):
             check_labels(labels, *poses.shape[:2])
         chosen = poses * one_hot(labels, poses.shape[1])[..., None]
         return self.layers(chosen.flatten(1)).unflatten(1, self.image_shape)
-
-
-class Network(nn.Module):
-    """An image classifier that can be written to a file with its configuration, and read without pickle.
-
-    Attributes:
-        config: the arguments that it was made with.
-        image_shape: ``(C, H, W)``.
-        num_classes: J.
-    """
-
-    config: dict[str, Any]
-    image_shape: tuple[int, int, int]
-    num_classes: int
-
-    def save(self, path: str | os.PathLike[str], *, run: dict[str, Any] | None = None) -> None:
-        """Write parameters and configuration to a safetensors file: whole or not at all, and readable without pickle.
-
-        Args:
-            path: the file, ``.safetensors`` by custom; one that is there is replaced.
-            run: what else the file should say of itself: anything that JSON knows.
-
-        Raises:
-            TypeError: the routing is a function of one's own, which a file cannot hold.
-            OSError: it cannot be written.
-
-        Example:
-            >>> import tempfile
-            >>> with tempfile.TemporaryDirectory() as folder:
-            ...     CapsNet((1, 8, 8), 10, kernel_size=3).save(f"{folder}/model.safetensors")
-            ...     CapsNet.load(f"{folder}/model.safetensors").num_classes
-            10
-        """
-        from safetensors.torch import save
-
-        config = {name: value for name, value in self.config.items() if name != "backend"}  # this machine's choice
-        routing = config.get("routing")
-        if isinstance(routing, Convention):
-            config["routing"] = dataclasses.asdict(routing)
-        elif routing is not None:
-            raise TypeError(f"routing={routing!r} cannot be saved: only what fastcaps knows can")
-        described = {"model": type(self).__name__, "version": __version__, "config": config}
-        metadata = {METADATA: json.dumps(described | ({"run": run} if run else {}))}
-        write_whole(path, save({k: v.contiguous() for k, v in self.state_dict().items()}, metadata))
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> "Self":
-        """A network that :meth:`save` or ``fastcaps convert`` wrote.
-
-        Args:
-            path: the file.
-            device: where its parameters go.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: it is no safetensors file, or not one of such a network.
-
-        Example:
-            >>> import tempfile
-            >>> with tempfile.TemporaryDirectory() as folder:
-            ...     CapsNet((1, 8, 8), 10, kernel_size=3, detach=True).save(f"{folder}/model.safetensors")
-            ...     CapsNet.load(f"{folder}/model.safetensors").capsules.routing_options
-            {'detach': True}
-        """
-        from safetensors import SafetensorError, safe_open
-
-        described = describe(path)
-        if described["model"] not in (names := [kind.__name__ for kind in (cls, *cls.__subclasses__())]):
-            wanted = " or ".join(name for name in names if name != "Network")
-            raise ValueError(f"{os.fspath(path)!r} holds a fastcaps.{described['model']}, not a {wanted}")
-        (kind,) = (kind for kind in (cls, *cls.__subclasses__()) if kind.__name__ == described["model"])
-        try:
-            with safe_open(path, "pt", device=str(device)) as file:
-                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-        except SafetensorError as error:
-            raise ValueError(f"{os.fspath(path)!r} is not a whole safetensors file: {error}") from error
-        config = described["config"]
-        try:
-            if "routing" in config:
-                config["routing"] = Convention(**config["routing"])
-            network = kind(**config).to(device, next(iter(state.values())).dtype)
-            network.load_state_dict(state)
-        except (RuntimeError, TypeError, StopIteration) as error:
-            raise ValueError(f"{os.fspath(path)!r}: weights and configuration do not fit: {error}") from error
-        return network
-
-
-def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What the file of a :class:`Network` says of itself: ``model``, ``version``, ``config``, and ``run`` if given.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no safetensors file, or not one of fastcaps.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     CapsNet((1, 8, 8), 10, kernel_size=3).save(f"{folder}/model.safetensors", run={"seed": 0})
-        ...     describe(f"{folder}/model.safetensors")["run"]
-        {'seed': 0}
-    """
-    from safetensors import SafetensorError, safe_open
-
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no file {os.fspath(path)!r}")
-    try:
-        with safe_open(path, "pt") as file:
-            described = json.loads((file.metadata() or {}).get(METADATA, "{}"))
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"{os.fspath(path)!r} is not a whole safetensors file: {error}") from error
-    parts = {"model": str, "config": dict, "run": dict}
-    known = isinstance(described, dict) and {"model", "config"} <= described.keys()
-    if not known or not all(isinstance(described[part], kind) for part, kind in parts.items() if part in described):
-        raise ValueError(f"{os.fspath(path)!r} does not say that it holds a network of fastcaps")
-    return described
 
 
 class CapsNet(Network):

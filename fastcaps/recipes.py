@@ -1,20 +1,21 @@
 """What other people's capsule layers are and compute: recipes, and the layers of public repositories."""
 
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from fastcaps.conventions import Convention, Routed, plain_routing
+from fastcaps.conventions import CHOICES, Convention, Routed, plain_routing
 from fastcaps.functional import check_number
 from fastcaps.layers import WEIGHT_AXES
 from fastcaps.layouts import Layout
 from fastcaps.routing import dynamic_routing
 
+EPSILONS = (0.0, 1e-16, 1e-12, 1e-10, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4)
 POSES_AXES, OUTPUT_AXES, COUPLING_AXES = ("B", "I", "D_in"), ("B", "J", "D_out"), ("B", "I", "J")
 
 
@@ -190,6 +191,41 @@ def set_path(layer: nn.Module, path: str, value: Any) -> None:
     """Set the attribute of a dotted path."""
     *parents, name = path.split(".")
     setattr(get_path(layer, ".".join(parents)) if parents else layer, name, value)
+
+
+def variants(recipe: Recipe, num_iterations: int) -> Iterator[tuple[str, Recipe]]:
+    """The recipe with one flag changed, and how to say so; none routes less than once."""
+    changes: list[tuple[str, Any]] = [
+        (name, choice) for name, choices in CHOICES.items() for choice in choices if choice != getattr(recipe, name)
+    ]
+    changes += [("detach", not recipe.detach)]
+    changes += [("leaky", value) for value in (True, False) if value is not recipe.leaky]
+    changes += [("offset", recipe.offset + step) for step in (-1, 1, -2, 2) if num_iterations + step > 0]
+    changes += [(name, e) for name in ("eps", "norm_eps") for e in EPSILONS if e != getattr(recipe, name)]
+    changes += [("layout", swapped) for swapped in _swaps(recipe.layout, ("I", "J"), ("D_in", "D_out"), ("J", "D_out"))]
+    changes += [("input", swapped) for swapped in _swaps(recipe.input, ("I", "D_in"), ("B", "I"))]
+    if isinstance(recipe.output, str):
+        changes += [("output", swapped) for swapped in _swaps(recipe.output, ("J", "D_out"), ("B", "J"))]
+    if recipe.prior is not None:
+        changes += [("prior", None)] + [("prior_layout", s) for s in _swaps(recipe.prior_layout, ("I", "J"))]
+    if recipe.bias is not None:
+        changes += [("bias", None)] + [("bias_layout", s) for s in _swaps(recipe.bias_layout, ("J", "D_out"))]
+    for name, value in changes:
+        other = {"eps": "norm_eps", "norm_eps": "eps"}.get(name)
+        if other is not None and value and getattr(recipe, other):  # one or the other
+            yield f"{name}={value!r} and {other}=0", replace(recipe, **{name: value, other: 0.0})
+        else:
+            yield f"{name}={value!r} instead of {getattr(recipe, name)!r}", replace(recipe, **{name: value})
+
+
+def _swaps(layout: str, *pairs: tuple[str, str]) -> Iterator[str]:
+    """The layout with two axes exchanged."""
+    for a, b in pairs:
+        table = {a: b, b: a}
+        words = layout.replace("(", "( ").replace(")", " )").split()
+        swapped = " ".join(table.get(word, word) for word in words).replace("( ", "(").replace(" )", ")")
+        if swapped != layout:
+            yield swapped
 
 
 # ------------------------------------------------------------------------------------------------ the layer itself

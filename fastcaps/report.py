@@ -18,7 +18,8 @@ from fastcaps import figures
 from fastcaps.data import read_image
 from fastcaps.evaluation import Evaluation, evaluate, load_for, wrong_of
 from fastcaps.files import write_whole
-from fastcaps.models import CapsNet, Network, describe
+from fastcaps.models import CapsNet
+from fastcaps.network import Network, describe
 from fastcaps.samples import Samples
 from fastcaps.settings import Settings
 

@@ -73,10 +73,10 @@ class Samples:
 
     def train(self, index: Tensor, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
         """Training samples, augmented as is right for this epoch; pairs are shifted already."""
-        if self.pairs is not None:
-            images, alone, labels = self.pairs.batch(index.to(self.device), seed=self.seed, epoch=epoch)
-            return images, labels, alone[:, :, None]
         index = index.to(self.device)
+        if self.pairs is not None:
+            images, alone, labels = self.pairs.batch(index, seed=self.seed, epoch=epoch)
+            return images, labels, alone[:, :, None]
         images, labels = self.single.train_images[index], self.single.train_labels[index]
         if self.shift or self.flip:
             images = augment(images, index, seed=self.seed, epoch=epoch, shift=self.shift, flip=self.flip)

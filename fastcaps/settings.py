@@ -5,11 +5,11 @@ import difflib
 import json
 import os
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-T = TypeVar("T")
+from fastcaps.routing.backend import BACKENDS
 
 DATA = ("digits", "mnist", "fashion-mnist", "cifar10", "multi-mnist", "image-folder")
 MODELS = ("capsnet", "cnn")
@@ -17,7 +17,6 @@ LOSSES = ("margin", "spread", "cross-entropy", "focal")
 SCHEDULES = ("exponential", "cosine", "constant")
 PRECISIONS = ("32", "64", "bf16-mixed")
 ACCELERATORS = ("auto", "cpu", "gpu")
-BACKENDS = ("reference", "triton", "native")
 
 # What a run may change when it goes on; everything else decides what is computed.
 FREE = {"root", "download", "epochs", "checkpoint_steps", "accelerator", "devices", "nodes", "compile", "backend"}
@@ -97,10 +96,13 @@ class Settings:
         """``hidden_capsules`` in numbers: (capsules, pose size) of each layer."""
         try:
             layers = [tuple(map(int, layer.split("x"))) for layer in self.hidden_capsules.split(",") if layer]
-            return [(count, size) for count, size in layers if count > 0 < size or _fail()]
+            sizes = [(count, size) for count, size in layers]
         except ValueError:
+            sizes = [(0, 0)]
+        if any(min(layer) < 1 for layer in sizes):
             wanted = "must be like 64x8,32x16: capsules x pose size"
-            raise ValueError(f"--hidden-capsules {wanted}, got {self.hidden_capsules!r}") from None
+            raise ValueError(f"--hidden-capsules {wanted}, got {self.hidden_capsules!r}")
+        return sizes
 
     def resolved(self, image_shape: tuple[int, int, int]) -> "Settings":
         """The same with a value for everything that the model or the images decide."""
@@ -120,30 +122,9 @@ class Settings:
 
 
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
-_CAPSNET: tuple[str, ...] = (
-    "stem",
-    "kernel_size",
-    "primary_stride",
-    "types",
-    "primary_dim",
-    "hidden_capsules",
-    "capsule_dim",
-)
-_CAPSNET += ("iterations", "backend")
-_COUNTS: tuple[str, ...] = (
-    "stem",
-    "kernel_size",
-    "primary_stride",
-    "types",
-    "primary_dim",
-    "capsule_dim",
-    "iterations",
-)
-_COUNTS += ("epochs", "batch_size", "accumulate", "devices", "nodes", "checkpoint_steps")
-
-
-def _fail() -> bool:
-    raise ValueError
+_SIZES = ("stem", "kernel_size", "primary_stride", "types", "primary_dim", "capsule_dim", "iterations")
+_CAPSNET = (*_SIZES, "hidden_capsules", "backend")
+_COUNTS = (*_SIZES, "epochs", "batch_size", "accumulate", "devices", "nodes", "checkpoint_steps")
 
 
 def kind_of(field: "dataclasses.Field[Any]") -> type:
@@ -156,13 +137,16 @@ def option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def nearest(name: str, known: Iterable[str], what: str) -> None:
+def hint(name: str, known: Iterable[str]) -> str:
+    """What to add to a message that ``name`` is unknown: the most similar known name, if one is similar."""
+    similar = difflib.get_close_matches(name, known, 1, 0.5)
+    return f"; did you mean {similar[0]!r}?" if similar else ""
+
+
+def nearest(name: str, known: Sequence[str], what: str) -> None:
     """Raise a ValueError with the most similar known name unless ``name`` is known."""
-    known = list(known)
     if name not in known:
-        similar = difflib.get_close_matches(name, known, 1, 0.5)
-        hint = f"; did you mean {similar[0]!r}?" if similar else ""
-        raise ValueError(f"{what} {name!r} is unknown{hint} (there are {', '.join(known)})")
+        raise ValueError(f"{what} {name!r} is unknown{hint(name, known)} (there are {', '.join(known)})")
 
 
 def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -1,15 +1,12 @@
 """Training runs: the step, what is written and when, and how a run goes on. The loop is Lightning's."""
 
 import dataclasses
-import io
 import json
 import logging
 import math
 import os
 import shutil
-import signal
 import sys
-import threading
 import time
 import warnings
 from pathlib import Path
@@ -17,8 +14,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.fabric.plugins.io import TorchCheckpointIO
-from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy
@@ -26,13 +21,14 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from fastcaps import figures
 from fastcaps._version import __version__
 from fastcaps.batches import Batches
+from fastcaps.callbacks import Keeper, Pictures, Progress, WholeFiles
 from fastcaps.data import Dataset, MultiMNIST
 from fastcaps.evaluation import network_loss, routing_statistics, wrong_of
 from fastcaps.files import write_whole
-from fastcaps.models import CNN, CapsNet, Network
+from fastcaps.models import CNN, CapsNet
+from fastcaps.network import Network
 from fastcaps.report import write_report
 from fastcaps.samples import Samples, fingerprint, image_shape, load_data
 from fastcaps.settings import FREE, Settings, changes, known_settings
@@ -215,132 +211,6 @@ class Training(L.LightningModule):
         """To the CSV file and to TensorBoard."""
         for logger in self.loggers:
             logger.log_metrics(numbers, step=self.global_step)
-
-
-# ---------------------------------------------------------------------------------------------------------------- files
-
-
-class WholeFiles(TorchCheckpointIO):
-    """Checkpoints that are there whole or not at all, and are read without unpickling code."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write to the side and rename."""
-        buffer = io.BytesIO()
-        torch.save(checkpoint, buffer)
-        write_whole(Path(path), buffer.getvalue())
-
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
-        """Tensors and plain values only.
-
-        Raises:
-            ValueError: the file is damaged.
-        """
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except FileNotFoundError:
-            raise
-        except Exception as error:  # zip, pickle and runtime errors, by where it is damaged
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise ValueError(f"{path} is not a whole checkpoint: {reason}") from error
-
-
-class Keeper(L.Callback):
-    """Writes ``last.ckpt`` every few steps and after each epoch, and ``best.safetensors``; stops cleanly on Ctrl-C."""
-
-    def __init__(self, out: Path, every: int, run: dict[str, Any]) -> None:
-        self.out, self.every, self.run = out, every, run
-        self.best, self.interrupted = float("inf"), False
-        self.handlers: dict[int, Any] = {}
-
-    def state_dict(self) -> dict[str, Any]:
-        """What goes into a checkpoint."""
-        return {"best": self.best}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """What comes from a checkpoint."""
-        self.best = state_dict["best"]
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """From here on a signal asks for a checkpoint; a second one is obeyed at once."""
-
-        def asked(number: int, frame: Any) -> None:
-            self.interrupted = True
-            signal.signal(number, self.handlers.get(number, signal.SIG_DFL))
-
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.handlers[number] = signal.signal(number, asked)
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Signals mean again what they meant before."""
-        self.on_train_end(trainer, pl_module)
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Signals mean again what they meant before."""
-        while self.handlers:
-            signal.signal(*self.handlers.popitem())
-
-    def on_train_batch_end(  # type: ignore[override]
-        self, trainer: L.Trainer, pl_module: Training, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Save where a whole step is done; at the end of an epoch only after the test, so that none is lost."""
-        if (batch_idx + 1) % pl_module.settings.accumulate or trainer.is_last_batch:
-            return
-        step = trainer.global_step
-        stop = self.interrupted
-        if trainer.world_size > 1:  # all processes stop at the same step
-            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
-        if stop or step % self.every == 0:
-            trainer.save_checkpoint(self.out / "last.ckpt")
-        if stop:
-            raise Interrupted(step)
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: Training) -> None:  # type: ignore[override]
-        """Keep the weights with the lowest test error."""
-        error = float(trainer.callback_metrics["test_error"])
-        if error < self.best:
-            self.best = error
-            if trainer.is_global_zero:
-                pl_module.network.save(self.out / "best.safetensors", run=self.run | {"test_error": error})
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Training) -> None:  # type: ignore[override]
-        """The epoch and its test are done."""
-        trainer.save_checkpoint(self.out / "last.ckpt")
-        stop = self.interrupted
-        if trainer.world_size > 1:
-            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
-        if stop and trainer.current_epoch + 1 < pl_module.epochs:
-            raise Interrupted(trainer.global_step)
-
-
-class Interrupted(Exception):
-    """Ctrl-C or SIGTERM came, and the checkpoint is written."""
-
-    def __init__(self, step: int) -> None:
-        super().__init__(f"stopped at step {step}")
-
-
-class Progress(RichProgressBar):
-    """Loss, error and images/s beside the bar."""
-
-    def get_metrics(self, *args: Any) -> Any:
-        """Without the number that a logger gives its folder."""
-        return {name: value for name, value in super().get_metrics(*args).items() if name != "v_num"}
-
-
-class Pictures(L.Callback):
-    """Reconstructions and coupling for TensorBoard, after each epoch."""
-
-    @rank_zero_only
-    def on_validation_end(self, trainer: L.Trainer, pl_module: Training) -> None:  # type: ignore[override]
-        """Draw the first test images."""
-        if not isinstance(pl_module.network, CapsNet):
-            return
-        board = next(logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger))
-        images = pl_module.probes[:12].to(pl_module.network.stem.weight.dtype)
-        if pl_module.network.decoder is not None:
-            board.add_figure("reconstructions", figures.reconstructions(pl_module.network, images), trainer.global_step)
-        board.add_figure("coupling", figures.coupling(pl_module.network, images[:1]), trainer.global_step)
 
 
 # ------------------------------------------------------------------------------------------------------------------ run

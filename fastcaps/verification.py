@@ -8,27 +8,22 @@ weights, at weights so large that routing decides, and at weights so small that 
 import contextlib
 import copy
 import math
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastcaps.conventions import CHOICES
+from fastcaps.contents import contents, differences, held
 from fastcaps.ready import error_budget, relative_error
-from fastcaps.recipes import Plan, Recipe, get_path, set_path
+from fastcaps.recipes import Plan, Recipe, get_path, set_path, variants
 
 LIMIT = 1e-9  # relative L2, float64
 NORM_EPS_LIMIT = 1e-5  # what leaving norm_eps out may change
 DECISIVE = 0.7  # of log J: below this entropy of the coupling, routing decides
 SHORT = 1e-4  # |s| at which an epsilon of 1e-16 still changes squash by more than LIMIT
-PLAIN = (bool, int, float, complex, str, bytes, type(None))  # compared by value; all else by identity and content
-OWN = {*vars(nn.Module())}  # what torch itself keeps in a module
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-EPSILONS = (0.0, 1e-16, 1e-12, 1e-10, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4)
 
 Tensors = dict[str, Tensor]
 Call = Callable[["Situation", Tensor], Any]
@@ -64,7 +59,9 @@ class Situation:
 def detached_copy(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A copy without hooks, in another dtype, which requires gradients of all its parameters."""
     # What deepcopy is given in place of what it cannot copy: tensors with a history, and what a hook may hold.
-    known: dict[int, Any] = {id(t): t.detach().clone() for t in _held(layer).values() if _has_history(t)}
+    known: dict[int, Any] = {
+        id(x): x.detach().clone() for x in held(layer).values() if isinstance(x, Tensor) and not x.is_leaf
+    }
     for module in layer.modules():
         known |= {id(v): type(v)() for n, v in vars(module).items() if n.endswith("_hooks") and isinstance(v, dict)}
     twin = copy.deepcopy(layer, known).to(dtype)
@@ -220,9 +217,9 @@ def _compare(plan: Plan, old_call: Call, situations: list[Situation], dtype: tor
     notes: list[str] = [] if dtype == torch.float64 else ["compared in float32, as the old layer cannot run in float64"]
     usable, results = [], []
     for place in situations:
-        before = _contents(place.layer)
+        before = contents(place.layer)
         old = _gradients(lambda x: old_call(place, x), place.layer, place.poses)  # noqa: B023
-        changed = _changed(before, _contents(place.layer))
+        changed = differences(before, contents(place.layer))
         if changed:
             return Verdict(f"its forward also sets {', '.join(changed)}, which a converted layer would not")
         shape = _shape_error(plan, old, place)
@@ -322,66 +319,6 @@ def _kinds(out: Any) -> str:
     return f"{type(out).__name__}{inner}"
 
 
-def _held(layer: nn.Module) -> dict[str, Any]:
-    """What a layer holds beside its parameters, by name; containers and objects are looked into."""
-    found: dict[str, Any] = {}
-    seen = set()
-
-    def look(name: str, value: Any) -> None:
-        parts = _parts(value)
-        if parts is None:
-            found[name] = value
-        elif id(value) not in seen:
-            seen.add(id(value))
-            for key, part in parts.items():
-                look(f"{name}{key}", part)
-
-    for prefix, module in layer.named_modules():
-        for name, value in {**vars(module), **module._buffers}.items():
-            if name not in OWN:
-                look(".".join(filter(None, (prefix, name))), value)
-    return found
-
-
-def _parts(value: Any) -> dict[str, Any] | None:
-    """What a container or an object holds; None: it is looked at as a whole."""
-    if isinstance(value, dict):
-        return {f"[{key!r}]": part for key, part in value.items()}
-    if isinstance(value, (list, tuple, deque)):
-        return {f"[{n}]": part for n, part in enumerate(value)}
-    if isinstance(value, (Tensor, type, FunctionType, MethodType, ModuleType)) or not hasattr(value, "__dict__"):
-        return None
-    return {f".{name}": part for name, part in vars(value).items()}
-
-
-def _contents(layer: nn.Module) -> dict[str, tuple[Any, Any]]:
-    """What a layer holds, parameters included, each as its object and its content: both tell what ``forward`` sets."""
-    parameters = {n: (p, p.detach().cpu().numpy().tobytes()) for n, p in layer.named_parameters()}
-    held = {n: (None, v) if isinstance(v, PLAIN) else (v, _content(v)) for n, v in _held(layer).items()}
-    return {**parameters, **held}
-
-
-def _content(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value._version
-    return set(value) if isinstance(value, (set, frozenset)) else value.tobytes() if hasattr(value, "tobytes") else None
-
-
-def _changed(before: dict[str, tuple[Any, Any]], after: dict[str, tuple[Any, Any]]) -> list[str]:
-    """The attributes that are not what they were."""
-    nothing = (object(), None)
-    names = set()
-    for name in before.keys() | after.keys():
-        (a, was), (b, now) = before.get(name, nothing), after.get(name, nothing)
-        if a is not b or (was,) != (now,):  # in a tuple NaN is equal to itself
-            names.add(name.partition("[")[0])
-    return sorted(names)
-
-
-def _has_history(value: Any) -> bool:
-    return isinstance(value, Tensor) and not value.is_leaf
-
-
 def _shape_error(plan: Plan, old: Tensors, place: Situation) -> str | None:
     tensors = plan.tensors(place.layer, place.poses)
     (B, I, _), (J, D_out) = tensors["poses"].shape, tensors["weight"].shape[1:3]
@@ -434,47 +371,12 @@ def _larger(a: tuple[float, float], b: tuple[float, float]) -> tuple[float, floa
 # ------------------------------------------------------------------------------------------- in which flag it lies
 
 
-def _variants(recipe: Recipe, num_iterations: int) -> Iterator[tuple[str, Recipe]]:
-    """The recipe with one flag changed, and how to say so; none routes less than once."""
-    changes: list[tuple[str, Any]] = [
-        (name, choice) for name, choices in CHOICES.items() for choice in choices if choice != getattr(recipe, name)
-    ]
-    changes += [("detach", not recipe.detach)]
-    changes += [("leaky", value) for value in (True, False) if value is not recipe.leaky]
-    changes += [("offset", recipe.offset + step) for step in (-1, 1, -2, 2) if num_iterations + step > 0]
-    changes += [(name, e) for name in ("eps", "norm_eps") for e in EPSILONS if e != getattr(recipe, name)]
-    changes += [("layout", swapped) for swapped in _swaps(recipe.layout, ("I", "J"), ("D_in", "D_out"), ("J", "D_out"))]
-    changes += [("input", swapped) for swapped in _swaps(recipe.input, ("I", "D_in"), ("B", "I"))]
-    if isinstance(recipe.output, str):
-        changes += [("output", swapped) for swapped in _swaps(recipe.output, ("J", "D_out"), ("B", "J"))]
-    if recipe.prior is not None:
-        changes += [("prior", None)] + [("prior_layout", s) for s in _swaps(recipe.prior_layout, ("I", "J"))]
-    if recipe.bias is not None:
-        changes += [("bias", None)] + [("bias_layout", s) for s in _swaps(recipe.bias_layout, ("J", "D_out"))]
-    for name, value in changes:
-        other = {"eps": "norm_eps", "norm_eps": "eps"}.get(name)
-        if other is not None and value and getattr(recipe, other):  # one or the other
-            yield f"{name}={value!r} and {other}=0", replace(recipe, **{name: value, other: 0.0})
-        else:
-            yield f"{name}={value!r} instead of {getattr(recipe, name)!r}", replace(recipe, **{name: value})
-
-
-def _swaps(layout: str, *pairs: tuple[str, str]) -> Iterator[str]:
-    """The layout with two axes exchanged."""
-    for a, b in pairs:
-        table = {a: b, b: a}
-        words = layout.replace("(", "( ").replace(")", " )").split()
-        swapped = " ".join(table.get(word, word) for word in words).replace("( ", "(").replace(" )", ")")
-        if swapped != layout:
-            yield swapped
-
-
 def _diagnosis(
     recipe: Recipe, num_iterations: int, situations: list[Situation], results: list[Tensors], dtype: torch.dtype
 ) -> str:
     """Which single change of the recipe explains the old layer."""
     best, closest, unchanged = "", math.inf, _worst(recipe, recipe, situations, results, math.inf)
-    for text, variant in _variants(recipe, num_iterations):
+    for text, variant in variants(recipe, num_iterations):
         worst = _worst(recipe, variant, situations, results, closest)
         if worst < closest:
             best, closest = text, worst

@@ -1,38 +1,37 @@
 """A training run that is stopped at a chosen moment: ``python interrupted.py MOMENT AT [options of train]``."""
 
+import itertools
 import os
 import signal
 import sys
 from pathlib import Path
 
-from fastcaps import cli, files, training
+from fastcaps import callbacks, cli, files, training
 
 
 def stop(number: int = signal.SIGKILL) -> None:
     os.kill(os.getpid(), number)
 
 
-def at_step(at: int, number: int) -> None:
+def at_step(at: int, *numbers: int) -> None:
     original = training.Training.on_before_optimizer_step
 
     def hook(self, optimizer):
         original(self, optimizer)
         if self.global_step == at:
-            stop(number)
+            for number in numbers:
+                stop(number)
 
     training.Training.on_before_optimizer_step = hook
 
 
 def at_checkpoint(at: int) -> None:
     """Between writing checkpoint number ``at`` to the side and renaming it."""
-    replace, count = os.replace, 0
+    replace, count = os.replace, itertools.count(1)
 
     def hook(before, after):
-        nonlocal count
-        if Path(after).name == "last.ckpt":
-            count += 1
-            if count == at:
-                stop()
+        if Path(after).name == "last.ckpt" and next(count) == at:
+            stop()
         replace(before, after)
 
     files.os.replace = hook
@@ -45,23 +44,20 @@ def at_pictures(at: int) -> None:
         if trainer.current_epoch == at:
             stop()
 
-    training.Pictures.on_validation_end = hook
+    callbacks.Pictures.on_validation_end = hook
 
 
 def at_write(at: int) -> None:
     """In the middle of writing checkpoint number ``at``."""
-    write, count = files.write_whole, 0
+    write, count = files.write_whole, itertools.count(1)
 
     def hook(path, content):
-        nonlocal count
-        if Path(path).name == "last.ckpt":
-            count += 1
-            if count == at:
-                Path(f"{path}.partial").write_bytes(content[: len(content) // 2])
-                stop()
+        if Path(path).name == "last.ckpt" and next(count) == at:
+            Path(f"{path}.partial").write_bytes(content[: len(content) // 2])
+            stop()
         write(path, content)
 
-    training.write_whole = hook
+    callbacks.write_whole = hook
 
 
 def at_test(at: int) -> None:
@@ -81,5 +77,5 @@ if __name__ == "__main__":
     if moment in moments:
         moments[moment](at)
     else:
-        at_step(at, getattr(signal, moment))
+        at_step(at, *(getattr(signal, name) for name in moment.split("+")))
     sys.exit(cli.main(["train", *sys.argv[3:]]))

@@ -30,7 +30,8 @@ from torch import nn
 import fastcaps
 from fastcaps.conventions import Convention, plain_routing
 from fastcaps.convert import RECIPES, ConvertedCapsules, Recipe, replace_capsules
-from fastcaps.verification import LIMIT, _variants
+from fastcaps.recipes import variants
+from fastcaps.verification import LIMIT
 
 I, D_IN, J, D_OUT = 11, 4, 5, 6
 BY_NAME = {recipe.name: recipe for recipe in RECIPES}
@@ -887,7 +888,7 @@ def test_the_code_that_settles_an_ambiguity_runs():
 def test_no_hint_routes_less_than_once():
     for T in (1, 2, 3):
         for recipe in RECIPES:
-            changes = [variant.offset - recipe.offset for _, variant in _variants(recipe, T)]
+            changes = [variant.offset - recipe.offset for _, variant in variants(recipe, T)]
             assert T + min(changes) > 0
             assert max(changes) == 2
 

@@ -14,10 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastcaps import CapsNet, cli, training
+from fastcaps import CapsNet, callbacks, cli, training
 from fastcaps.evaluation import classification_loss, network_loss, routing_statistics, wrong_of
 from fastcaps.losses import margin_loss, spread_loss
-from fastcaps.models import CNN, Network, describe
+from fastcaps.models import CNN
+from fastcaps.network import Network, describe
 from fastcaps.report import confusion_counts, read_log
 from fastcaps.samples import Samples, fingerprint, image_shape, load_data
 from fastcaps.settings import Settings, kind_of, option, read_settings
@@ -138,6 +139,7 @@ def test_a_configuration_is_taken_back(whole, tmp_path):
         ("SIGKILL", 11, -9),  # right after an epoch
         ("SIGINT", 9, 130),
         ("SIGTERM", 10, 130),  # at the last step of an epoch
+        ("SIGINT+SIGINT", 9, -2),  # the second is obeyed at once
         ("write", 2, -9),  # while a checkpoint is half written
         ("checkpoint", 1, -9),  # while it is written, but not renamed
         ("checkpoint", 4, -9),
@@ -393,7 +395,7 @@ def test_a_run_of_the_baseline(tmp_path, monkeypatch):
     assert train(tmp_path / "one", *options) == 0
     assert "<h2>Reconstructions</h2>" not in (tmp_path / "one" / "report.html").read_text()
     with monkeypatch.context() as patch:
-        patch.setattr(training.Keeper, "on_train_start", lambda self, *_: setattr(self, "interrupted", True))
+        patch.setattr(callbacks.Keeper, "on_train_start", lambda self, *_: setattr(self, "interrupted", True))
         assert train(tmp_path / "two", *options) == 130  # after the first step
     assert train(tmp_path / "two", "--resume") == 0  # dropout goes on, too
     assert_same(tmp_path / "one", tmp_path / "two")
@@ -495,7 +497,7 @@ def test_options_that_are_unknown(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["train", "--epoch", "3"])
     assert stop.value.code == 2
-    assert "unknown argument --epoch; did you mean --epochs?" in capsys.readouterr().err
+    assert "unknown argument --epoch; did you mean '--epochs'?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", ["[1, 2]", "{", '{"epoch": 3}', "\xff"])

@@ -99,7 +99,8 @@ def examine_checkpoint(path: Path, image_shape: Sequence[int] | None) -> tuple[s
         ValueError: it is neither.
     """
     from fastcaps.checkpoints import NETWORKS, convert_checkpoint, read_state_dict
-    from fastcaps.models import CapsNet, describe
+    from fastcaps.models import CapsNet
+    from fastcaps.network import describe
 
     if path.suffix == ".py":
         raise ValueError(f"which function of {path} builds the model? {path}:FUNCTION")
