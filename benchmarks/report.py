@@ -14,7 +14,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from fastcaps.settings import Settings
+from fastcaps.settings import FREE, Settings
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -146,11 +146,12 @@ def share(path: Path) -> str:
 
 
 def command(settings: dict[str, Any]) -> str:
-    """The options of ``fastcaps train`` that differ from what the data and the model decide."""
+    """The options of ``fastcaps train`` that decide what is computed and that data and model do not decide."""
     data, model = settings["data"], settings["model"]
     shape = (3, 32, 32) if data == "cifar10" else (1, 8, 8) if data == "digits" else (1, 28, 28)
     default = dataclasses.asdict(Settings(data=data, model=model).resolved(shape))
-    changed = {name: value for name, value in settings.items() if value != default.get(name) and name != "data"}
+    shown = default.keys() - FREE - {"data"} | {"root", "epochs"}
+    changed = {name: value for name, value in settings.items() if name in shown and value != default[name]}
     options = "".join(f" --{name.replace('_', '-')}" + ("" if x is True else f" {x}") for name, x in changed.items())
     return f"fastcaps train --data {data}{options}"
 

@@ -1,9 +1,11 @@
 """What Lightning's loop calls in a training run: checkpoints that are whole, clean stops, pictures, progress."""
 
 import io
+import json
 import signal
 import threading
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -35,7 +37,7 @@ class WholeFiles(TorchCheckpointIO):
         """Write to the side and rename."""
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
-        write_whole(Path(path), buffer.getvalue())
+        write_whole(path, buffer.getbuffer())
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
         """Tensors and plain values only.
@@ -53,11 +55,17 @@ class WholeFiles(TorchCheckpointIO):
 
 
 class Keeper(L.Callback):
-    """Writes ``last.ckpt`` every few steps and after each epoch, and ``best.safetensors``; stops cleanly on Ctrl-C."""
+    """Writes ``last.ckpt`` now and then and after each epoch, and ``best.safetensors``; stops cleanly on Ctrl-C.
 
-    def __init__(self, out: Path, every: int, run: dict[str, Any]) -> None:
-        self.out, self.every, self.run = out, every, run
-        self.best, self.interrupted = float("inf"), False
+    Args:
+        out: folder of the run.
+        seconds: from one checkpoint to the next.
+        run: what ``config.json`` says.
+    """
+
+    def __init__(self, out: Path, seconds: float, run: dict[str, Any]) -> None:
+        self.out, self.seconds, self.run = out, seconds, run
+        self.best, self.interrupted, self.saved = float("inf"), False, 0.0
         self.handlers: dict[int, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -68,8 +76,20 @@ class Keeper(L.Callback):
         """What comes from a checkpoint."""
         self.best = state_dict["best"]
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """All processes must see what the first has written: else some would go on while others begin.
+
+        Raises:
+            ValueError: ``out`` is not one folder for all, or not all were told the same.
+        """
+        file = self.out / "config.json"
+        same = file.exists() and json.loads(file.read_text()) == self.run
+        if not trainer.strategy.reduce_boolean_decision(same):
+            raise ValueError(f"{file} must be the same for all processes: one folder, on all machines, and one command")
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """From here on a signal asks for a checkpoint; a second one is obeyed at once."""
+        self.saved = monotonic()
 
         def asked(number: int, frame: Any) -> None:
             self.interrupted = True
@@ -94,14 +114,10 @@ class Keeper(L.Callback):
         """Save where a whole step is done; at the end of an epoch only after the test, so that none is lost."""
         if (batch_idx + 1) % pl_module.settings.accumulate or trainer.is_last_batch:
             return
-        step = trainer.global_step
-        stop = self.interrupted
-        if trainer.world_size > 1:  # all processes stop at the same step
-            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
-        if stop or step % self.every == 0:
-            trainer.save_checkpoint(self.out / "last.ckpt")
-        if stop:
-            raise Interrupted(step)
+        due = self.interrupted or monotonic() >= self.saved + self.seconds
+        if trainer.strategy.reduce_boolean_decision(due, all=False):  # all processes save, and stop, at the same step
+            self.save(trainer)
+            self.stop_if_asked(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: "Training") -> None:  # type: ignore[override]
         """Keep the weights with the lowest test error."""
@@ -113,11 +129,18 @@ class Keeper(L.Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: "Training") -> None:  # type: ignore[override]
         """The epoch and its test are done."""
+        self.save(trainer)
+        if trainer.current_epoch + 1 < pl_module.epochs:
+            self.stop_if_asked(trainer)
+
+    def save(self, trainer: L.Trainer) -> None:
+        """Write ``last.ckpt``."""
         trainer.save_checkpoint(self.out / "last.ckpt")
-        stop = self.interrupted
-        if trainer.world_size > 1:
-            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
-        if stop and trainer.current_epoch + 1 < pl_module.epochs:
+        self.saved = monotonic()
+
+    def stop_if_asked(self, trainer: L.Trainer) -> None:
+        """Raise :class:`Interrupted` in all processes if a signal came to any."""
+        if trainer.strategy.reduce_boolean_decision(self.interrupted, all=False):
             raise Interrupted(trainer.global_step)
 
 

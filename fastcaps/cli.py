@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import importlib.metadata
 import platform
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
@@ -139,7 +140,7 @@ def doctor(target: str, image_shape: list[int] | None) -> int:
 def train(options: dict[str, Any], out: Path | None, config: Path | None, resume: bool, overwrite: bool) -> int:
     """Train a network on a data set; 1 where it cannot go on, 130 where it was interrupted."""
     try:
-        given = (read_settings(config) if config else {}) | options
+        given = read_settings(config, options) if config else options
         settings = Settings(**given)
         folder = out or Path("runs") / f"{settings.data}-{settings.model}"
         from fastcaps import training
@@ -151,14 +152,19 @@ def train(options: dict[str, Any], out: Path | None, config: Path | None, resume
         return _lacks("train", error)
     try:
         training.train(given, folder, resume=resume, overwrite=overwrite)
-    except KeyboardInterrupt:
-        print(f"fastcaps train: stopped; to go on: fastcaps train --resume --out {folder}", file=sys.stderr)
-        return 130
-    except Interrupted as stop:
-        print(f"{stop}; to go on: fastcaps train --resume --out {folder}", file=sys.stderr)
+    except (KeyboardInterrupt, Interrupted) as stop:
+        begun = (folder / "config.json").exists()
+        advice = f"; to go on: fastcaps train --resume --out {shlex.quote(str(folder))}" if begun else ""
+        print(f"fastcaps train: {str(stop) or 'stopped'}{advice}", file=sys.stderr)
         return 130
     except (OSError, ValueError, training.Diverged) as error:
         print(f"fastcaps train: {error}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if "allocate memory" not in str(error) and not isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = str(error).splitlines()[0]
+        print(f"fastcaps train: {reason} (--accumulate and a smaller network take less)", file=sys.stderr)
         return 1
     except ModuleNotFoundError as error:
         return _lacks("train", error)
@@ -189,7 +195,7 @@ def evaluate(model: Path, data: str | None, root: str | None, download: bool, ba
     print(f"{settings.data}: test error {found.error:.2f} % ({wrong} of {len(found.labels)}), loss {found.loss:.4f}")
     print("class      images   right  most often taken for")
     counts = confusion_counts(found.scores, found.labels)
-    names = samples.single.class_names or [str(n) for n in range(len(counts))]
+    names = [*samples.single.class_names, *map(str, range(len(samples.single.class_names), len(counts)))]
     for n, row in enumerate(counts):
         mistaken = row.clone()
         mistaken[n] = 0
@@ -288,8 +294,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     train_parser.add_argument("--out", type=Path, help="folder of the run (default: runs/DATA-MODEL)")
     train_parser.add_argument("--config", type=Path, help="settings in JSON, as a run's config.json; options go first")
-    train_parser.add_argument("--resume", action="store_true", help="go on with the run in --out if there is one")
-    train_parser.add_argument("--overwrite", action="store_true", help="delete the run in --out")
+    before = train_parser.add_mutually_exclusive_group()
+    before.add_argument("--resume", action="store_true", help="go on with the run in --out if there is one")
+    before.add_argument("--overwrite", action="store_true", help="delete the run in --out")
     _add_settings(train_parser)
     evaluate_parser = commands.add_parser("evaluate", help="test a model that train wrote", allow_abbrev=False)
     evaluate_parser.add_argument("model", type=Path, help="model.safetensors of a run, or what convert wrote")

@@ -190,8 +190,12 @@ def image_folder(root: str | os.PathLike[str], *, channels: int | None = None) -
     for part in ("train", "test"):
         if not (root / part).is_dir():
             raise FileNotFoundError(f"there is no folder {str(root / part)!r} (wanted: {part}/CLASS/*.png)")
-    classes = sorted(path.name for path in (root / "train").iterdir() if path.is_dir())
-    unknown = {path.name for path in (root / "test").iterdir() if path.is_dir()} - set(classes)
+    folders = {
+        part: {path.name for path in (root / part).iterdir() if path.is_dir() and not path.name.startswith(".")}
+        for part in ("train", "test")
+    }
+    classes = sorted(folders["train"])
+    unknown = folders["test"] - folders["train"]
     if unknown:
         raise ValueError(f"classes in test but not in train: {', '.join(sorted(unknown))}")
     found = {
@@ -206,6 +210,8 @@ def image_folder(root: str | os.PathLike[str], *, channels: int | None = None) -
     for part, paths in found.items():
         if not paths:
             raise FileNotFoundError(f"there is no image in {str(root / part)!r} (wanted: {part}/CLASS/*.png)")
+    if empty := set(range(len(classes))) - {n for _, n in found["train"]}:
+        raise FileNotFoundError(f"there is no image in {str(root / 'train' / classes[min(empty)])!r}")
     images = {part: [read_image(path) for path, _ in paths] for part, paths in found.items()}
     everything = [*images["train"], *images["test"]]
     grey = channels == 1 or (channels is None and all(image.shape[0] == 1 for image in everything))
@@ -225,7 +231,7 @@ def image_folder(root: str | os.PathLike[str], *, channels: int | None = None) -
 def read_image(
     path: str | os.PathLike[str], channels: int | None = None, size: tuple[int, int] | None = None
 ) -> Tensor:
-    """A picture as a tensor.
+    """A picture as a tensor, upright as its camera noted; what is transparent is white.
 
     Args:
         path: png, jpg, bmp or webp.
@@ -240,15 +246,17 @@ def read_image(
         ModuleNotFoundError: Pillow is missing.
     """
     try:
-        from PIL import Image, UnidentifiedImageError
+        from PIL import Image, ImageOps, UnidentifiedImageError
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("reading images needs Pillow: pip install pillow") from error
     try:
         with Image.open(path) as file:
-            image: Image.Image = file
-            if file.mode.startswith("I"):  # 16 bits, which convert() would clip at 255
-                image = Image.fromarray((np.asarray(file, np.float32) / 257).round().clip(0, 255).astype(np.uint8))
+            image: Image.Image = ImageOps.exif_transpose(file)
+            if image.mode.startswith("I"):  # 16 bits, which convert() would clip at 255
+                image = Image.fromarray((np.asarray(image, np.float32) / 257).round().clip(0, 255).astype(np.uint8))
             grey = image.mode in ("1", "L", "LA") if channels is None else channels == 1
+            if image.has_transparency_data:
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
             picture = image.convert("L" if grey else "RGB")
             if size is not None:
                 picture = picture.resize((size[1], size[0]))
@@ -323,6 +331,8 @@ def _idx_dataset(root: Path, places: Sequence[str], source: Source, num_classes:
             raise ValueError(
                 f"{images} must hold images [N, H, W] and {labels} labels [N], got {list(x.shape)} and {list(y.shape)}"
             )
+        if not len(x):
+            raise ValueError(f"{images} holds no image")
         tensors += [x[:, None].float() / 255, _labels(y, num_classes, str(labels))]
     whose = WHOSE_LABELS.get(hashlib.md5(tensors[1].byte().numpy().data, usedforsecurity=False).hexdigest())
     if whose not in (None, places[0]):

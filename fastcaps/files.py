@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 
-def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
+def write_whole(path: str | os.PathLike[str], content: bytes | memoryview) -> None:
     """Write a file to the side, see it on the disk, and rename it: what was there before stays until then.
 
     Args:

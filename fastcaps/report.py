@@ -110,11 +110,12 @@ def _course(rows: list[dict[str, float]], *names: str) -> dict[str, tuple[list[f
     return {name: line for name, line in lines.items() if line[0]}
 
 
-def _curves(rows: list[dict[str, float]]) -> Section:
+def _curves(rows: list[dict[str, float]]) -> Section | None:
     smooth = _course(rows, "train_loss", "test_loss"), _course(rows, "train_error", "test_error")
     panels = [("loss", smooth[0], True), ("error (%)", smooth[1], False), ("learning rate", _course(rows, "lr"), False)]
     note = "Training: single batches, with augmentation. Test: the whole test set after each epoch."
-    return Section("Curves", note, [figures.curves([panel for panel in panels if panel[1]], "step")])
+    drawn = [panel for panel in panels if panel[1]]
+    return Section("Curves", note, [figures.curves(drawn, "step")]) if drawn else None
 
 
 def _routing(rows: list[dict[str, float]], T: int) -> Section | None:
@@ -243,9 +244,11 @@ def write_report(out: Path) -> None:
         ),
         ("fastcaps", config["version"]),
     ]
-    sections = [Section("Summary", "The network as it was after the last epoch.", [summary]), _curves(rows)]
-    if isinstance(network, CapsNet) and (routing := _routing(rows, settings.iterations)) is not None:
-        sections.append(routing)
+    if numbers["class names"]:
+        summary.append(("classes", ", ".join(f"{n}: {name}" for n, name in enumerate(numbers["class names"]))))
+    routing = _routing(rows, settings.iterations) if isinstance(network, CapsNet) else None
+    sections = [Section("Summary", "The network as it was after the last epoch.", [summary])]
+    sections += [section for section in (_curves(rows), routing) if section is not None]
     note = "Rows: true; columns: predicted. Red: mistakes."
     sections.append(Section("Confusion", note, [figures.confusion(confusion_counts(found.scores, found.labels))]))
     sections.append(_mistakes(samples, found))

@@ -93,7 +93,7 @@ class Samples:
 
     def tests(self, rank: int = 0, world: int = 1) -> "DataLoader[Any]":
         """This process's share of the test set, in order."""
-        parts = torch.arange(rank, len(self.single.test_labels), world).split(TEST_BATCH)
+        parts = torch.arange(len(self.single.test_labels))[rank::world].split(TEST_BATCH)
         # A generator of its own: a DataLoader draws a seed, and would draw it from the one that dropout uses.
         generator = torch.Generator()
         return DataLoader(_Mapped(self.test, parts), batch_size=None, generator=generator)

@@ -19,7 +19,9 @@ PRECISIONS = ("32", "64", "bf16-mixed")
 ACCELERATORS = ("auto", "cpu", "gpu")
 
 # What a run may change when it goes on; everything else decides what is computed.
-FREE = {"root", "download", "epochs", "checkpoint_steps", "accelerator", "devices", "nodes", "compile", "backend"}
+FREE = {"root", "download", "epochs", "checkpoint_seconds", "accelerator", "devices", "nodes", "compile", "backend"}
+# What the images decide where nobody else does.
+BY_IMAGES = {"kernel_size", "primary_stride", "shift", "flip"}
 
 
 def _setting(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -46,7 +48,7 @@ class Settings:
     reconstruction: float | None = _setting(
         None, "weight of the summed squared error of the decoder; 0.0005 for a capsule network; 0: no decoder"
     )
-    shift: int | None = _setting(None, "augmentation: images are shifted by up to so many pixels; 2 of 28")
+    shift: int | None = _setting(None, "augmentation: images are shifted by up to so many pixels; 2 of 28, pairs 0")
     flip: bool | None = _setting(None, "augmentation: half of the images are mirrored; yes for colour")
     epochs: int | None = _setting(None, "passes over the training data; 10, of the digits 30")
     batch_size: int = _setting(128, "samples of one step, over all processes")
@@ -57,10 +59,10 @@ class Settings:
     compile: bool = _setting(False, "compile the step by torch.compile")
     backend: str | None = _setting(None, "of the routing; None: the fastest that can run", BACKENDS)
     accelerator: str = _setting("auto", "what to run on", ACCELERATORS)
-    devices: int | None = _setting(None, "processes on this machine, each with a device; torchrun's number, or 1")
-    nodes: int = _setting(1, "machines")
+    devices: int | None = _setting(None, "processes on each machine, a device each; torchrun's or SLURM's number, or 1")
+    nodes: int | None = _setting(None, "machines; torchrun's or SLURM's number, or 1")
     seed: int = _setting(0, "of weights, order and augmentation")
-    checkpoint_steps: int = _setting(100, "steps from one checkpoint to the next")
+    checkpoint_seconds: float = _setting(60.0, "from one checkpoint to the next; there is one after each epoch, too")
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -78,6 +80,8 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not smallest <= value < 2**31:
                 raise ValueError(f"{option(name)} must be from {smallest} to {2**31 - 1}, got {value}")
+        if not 0 <= self.checkpoint_seconds < float("inf"):
+            raise ValueError(f"--checkpoint-seconds must not be negative, got {self.checkpoint_seconds}")
         if not 0 < self.lr < float("inf"):
             raise ValueError(f"--lr must be positive, got {self.lr}")
         if self.reconstruction is not None and not 0 <= self.reconstruction < float("inf"):
@@ -91,6 +95,8 @@ class Settings:
             raise ValueError("--model cnn is trained with --loss cross-entropy and without --reconstruction")
         if self.data == "multi-mnist" and (cnn or self.loss not in (None, "margin", "focal")):
             raise ValueError("--data multi-mnist, two digits each, wants --model capsnet and --loss margin or focal")
+        if self.data == "multi-mnist" and (self.shift or self.flip):
+            raise ValueError("--data multi-mnist has no --shift or --flip: pairs are shifted already")
 
     def capsule_layers(self) -> list[tuple[int, int]]:
         """``hidden_capsules`` in numbers: (capsules, pose size) of each layer."""
@@ -107,13 +113,13 @@ class Settings:
     def resolved(self, image_shape: tuple[int, int, int]) -> "Settings":
         """The same with a value for everything that the model or the images decide."""
         C, H, W = image_shape
-        small, capsules = min(H, W) < 17, self.model == "capsnet"
+        small, capsules, pairs = min(H, W) < 17, self.model == "capsnet", self.data == "multi-mnist"
         defaults: dict[str, Any] = {
             "kernel_size": (3 if small else 9) if capsules else None,
             "primary_stride": (1 if small else 2) if capsules else None,
             "loss": "margin" if capsules else "cross-entropy",
             "reconstruction": 0.0005 if capsules else 0.0,
-            "shift": round(min(H, W) / 14) if min(H, W) >= 17 else 0,
+            "shift": 0 if small or pairs else round(min(H, W) / 14),
             "flip": C == 3,
             "epochs": 30 if self.data == "digits" else 10,
         }
@@ -124,7 +130,7 @@ class Settings:
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 _SIZES = ("stem", "kernel_size", "primary_stride", "types", "primary_dim", "capsule_dim", "iterations")
 _CAPSNET = (*_SIZES, "hidden_capsules", "backend")
-_COUNTS = (*_SIZES, "epochs", "batch_size", "accumulate", "devices", "nodes", "checkpoint_steps")
+_COUNTS = (*_SIZES, "epochs", "batch_size", "accumulate", "devices", "nodes")
 
 
 def kind_of(field: "dataclasses.Field[Any]") -> type:
@@ -149,8 +155,10 @@ def nearest(name: str, known: Sequence[str], what: str) -> None:
         raise ValueError(f"{what} {name!r} is unknown{hint(name, known)} (there are {', '.join(known)})")
 
 
-def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The settings in a run's ``config.json``, or in a file of one's own that names some of them.
+def read_settings(path: str | os.PathLike[str], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings in a run's ``config.json``, or in a file of one's own that names some of them, and options over it.
+
+    A run says every setting. Where the options name another model or data set, what these decide is left open again.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -160,7 +168,13 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
         read = json.loads(Path(path).read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a JSON object of settings: {error}") from error
-    return known_settings(read.get("settings", read) if isinstance(read, dict) else read, str(path))
+    of_run = isinstance(read, dict) and "settings" in read
+    settings = known_settings(read["settings"] if of_run else read, str(path))
+    decided = {"model": {*_CAPSNET, "loss", "reconstruction"}, "data": BY_IMAGES}
+    for name in decided if of_run else ():
+        if name in options and options[name] != settings.get(name):
+            settings = {key: value for key, value in settings.items() if key not in decided[name]}
+    return settings | dict(options)
 
 
 def known_settings(given: Any, where: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
@@ -186,7 +186,8 @@ class Training(L.LightningModule):
 
     def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
         """Count the errors."""
-        loss, scores = network_loss(self.network, self.settings, *batch)
+        with torch.autocast(self.device.type, enabled=False):  # as the finished network will be tested
+            loss, scores = network_loss(self.network, self.settings, *batch)
         self.test_loss.update(loss, weight=len(scores))
         self.test_error.update(100 * wrong_of(scores, batch[1]).float())
 
@@ -216,20 +217,38 @@ class Training(L.LightningModule):
 # ------------------------------------------------------------------------------------------------------------------ run
 
 
-def check_devices(settings: Settings) -> int:
-    """How many processes run on this machine.
+def launched() -> tuple[str, int, int] | None:
+    """Who has started this process beside others, how many on each machine, and on how many machines."""
+    if TorchElasticEnvironment.detect():  # first, as it may run under SLURM
+        here = int(os.environ["LOCAL_WORLD_SIZE"])
+        return "torchrun", here, int(os.environ["WORLD_SIZE"]) // here
+    if SLURMEnvironment.detect():
+        nodes = int(os.environ.get("SLURM_NNODES", 1))
+        return "SLURM", int(os.environ["SLURM_NTASKS"]) // nodes, nodes
+    return None
+
+
+def check_devices(settings: Settings) -> tuple[int, int]:
+    """How many processes run on each machine, and on how many machines.
 
     Raises:
-        ValueError: there are fewer devices.
+        ValueError: there are fewer devices, or who started the processes has started others.
     """
-    if settings.nodes > 1 and not (SLURMEnvironment.detect() or "MASTER_ADDR" in os.environ):
-        raise ValueError(f"--nodes {settings.nodes} needs torchrun or SLURM, which tell the machines of each other")
-    devices = settings.devices or int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    devices, nodes, there = settings.devices, settings.nodes, launched()
+    if there is not None:
+        launcher, *started = there
+        if (devices or started[0], nodes or started[1]) != (*started,):
+            asked = f"--devices {devices or started[0]} --nodes {nodes or started[1]}"
+            raise ValueError(f"{asked}: {launcher} has started {started[0]} processes on each of {started[1]} machines")
+        devices, nodes = started
+    elif (nodes or 1) > 1 and "MASTER_ADDR" not in os.environ:
+        raise ValueError(f"--nodes {nodes} needs torchrun or SLURM, which tell the machines of each other")
+    devices, nodes = devices or 1, nodes or 1
     gpu = settings.accelerator == "gpu" or (settings.accelerator == "auto" and torch.cuda.is_available())
-    there, kind = (torch.cuda.device_count(), "GPUs") if gpu else (os.cpu_count() or 1, "CPU cores")
-    if devices > there:
-        raise ValueError(f"--devices {devices}: this machine has {there} {kind} that torch can use")
-    return devices
+    count, kind = (torch.cuda.device_count(), "GPUs") if gpu else (os.cpu_count() or 1, "CPU cores")
+    if devices > count:
+        raise ValueError(f"--devices {devices}: this machine has {count} {kind} that torch can use")
+    return devices, nodes
 
 
 def _held(out: Path) -> list[Path]:
@@ -303,10 +322,9 @@ def train(given: dict[str, Any], out: Path, *, resume: bool = False, overwrite: 
         names = ", ".join(path.name for path in held)
         raise FileExistsError(f"{out} holds a run ({names}): --resume goes on, --overwrite begins anew")
     settings, data, config = settle(given, out, resume)
-    devices = check_devices(settings)
+    devices, nodes = check_devices(settings)
     network = build_network(settings, image_shape(data), data.num_classes)
-    keeper = Keeper(out, settings.checkpoint_steps, config)
-    trainer = _trainer(settings, out, devices, keeper)
+    trainer = _trainer(settings, out, devices, nodes, Keeper(out, settings.checkpoint_seconds, config))
     samples = Samples(data, settings, trainer.strategy.root_device)
     batches = Batches(
         samples.train,
@@ -321,6 +339,9 @@ def train(given: dict[str, Any], out: Path, *, resume: bool = False, overwrite: 
     module = Training(network, settings, probes, batches, config)
     if settings.precision == "64":
         module.double()  # Lightning does so only after it has read a checkpoint, and would round that to float32
+    # What cannot run fails here, before anything is deleted.
+    with torch.no_grad():
+        network.eval().to(probes.device)(probes[:1].to(next(network.parameters()).dtype))
     last = out / "last.ckpt"
     going_on = resume and last.exists()
     if first:
@@ -334,7 +355,7 @@ def train(given: dict[str, Any], out: Path, *, resume: bool = False, overwrite: 
     tests = samples.tests(trainer.global_rank, trainer.world_size)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning|torch.utils.data")
-        trainer.fit(module, val_dataloaders=tests, ckpt_path=last if going_on else None, weights_only=True)
+        trainer.fit(module.train(), val_dataloaders=tests, ckpt_path=last if going_on else None, weights_only=True)
     if trainer.is_global_zero:
         network.save(out / "model.safetensors", run=config)
         write_report(out)
@@ -353,19 +374,21 @@ def _described(network: Network, config: dict[str, Any], out: Path, going_on: bo
     return f"{what} of {' x '.join(map(str, numbers['image_shape']))}; {kind}, {parameters:,} parameters; {start} {out}"
 
 
-def _trainer(settings: Settings, out: Path, devices: int, keeper: Keeper) -> L.Trainer:
+def _trainer(settings: Settings, out: Path, devices: int, nodes: int, keeper: Keeper) -> L.Trainer:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    many = devices * settings.nodes > 1
     shown = sys.stdout.isatty()
     callbacks = [keeper, Pictures(), *([Progress()] if shown else [])]
     plugins: list[Any] = [WholeFiles()]
-    if SLURMEnvironment.detect():  # it sends SIGTERM, which Keeper obeys; the job is put back by sbatch --requeue
+    launcher = launched()
+    if launcher is not None and launcher[0] == "SLURM":
+        # It sends SIGTERM, which Keeper obeys; sbatch --requeue brings the job back.
         plugins.append(SLURMEnvironment(auto_requeue=False))
     return L.Trainer(
         accelerator=settings.accelerator,
         devices=devices,
-        num_nodes=settings.nodes,
-        strategy=DDPStrategy() if many else "auto",
+        num_nodes=nodes,
+        # The one buffer, the probes, is the same everywhere.
+        strategy=DDPStrategy(broadcast_buffers=False) if devices * nodes > 1 else "auto",
         precision={"32": "32-true", "64": "64-true"}.get(settings.precision, settings.precision),  # type: ignore[arg-type]
         max_epochs=settings.epochs,
         accumulate_grad_batches=settings.accumulate,

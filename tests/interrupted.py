@@ -72,10 +72,13 @@ def at_test(at: int) -> None:
 
 
 if __name__ == "__main__":
+    callbacks.monotonic = itertools.count().__next__  # a clock that ticks once a step
     moment, at = sys.argv[1], int(sys.argv[2])
     moments = {"checkpoint": at_checkpoint, "write": at_write, "test": at_test, "pictures": at_pictures}
     if moment in moments:
         moments[moment](at)
     else:
-        at_step(at, *(getattr(signal, name) for name in moment.split("+")))
+        names, _, rank = moment.partition("@")  # SIGTERM@1: to the process of rank 1 alone
+        if rank in ("", os.environ.get("RANK")):
+            at_step(at, *(getattr(signal, name) for name in names.split("+")))
     sys.exit(cli.main(["train", *sys.argv[3:]]))

@@ -52,6 +52,30 @@ def test_grey_images_of_16_bits(tmp_path):
     assert data.read_image(tmp_path / "a.png", 3, (4, 6)).shape == (3, 4, 6)
 
 
+def test_what_is_transparent_is_white_and_pictures_stand_upright(tmp_path):
+    from PIL import Image
+
+    drawn = Image.new("RGBA", (4, 3), (0, 0, 0, 0))
+    drawn.putpixel((1, 2), (0, 0, 0, 255))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise
+    drawn.save(tmp_path / "a.png", exif=exif)
+    for channels in (1, 3):
+        image = data.read_image(tmp_path / "a.png", channels)
+        assert image.shape == (channels, 4, 3)
+        assert (1 - image).nonzero().tolist() == [[c, 1, 0] for c in range(channels)]
+    Image.new("LA", (4, 3), (0, 0)).save(tmp_path / "b.png")
+    assert data.read_image(tmp_path / "b.png").equal(torch.ones(1, 3, 4))
+
+
+def test_an_idx_file_without_images(tmp_path):
+    small_mnist(tmp_path, False)
+    (tmp_path / "t10k-images-idx3-ubyte").write_bytes(struct.pack(">4B3I", 0, 0, 8, 3, 0, 5, 4))
+    (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(struct.pack(">4BI", 0, 0, 8, 1, 0))
+    with pytest.raises(ValueError, match="t10k-images-idx3-ubyte holds no image"):
+        mnist(tmp_path)
+
+
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("place", ["", "MNIST/raw"])
 def test_idx_files_plain_and_zipped(tmp_path, zipped, place):
@@ -268,6 +292,7 @@ def test_image_folder(tmp_path):
         picture(tmp_path / "train" / name / "1.png", value=51 * n)
         picture(tmp_path / "train" / name / "2.bmp", value=51 * n)
         picture(tmp_path / "test" / name / "3.png", value=102)
+    (tmp_path / "train" / ".thumbnails").mkdir()
     d = image_folder(tmp_path)
     assert d.num_classes == 2
     assert d.train_images.shape == (4, 1, 3, 4)
@@ -294,6 +319,9 @@ def test_image_folders_that_are_wrong(tmp_path):
         image_folder(tmp_path)
     picture(tmp_path / "test" / "b" / "1.png")
     with pytest.raises(ValueError, match="classes in test but not in train: b"):
+        image_folder(tmp_path)
+    (tmp_path / "train" / "b").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"there is no image in .*b"):
         image_folder(tmp_path)
 
 

@@ -4,15 +4,18 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import struct
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fastcaps import CapsNet, callbacks, cli, training
 from fastcaps.evaluation import classification_loss, network_loss, routing_statistics, wrong_of
@@ -22,13 +25,13 @@ from fastcaps.network import Network, describe
 from fastcaps.report import confusion_counts, read_log
 from fastcaps.samples import Samples, fingerprint, image_shape, load_data
 from fastcaps.settings import Settings, kind_of, option, read_settings
-from fastcaps.training import build_network
+from fastcaps.training import build_network, check_devices
 
 MNIST = Path(__file__).parents[2] / "shared" / "data" / "mnist"
 TESTS = Path(__file__).parent
 # A small network on 1,438 digits: 11 steps an epoch.
 SMALL = ["--stem", "8", "--types", "2", "--capsule-dim", "4", "--epochs", "3", "--accelerator", "cpu"]
-SMALL += ["--checkpoint-steps", "4", "--schedule", "cosine"]
+SMALL += ["--checkpoint-seconds", "4", "--schedule", "cosine"]
 
 
 def train(out: Path, *options: str) -> int:
@@ -48,6 +51,18 @@ def assert_same(one: Path, other: Path, tolerance: float = 0) -> None:
 
 def course(out: Path) -> list[dict[str, float]]:
     return [{name: x for name, x in row.items() if name != "images/s"} for row in read_log(out)]
+
+
+def counted_steps(monkeypatch) -> list[int]:
+    """The steps that the optimizer makes from now on, one by one."""
+    steps, original = [], training.Training.on_before_optimizer_step
+
+    def hook(self, optimizer):
+        steps.append(self.global_step)
+        original(self, optimizer)
+
+    monkeypatch.setattr(training.Training, "on_before_optimizer_step", hook)
+    return steps
 
 
 @pytest.fixture(scope="module")
@@ -84,13 +99,16 @@ def test_what_a_run_leaves(whole, capsys):
     assert lr[-1] < 0.05e-3
     routing = next(row for row in rows if "routing/dead" in row)
     assert {f"routing/{name}_{t}" for name in ("entropy", "agreement", "change") for t in (1, 2, 3)} < routing.keys()
-    assert list((whole / "tensorboard").glob("events.out.tfevents.*"))
+    board = EventAccumulator(str(whole / "tensorboard")).Reload().Tags()
+    assert set(board["images"]) == {"reconstructions", "coupling"}
+    assert {"train_loss", "test_error", "routing/dead"} < set(board["scalars"])
+    errors = [row["test_error"] for row in rows if "test_error" in row]
+    assert describe(whole / "best.safetensors")["run"] == config | {"test_error": min(errors)}
 
     capsys.readouterr()
     assert cli.main(["evaluate", str(whole / "model.safetensors")]) == 0
     out = capsys.readouterr().out
-    error = next(row["test_error"] for row in reversed(rows) if "test_error" in row)
-    assert f"test error {error:.2f} %" in out
+    assert f"test error {errors[-1]:.2f} %" in out
     assert len(out.splitlines()) == 12
 
 
@@ -125,49 +143,66 @@ def test_a_configuration_is_taken_back(whole, tmp_path):
     assert train(tmp_path / "again", "--config", str(whole / "config.json")) == 0
     assert_same(whole, tmp_path / "again")
     (tmp_path / "own.json").write_text('{"types": 3, "epochs": 1}')
-    assert read_settings(tmp_path / "own.json") == {"types": 3, "epochs": 1}
+    assert read_settings(tmp_path / "own.json", {"epochs": 2}) == {"types": 3, "epochs": 2}
+
+
+def test_another_model_or_data_set_than_the_configuration_s(whole):
+    same = read_settings(whole / "config.json", {"data": "digits", "model": "capsnet", "shift": 1})
+    assert Settings(**same).resolved((1, 8, 8)) == Settings(**same)
+    assert (same["shift"], same["types"]) == (1, 2)
+    baseline = Settings(**read_settings(whole / "config.json", {"model": "cnn"})).resolved((1, 8, 8))
+    assert (baseline.loss, baseline.reconstruction, baseline.schedule) == ("cross-entropy", 0.0, "cosine")
+    larger = Settings(**read_settings(whole / "config.json", {"data": "cifar10"})).resolved((3, 32, 32))
+    assert (larger.kernel_size, larger.shift, larger.flip, larger.types) == (9, 2, True, 2)
 
 
 # --------------------------------------------------------------------------------------------------------- nothing lost
 
 
 @pytest.mark.parametrize(
-    ("moment", "at", "status"),
+    ("moment", "at", "status", "kept"),  # by a clock that ticks once a step; kept: how many steps
     [
-        ("SIGKILL", 2, -9),  # before the first checkpoint
-        ("SIGKILL", 6, -9),  # in the middle of an epoch
-        ("SIGKILL", 11, -9),  # right after an epoch
-        ("SIGINT", 9, 130),
-        ("SIGTERM", 10, 130),  # at the last step of an epoch
-        ("SIGINT+SIGINT", 9, -2),  # the second is obeyed at once
-        ("write", 2, -9),  # while a checkpoint is half written
-        ("checkpoint", 1, -9),  # while it is written, but not renamed
-        ("checkpoint", 4, -9),
-        ("test", 1, -9),  # during a test
-        ("pictures", 1, -9),  # after it
+        ("SIGKILL", 2, -9, 0),  # before the first checkpoint
+        ("SIGKILL", 6, -9, 4),  # in the middle of an epoch
+        ("SIGKILL", 11, -9, 11),  # right after an epoch
+        ("SIGINT", 9, 130, 10),
+        ("SIGTERM", 10, 130, 11),  # at the last step of an epoch
+        ("SIGINT+SIGINT", 9, -2, 8),  # the second is obeyed at once
+        ("write", 2, -9, 4),  # while a checkpoint is half written
+        ("checkpoint", 1, -9, 0),  # while it is written, but not renamed
+        ("checkpoint", 4, -9, 11),
+        ("test", 1, -9, 19),  # during a test
+        ("pictures", 1, -9, 19),  # after it
     ],
 )
 @pytest.mark.usefixtures("no_report")
-def test_a_stopped_run_goes_on_as_if_nothing_had_been(whole, tmp_path, moment, at, status, capsys):
+def test_a_stopped_run_goes_on_as_if_nothing_had_been(whole, tmp_path, monkeypatch, moment, at, status, kept):
     command = [sys.executable, TESTS / "interrupted.py", moment, str(at), *SMALL, "--out", tmp_path / "run"]
     stopped = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert stopped.returncode == status, stopped.stderr
     if status == 130:
         assert f"to go on: fastcaps train --resume --out {tmp_path / 'run'}" in stopped.stderr
     assert not (tmp_path / "run" / "model.safetensors").exists()
+    steps = counted_steps(monkeypatch)
     assert train(tmp_path / "run", "--resume") == 0
+    assert len(steps) == 33 - kept
     assert_same(whole, tmp_path / "run")
     assert course(tmp_path / "run") == course(whole)
+    best = [load_file(out / "best.safetensors") for out in (whole, tmp_path / "run")]
+    assert all(torch.equal(best[0][name], best[1][name]) for name in best[0])
     assert not list((tmp_path / "run").glob("*.partial"))
 
 
 @pytest.mark.usefixtures("no_report")
 @pytest.mark.parametrize("precision", ["32", "64"])
-def test_a_finished_run_can_be_made_longer(tmp_path, capsys, precision):
+def test_a_finished_run_can_be_made_longer(tmp_path, monkeypatch, capsys, precision):
     options = [*SMALL, "--schedule", "constant", "--precision", precision]
     assert train(tmp_path / "long", *options) == 0
     assert train(tmp_path / "short", *options, "--epochs", "2") == 0
-    assert train(tmp_path / "short", "--resume", "--epochs", "3") == 0
+    with monkeypatch.context() as patch:
+        steps = counted_steps(patch)
+        assert train(tmp_path / "short", "--resume", "--epochs", "3") == 0
+        assert steps == list(range(22, 33))
     assert_same(tmp_path / "long", tmp_path / "short")
     assert train(tmp_path / "short", "--resume") == 0  # nothing is left to do
     assert_same(tmp_path / "long", tmp_path / "short")
@@ -228,7 +263,7 @@ def test_a_log_that_was_cut(whole, tmp_path):
 
 @pytest.mark.usefixtures("no_report")
 def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path, capsys):
-    assert train(tmp_path, *SMALL, "--lr", "1e36", "--checkpoint-steps", "1", "--reconstruction", "0") == 1
+    assert train(tmp_path, *SMALL, "--lr", "1e36", "--checkpoint-seconds", "0", "--reconstruction", "0") == 1
     err = capsys.readouterr().err
     assert re.search(r"step \d+, epoch \d: the (loss|norm of the gradient) is (nan|inf)", err)
     assert "routing: dead" in err
@@ -240,12 +275,12 @@ def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path, capsys):
 # ---------------------------------------------------------------------------------------------------- several processes
 
 
-def run(*command: str) -> None:
+def run(*command: str, status: int = 0) -> None:
     done = subprocess.run(
         [sys.executable, "-m", *command], capture_output=True, text=True, timeout=280, cwd=TESTS.parent,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == status, done.stderr
 
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one CPU core")
@@ -257,10 +292,13 @@ def test_two_processes_are_one(tmp_path):
     assert_same(tmp_path / "one", tmp_path / "two", 1e-9)
     torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
     half = tmp_path / "torchrun"
-    run(*torchrun, "fastcaps.cli", "train", *options, "--epochs", "1", "--accumulate", "2", "--out", str(half))
-    run(*torchrun, "fastcaps.cli", "train", "--resume", "--epochs", "2", "--out", str(half))
+    stopped = (*torchrun[:-1], str(TESTS / "interrupted.py"), "SIGTERM@1", "15")  # a signal to the second alone
+    run(*stopped, *options, "--accumulate", "2", "--out", str(half), status=1)
+    assert torch.load(half / "last.ckpt", weights_only=True)["global_step"] == 16
+    run(*torchrun, "fastcaps.cli", "train", "--resume", "--out", str(half))
     assert_same(tmp_path / "one", half, 1e-9)
     errors = [[row["test_error"] for row in course(out) if "test_error" in row] for out in (tmp_path / "one", half)]
+    assert len(errors[0]) == 2
     assert errors[0] == errors[1]
 
 
@@ -273,7 +311,7 @@ def test_parts_of_a_batch_add_up(tmp_path):
 
 
 @pytest.mark.usefixtures("no_report")
-def test_half_precision_and_compilation(tmp_path, monkeypatch):
+def test_half_precision_and_compilation(tmp_path, monkeypatch, capsys):
     options, dtypes, compiled = [*SMALL, "--epochs", "1"], set(), []
     poses, compile_ = CapsNet.class_poses, torch.compile
 
@@ -289,7 +327,11 @@ def test_half_precision_and_compilation(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(CapsNet, "class_poses", seen)
         assert train(tmp_path / "half", *options, "--precision", "bf16-mixed") == 0
-    assert torch.bfloat16 in dtypes
+    assert dtypes == {torch.bfloat16, torch.float32}
+    tested = [row["test_error"] for row in course(tmp_path / "half") if "test_error" in row]
+    capsys.readouterr()
+    assert cli.main(["evaluate", str(tmp_path / "half" / "model.safetensors")]) == 0  # both in float32
+    assert f"test error {tested[-1]:.2f} %" in capsys.readouterr().out
     monkeypatch.setattr(torch, "compile", counted)
     assert weights(tmp_path / "half")["stem.weight"].dtype == torch.float32
     assert train(tmp_path / "compiled", *options, "--compile") == 0
@@ -391,13 +433,15 @@ def test_the_baseline(tmp_path, capsys):
 def test_a_run_of_the_baseline(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "CNN", lambda *shape: CNN(*shape, channels=(8,), units=(16,)))
     monkeypatch.setattr(training, "WATCH_STEPS", 1)
-    options = ["--model", "cnn", "--epochs", "2", "--accelerator", "cpu", "--checkpoint-steps", "4"]
+    options = ["--model", "cnn", "--epochs", "2", "--accelerator", "cpu", "--checkpoint-seconds", "4"]
     assert train(tmp_path / "one", *options) == 0
     assert "<h2>Reconstructions</h2>" not in (tmp_path / "one" / "report.html").read_text()
     with monkeypatch.context() as patch:
         patch.setattr(callbacks.Keeper, "on_train_start", lambda self, *_: setattr(self, "interrupted", True))
         assert train(tmp_path / "two", *options) == 130  # after the first step
+    steps = counted_steps(monkeypatch)
     assert train(tmp_path / "two", "--resume") == 0  # dropout goes on, too
+    assert steps == list(range(1, 22))
     assert_same(tmp_path / "one", tmp_path / "two")
 
 
@@ -463,6 +507,7 @@ def test_colour_images_and_stacked_capsules(colours, tmp_path):
     assert [(layer.out_capsules, layer.out_dim) for layer in network.hidden] == [(8, 4), (6, 4)]
     settings = json.loads((tmp_path / "run" / "config.json").read_text())["settings"]
     assert (settings["flip"], settings["shift"]) == (True, 1)
+    assert "0: blue, 1: red" in (tmp_path / "run" / "report.html").read_text()
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input
@@ -484,6 +529,9 @@ def test_colour_images_and_stacked_capsules(colours, tmp_path):
         (["--model", "cnn", "--loss", "margin"], "--model cnn is trained with --loss cross-entropy"),
         (["--model", "cnn", "--types", "4"], "--types is for --model capsnet"),
         (["--kernel-size", "9"], "too small"),
+        (["--backend", "triton"], "triton"),
+        (["--data", "multi-mnist", "--shift", "2"], "pairs are shifted already"),
+        (["--checkpoint-seconds", "-1"], "--checkpoint-seconds must not be negative"),
         (["--config", "nowhere.json"], "nowhere.json"),
     ],
 )
@@ -513,8 +561,11 @@ def test_a_folder_that_holds_a_run(whole, tmp_path, capsys):
     assert "--resume goes on, --overwrite begins anew" in capsys.readouterr().err
     assert train(tmp_path / "run", *SMALL, "--epochs", "1") == 0
     (tmp_path / "run" / "mine.txt").write_text("kept")
-    assert train(tmp_path / "run", *SMALL, "--epochs", "1", "--overwrite", "--batch-size", "9999") == 1
-    assert (tmp_path / "run" / "model.safetensors").exists()  # nothing is deleted before the new run is sure to begin
+    for wrong in (("--batch-size", "9999"), ("--kernel-size", "9")):
+        assert train(tmp_path / "run", *SMALL, "--epochs", "1", "--overwrite", *wrong) == 1
+        assert (tmp_path / "run" / "model.safetensors").exists()  # it is sure to begin before anything is deleted
+    with pytest.raises(SystemExit):
+        train(tmp_path / "run", "--overwrite", "--resume")
     assert train(tmp_path / "run", *SMALL, "--epochs", "1", "--overwrite") == 0
     assert (tmp_path / "run" / "mine.txt").read_text() == "kept"
     assert len(list((tmp_path / "run" / "log").iterdir())) == 1
@@ -561,21 +612,22 @@ def test_a_disk_that_cannot_be_written(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert train(tmp_path / "file" / "run", *SMALL) == 1
     assert "Not a directory" in capsys.readouterr().err
-    if os.geteuid():
-        (tmp_path / "closed").mkdir(mode=0o500)
-        assert train(tmp_path / "closed" / "run", *SMALL) == 1
-        assert "ermission denied" in capsys.readouterr().err
 
 
-def test_a_full_disk_leaves_the_old_run(tmp_path, monkeypatch, capsys):
-    def full(path, content):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_a_full_or_read_only_disk_leaves_the_old_run(tmp_path, monkeypatch, capsys, number):
+    def failing(self, *arguments, **named):
+        raise OSError(number, os.strerror(number), str(self))
 
     (tmp_path / "last.ckpt").write_bytes(b"old")
-    monkeypatch.setattr(training, "write_whole", full)
-    assert train(tmp_path, *SMALL, "--overwrite") == 1
-    assert "No space left on device" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", failing)
+        assert train(tmp_path, *SMALL, "--overwrite") == 1
+        patch.setattr(Path, "mkdir", failing)
+        assert train(tmp_path / "new", *SMALL) == 1
+    assert capsys.readouterr().err.count(os.strerror(number)) == 2
     assert (tmp_path / "last.ckpt").read_bytes() == b"old"
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.usefixtures("no_report")
@@ -616,6 +668,74 @@ def test_values_of_the_wrong_kind(given):
 def test_nodes_need_somebody_who_knows_them(tmp_path, capsys):
     assert train(tmp_path / "run", "--nodes", "2") == 1
     assert "needs torchrun or SLURM" in capsys.readouterr().err
+
+
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "2"}
+SLURM = {"SLURM_NTASKS": "2", "SLURM_NNODES": "2", "SLURM_JOB_NAME": "training"}
+
+
+def test_who_started_the_processes_knows_how_many_they_are(monkeypatch):
+    assert check_devices(Settings(accelerator="cpu")) == (1, 1)
+    for environment, found in ((SLURM, (1, 2)), (SLURM | TORCHRUN, (2, 3))):  # torchrun may run under SLURM
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(os, "cpu_count", lambda: 2)
+        assert check_devices(Settings(accelerator="cpu")) == found
+        assert check_devices(Settings(accelerator="cpu", devices=found[0], nodes=found[1])) == found
+        with pytest.raises(ValueError, match=r"--nodes 7: (SLURM|torchrun) has started"):
+            check_devices(Settings(accelerator="cpu", nodes=7))
+
+
+def test_all_processes_need_the_same_folder_and_settings(whole, tmp_path):
+    config = json.loads((whole / "config.json").read_text())
+    trainer = SimpleNamespace(strategy=SimpleNamespace(reduce_boolean_decision=lambda decision: decision))
+    callbacks.Keeper(whole, 60, config).setup(trainer, None, "fit")
+    for out, told in ((tmp_path, config), (whole, config | {"version": "another"})):
+        with pytest.raises(ValueError, match="the same for all processes"):
+            callbacks.Keeper(out, 60, told).setup(trainer, None, "fit")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), RuntimeError("can't allocate memory: you tried")],
+)
+def test_too_little_memory(tmp_path, monkeypatch, capsys, error):
+    def build(*arguments):
+        raise error
+
+    monkeypatch.setattr(training, "build_network", build)
+    assert train(tmp_path / "run") == 1
+    assert f"fastcaps train: {str(error).splitlines()[0]} (" in capsys.readouterr().err
+
+
+def test_ctrl_c_before_there_is_a_run(tmp_path, monkeypatch, capsys):
+    def interrupted(settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "load_data", interrupted)
+    assert train(tmp_path / "run") == 130
+    assert capsys.readouterr().err == "fastcaps train: stopped\n"
+
+
+def test_evaluation_on_fewer_classes_than_the_network_knows(whole, tmp_path, capsys):
+    from PIL import Image
+
+    for part in ("train", "test"):
+        for name in ("a", "b"):
+            (tmp_path / part / name).mkdir(parents=True)
+            Image.new("L", (8, 8)).save(tmp_path / part / name / "0.png")
+    command = ["evaluate", str(whole / "model.safetensors"), "--data", "image-folder", "--root", str(tmp_path)]
+    assert cli.main(command) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:]] == ["a", "b", *"23456789"]
+
+
+def test_a_report_without_a_log(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "log")
+    assert train(tmp_path / "run", "--resume") == 0
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "<h2>Summary</h2>" in page
+    assert "<h2>Curves</h2>" not in page
 
 
 def test_evaluation_by_a_named_backend(whole, capsys):
