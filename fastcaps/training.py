@@ -218,13 +218,19 @@ class Training(L.LightningModule):
 
 
 def launched() -> tuple[str, int, int] | None:
-    """Who has started this process beside others, how many on each machine, and on how many machines."""
+    """Who has started this process beside others, how many on each machine, and on how many machines.
+
+    Raises:
+        ValueError: SLURM does not say how many there are on each machine.
+    """
     if TorchElasticEnvironment.detect():  # first, as it may run under SLURM
         here = int(os.environ["LOCAL_WORLD_SIZE"])
         return "torchrun", here, int(os.environ["WORLD_SIZE"]) // here
     if SLURMEnvironment.detect():
-        nodes = int(os.environ.get("SLURM_NNODES", 1))
-        return "SLURM", int(os.environ["SLURM_NTASKS"]) // nodes, nodes
+        tasks, here = (int(os.environ.get(f"SLURM_{name}", 1)) for name in ("NTASKS", "NTASKS_PER_NODE"))
+        if tasks % here or (tasks > 1 and "SLURM_NTASKS_PER_NODE" not in os.environ):
+            raise ValueError(f"SLURM started {tasks} processes: it needs --nodes and --ntasks-per-node, not --ntasks")
+        return "SLURM", here, tasks // here
     return None
 
 

@@ -6,6 +6,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -283,6 +284,22 @@ def run(*command: str, status: int = 0) -> None:
     assert done.returncode == status, done.stderr
 
 
+def as_srun_would(command: list[str]) -> None:
+    """Two processes that SLURM's variables tell of each other."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    told = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    told |= {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "training", "SLURM_NODELIST": "localhost", "SLURM_NODEID": "0"}
+    told |= {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
+    processes = [
+        subprocess.Popen(command, env=told | {"SLURM_PROCID": n, "SLURM_LOCALID": n}, stderr=subprocess.PIPE, text=True)
+        for n in ("0", "1")
+    ]
+    errors = [process.communicate(timeout=200)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+
+
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one CPU core")
 @pytest.mark.usefixtures("no_report")
 def test_two_processes_are_one(tmp_path):
@@ -290,6 +307,8 @@ def test_two_processes_are_one(tmp_path):
     assert train(tmp_path / "one", *options) == 0
     run("fastcaps.cli", "train", *options, "--devices", "2", "--out", str(tmp_path / "two"))
     assert_same(tmp_path / "one", tmp_path / "two", 1e-9)
+    as_srun_would([sys.executable, "-m", "fastcaps.cli", "train", *options, "--out", str(tmp_path / "slurm")])
+    assert_same(tmp_path / "one", tmp_path / "slurm", 1e-9)
     torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
     half = tmp_path / "torchrun"
     stopped = (*torchrun[:-1], str(TESTS / "interrupted.py"), "SIGTERM@1", "15")  # a signal to the second alone
@@ -671,7 +690,7 @@ def test_nodes_need_somebody_who_knows_them(tmp_path, capsys):
 
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "2"}
-SLURM = {"SLURM_NTASKS": "2", "SLURM_NNODES": "2", "SLURM_JOB_NAME": "training"}
+SLURM = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1", "SLURM_JOB_NAME": "training"}
 
 
 def test_who_started_the_processes_knows_how_many_they_are(monkeypatch):
@@ -684,6 +703,10 @@ def test_who_started_the_processes_knows_how_many_they_are(monkeypatch):
         assert check_devices(Settings(accelerator="cpu", devices=found[0], nodes=found[1])) == found
         with pytest.raises(ValueError, match=r"--nodes 7: (SLURM|torchrun) has started"):
             check_devices(Settings(accelerator="cpu", nodes=7))
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    monkeypatch.delenv("SLURM_NTASKS_PER_NODE")
+    with pytest.raises(ValueError, match="it needs --nodes and --ntasks-per-node"):
+        check_devices(Settings(accelerator="cpu"))
 
 
 def test_all_processes_need_the_same_folder_and_settings(whole, tmp_path):
