@@ -131,8 +131,9 @@ def _routing(rows: list[dict[str, float]], T: int) -> Section | None:
         "Of the same test images throughout, per routing iteration. Entropy 1: the votes go to all classes alike; 0: "
         "each to one. Agreement: scalar product of vote and output capsule, weighted by the coupling. Change: the "
         "distance from the output of the iteration before; near 0 once routing has converged. Dead: no image makes it "
-        "longer than 0.1. A bug shows as entropy that stays 1 or capsules that stay dead from the start; an unstable "
-        "routing as lines that jump while the loss does."
+        "longer than 0.1. A bug shows as entropy of exactly 1 in every iteration or capsules that stay dead from the "
+        "start; an unstable routing as lines that jump while the loss does. Entropy near 1 is no bug: the votes are so "
+        "small beside their sum that the iterations after the first decide little."
     )
     return Section("Routing over training", note, [figures.curves(panels, "step")])
 
