@@ -242,11 +242,11 @@ def check_devices(settings: Settings) -> tuple[int, int]:
     """
     devices, nodes, there = settings.devices, settings.nodes, launched()
     if there is not None:
-        launcher, *started = there
-        if (devices or started[0], nodes or started[1]) != (*started,):
-            asked = f"--devices {devices or started[0]} --nodes {nodes or started[1]}"
-            raise ValueError(f"{asked}: {launcher} has started {started[0]} processes on each of {started[1]} machines")
-        devices, nodes = started
+        launcher, here, machines = there
+        devices, nodes = devices or here, nodes or machines
+        if (devices, nodes) != (here, machines):
+            asked = f"--devices {devices} --nodes {nodes}"
+            raise ValueError(f"{asked}: {launcher} has started {here} processes on each of {machines} machines")
     elif (nodes or 1) > 1 and "MASTER_ADDR" not in os.environ:
         raise ValueError(f"--nodes {nodes} needs torchrun or SLURM, which tell the machines of each other")
     devices, nodes = devices or 1, nodes or 1

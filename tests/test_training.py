@@ -633,6 +633,13 @@ def test_a_disk_that_cannot_be_written(tmp_path, capsys):
     assert "Not a directory" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_is_closed(tmp_path, capsys):
+    (tmp_path / "closed").mkdir(mode=0o500)
+    assert train(tmp_path / "closed" / "run", *SMALL) == 1
+    assert "ermission denied" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
 def test_a_full_or_read_only_disk_leaves_the_old_run(tmp_path, monkeypatch, capsys, number):
     def failing(self, *arguments, **named):
@@ -694,6 +701,8 @@ SLURM = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1", "SLURM_JOB_NAME": "t
 
 
 def test_who_started_the_processes_knows_how_many_they_are(monkeypatch):
+    for name in (*SLURM, *TORCHRUN):
+        monkeypatch.delenv(name, raising=False)
     assert check_devices(Settings(accelerator="cpu")) == (1, 1)
     for environment, found in ((SLURM, (1, 2)), (SLURM | TORCHRUN, (2, 3))):  # torchrun may run under SLURM
         for name, value in environment.items():
