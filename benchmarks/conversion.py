@@ -113,8 +113,12 @@ def main() -> None:
         for fix in (False, True) if wrong else (False,):
             rows.append(measure(name, given.rounds, given.device, fix))
             print(line(rows[-1]), flush=True)
-    machine = description() | ({"gpu": torch.cuda.get_device_name()} if given.device == "cuda" else {})
-    content = {"machine": machine, "commit": commit(), "sizes": [B, I, J, D_IN, D_OUT, T], "rows": rows}
+    content = {
+        "machine": description(given.device),
+        "commit": commit(),
+        "sizes": [B, I, J, D_IN, D_OUT, T],
+        "rows": rows,
+    }
     out = given.out or ROOT / "benchmarks" / "results" / f"conversion-{given.device}.json"
     out.write_text(json.dumps(content, indent=1) + "\n")
 

@@ -66,9 +66,9 @@ def processor() -> str:
     return f"{fields.get('model name', platform.machine())}, {family}"
 
 
-def description() -> dict[str, Any]:
+def description(device: str = "cpu") -> dict[str, Any]:
     """What a reader needs to judge the numbers, and nothing that names the machine."""
-    return {
+    return ({"gpu": torch.cuda.get_device_name()} if device == "cuda" else {}) | {
         "processor": processor(),
         "instruction_set": instruction_set(),
         "threads": torch.get_num_threads(),

@@ -157,13 +157,25 @@ def command(settings: dict[str, Any]) -> str:
 
 
 def runs(paths: list[Path]) -> str:
-    """The table of what training runs came to."""
-    lines = ["| command | test error after each epoch (%) | last | conditions |", "| --- | --- | --- | --- |"]
+    """The table of what training runs came to; those that differ in nothing but the seed are one row."""
+    groups: dict[str, list[tuple[Path, dict[str, Any]]]] = {}
     for path in paths:
         content = json.loads(path.read_text())
-        errors = [f"{row['test_error']:.2f}" for row in content["epochs"]]
-        link = f"[{conditions(content)}]({path.relative_to(ROOT)})"
-        lines.append(f"| `{command(content['settings'])}` | {', '.join(errors)} | **{errors[-1]} %** | {link} |")
+        key = command(content["settings"] | {"seed": 0}) + conditions(content)
+        groups.setdefault(key, []).append((path, content))
+    lines = ["| command | test error after some epochs (%) | last | conditions |", "| --- | --- | --- | --- |"]
+    for group in groups.values():
+        errors = [[row["test_error"] for row in content["epochs"]] for _, content in group]
+        means = [sum(column) / len(column) for column in zip(*errors, strict=True)]
+        course = ", ".join(f"{n}: {x:.2f}" for n, x in enumerate(means, 1) if n in (1, 2, 3, 5, 10, 20, len(means)))
+        last = f"**{means[-1]:.2f} %**"
+        if len(group) > 1:
+            course = f"mean {course}"
+            last = f"mean {last} of {', '.join(f'{own[-1]:.2f}' for own in errors)}"
+        seeds = ", ".join(str(content["settings"]["seed"]) for _, content in group)
+        shown = command(group[0][1]["settings"] | {"seed": 0}) + (f" --seed {seeds}" if seeds != "0" else "")
+        links = " ".join(f"[{path.stem}](benchmarks/results/{path.name})" for path, _ in group)
+        lines.append(f"| `{shown}` | {course} | {last} | {conditions(group[0][1])}: {links} |")
     return "\n".join(lines) + "\n"
 
 

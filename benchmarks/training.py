@@ -107,11 +107,12 @@ def share(rounds: int) -> None:
 def keep(out: Path) -> None:
     """Write down what a finished run was told and how it went, epoch by epoch; machine and commit are those of now."""
     run: dict[str, Any] = describe(out / "model.safetensors")["run"]
+    gpu = torch.cuda.is_available() and run["settings"]["accelerator"] != "cpu"
     rows = read_log(out)
     epochs = [row for row in rows if "epoch" in row]
     curve = [[row["step"], row["train_loss"]] for row in rows if "train_loss" in row and row["step"] % 50 == 0]
     content = {
-        "machine": description(),
+        "machine": description("cuda" if gpu else "cpu"),
         "commit": commit(),
         "settings": run["settings"] | {"root": "DIR"},
         "data": run["data"],

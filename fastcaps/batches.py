@@ -44,8 +44,12 @@ def _mixed(x: Tensor) -> Tensor:
     return x ^ (x >> 31 & (1 << 33) - 1)
 
 
-def _mixed_int(value: int) -> int:
-    return int(_mixed(torch.tensor(_signed(value))))
+def _mixed_int(x: int) -> int:
+    """The same of one number, without a tensor: this is done several times a step."""
+    x = (x + _GOLDEN) % 2**64
+    for shift, factor in ((30, _M1), (27, _M2)):
+        x = (x ^ x >> shift) * factor % 2**64
+    return x ^ x >> 31
 
 
 def augment(images: Tensor, index: Tensor, *, seed: int, epoch: int, shift: int = 2, flip: bool = False) -> Tensor:

@@ -435,6 +435,8 @@ class MultiMNIST(NamedTuple):
         second = random_integers(len(images), index, seed, epoch, 3)
         for attempt in range(64):  # one tenth has the same class at each attempt
             same = labels[second] == labels[first]
+            if not same.any():
+                break
             second = torch.where(same, random_integers(len(images), index, seed, epoch, 100 + attempt), second)
         moves = torch.tensor(_moves(), device=images.device)
         down, right, down_2, right_2 = moves[random_integers(len(moves), index, seed, epoch, 4)].unbind(1)

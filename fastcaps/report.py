@@ -255,7 +255,7 @@ def write_report(out: Path) -> None:
     sections.append(_mistakes(samples, found))
     if isinstance(network, CapsNet):
         dtype = next(network.parameters()).dtype
-        images, labels, _ = (x.cpu() for x in samples.test(torch.arange(min(12, len(found.labels)))))
-        sections += network_sections(network.cpu(), images.to(dtype), labels[:, 0] if labels.shape[1] == 1 else None)
+        images, labels, _ = samples.test(torch.arange(min(12, len(found.labels))))
+        sections += network_sections(network, images.to(dtype), labels[:, 0] if labels.shape[1] == 1 else None)
     sections.append(Section("Settings", "As in config.json.", [list(config["settings"].items())]))
     write_page(out / "report.html", f"{settings.model} on {settings.data}: {found.error:.2f} % test error", sections)

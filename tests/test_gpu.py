@@ -10,6 +10,8 @@ from numerics import EVERY_KERNEL, backend_op, make_inputs, run
 from torch import Tensor
 
 import fastcaps
+from fastcaps.batches import augment
+from fastcaps.data import Dataset, MultiMNIST
 from fastcaps.ready import error_budget, relative_error
 from fastcaps.routing import dynamic_routing, route_votes
 from fastcaps.routing.backend import why_unavailable
@@ -265,3 +267,33 @@ def test_training_overlays_the_reference(backend):
     ours, reference = losses[backend], losses["reference"]
     assert reference[-1] < 0.2 * reference[0]
     assert ((ours - reference).abs() <= 1e-3 * reference[0]).all()
+
+
+@pytest.mark.parametrize("options", [(), ("--precision", "bf16-mixed", "--compile")], ids=" ".join)
+def test_a_training_run(backend, options, tmp_path, monkeypatch):
+    """`fastcaps train`, made longer by --resume, with its report, and `fastcaps evaluate`."""
+    pytest.importorskip("lightning")
+    from fastcaps import cli
+    from fastcaps.report import read_log
+
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    torch.use_deterministic_algorithms(False)
+    small = ["--stem", "32", "--types", "4", "--backend", backend, *options]
+    for more in (["--epochs", "1"], ["--epochs", "6", "--resume"]):
+        assert cli.main(["train", "--out", str(tmp_path / "run"), *small, *more]) == 0
+    errors = [row["test_error"] for row in read_log(tmp_path / "run") if "test_error" in row]
+    assert len(errors) == 6
+    assert errors[-1] < 20
+    assert (tmp_path / "run" / "report.html").stat().st_size > 100_000
+    assert cli.main(["evaluate", str(tmp_path / "run" / "model.safetensors")]) == 0
+
+
+def test_samples_are_the_same_on_every_device():
+    images, labels, index = torch.rand(50, 1, 28, 28), torch.arange(50) % 10, torch.arange(50)
+    shifted = [augment(images.to(d), index.to(d), seed=1, epoch=2).cpu() for d in ("cpu", "cuda")]
+    assert torch.equal(*shifted)
+    pairs = []
+    for device in ("cpu", "cuda"):
+        digits = Dataset(*(x.to(device) for x in (images, labels, images, labels)), 10)
+        pairs.append(MultiMNIST(digits).batch(index.to(device), seed=1, epoch=2))
+    assert all(torch.equal(a, b.cpu()) for a, b in zip(*pairs, strict=True))
