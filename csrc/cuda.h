@@ -148,6 +148,25 @@ __device__ inline Real sum_over_warp(Real x) {
   return x;
 }
 
+// Copies eight bytes of global memory into shared memory, or zeros, while the thread goes on; copies_done waits for all
+// that this thread has begun.
+__device__ inline void begin_copy(void* to, const void* from, bool there) {
+#ifdef FASTCAPS_EMULATED
+  emulated::begin_copy(to, there ? from : nullptr);
+#else
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(uint32_t(__cvta_generic_to_shared(to))), "l"(from),
+               "r"(there ? 8 : 0)
+               : "memory");
+#endif
+}
+__device__ inline void copies_done() {
+#ifdef FASTCAPS_EMULATED
+  emulated::copies_done();
+#else
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
 // All blocks of a launch_together wait for each other; what they have written before is seen after.
 __device__ inline void grid_barrier() {
 #ifdef FASTCAPS_EMULATED

@@ -101,9 +101,9 @@ void last_sweep(const Call<Real>& call, const Gradients<Real>& out, const LastSw
         launch_tile_gradients<In, TF32>(call.kind, call.plain(), grid, call.stream, tile);
       });
       if (memory.parts) {
-        const int64_t threads = memory.items.groups * part_size(tile);
-        launch(add_split_gradients<Real>, {pieces(threads, kVectorThreads), kVectorThreads, 0}, call.stream,
-               SplitCall{tile, in.stored}, "add_split_gradients", z);
+        const int64_t blocks = memory.items.groups * split_blocks_of_group(tile);
+        launch(add_split_gradients<Real>, {blocks, kVectorThreads, 0}, call.stream, SplitCall{tile, in.stored},
+               "add_split_gradients", z);
       }
       return;
     }

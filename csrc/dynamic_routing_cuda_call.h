@@ -86,7 +86,7 @@ struct Call {
 
   // As many as wanted, if there are so many input capsules and their sums take at most 64 MB.
   int64_t most_slices(int64_t wanted) const {
-    const int64_t affordable = (64 << 20) / std::max<int64_t>(z.B * z.J * D_sum * int64_t(sizeof(Real)), 1);
+    const int64_t affordable = (64 << 20) / std::max<int64_t>(sums_of_part() * int64_t(sizeof(Real)), 1);
     return std::max<int64_t>(std::min({wanted, z.I, affordable}), 1);
   }
   bool padded() const { return vectors > N; }
@@ -112,7 +112,7 @@ struct Call {
     call.prior_stride_b = in.prior_stride_b;
     call.B = int(z.B), call.I = int(z.I), call.J = int(z.J), call.D_in = int(z.D_in), call.D_out = int(z.D_out);
     call.slices = int(slices), call.batch_tiles = int(batch_tiles), call.chunk = int(chunk()), call.leaky = in.leaky;
-    call.share = 1.f / float(z.J + in.leaky);
+    call.places = vectors, call.share = 1.f / float(z.J + in.leaky);
     call.vectors = aligned(in.stored == Stored::real ? 16 : 8);
     return call;
   }
@@ -145,9 +145,11 @@ struct Call {
   }
 
   int64_t stats_size() const { return 3 * z.I * z.B; }
-  int64_t partial_size() const { return slices * z.B * z.J * D_sum; }
+  // What a slice of the input capsules leaves to be summed: by tiles padded like V.
+  int64_t sums_of_part() const { return absorbed ? z.B * z.J * z.D_in : vectors; }
+  int64_t partial_size() const { return slices * sums_of_part(); }
 
-  // Partial sums [slices, B, J, D_sum] of c u or, with ds, of db u; statistics where asked for or needed.
+  // Partial sums [slices, sums_of_part()] of c u or, with ds, of db u; statistics where asked for or needed.
   void sweep(const Real* V, const Real* ds, Real* stats, Real* partial) const {
     const bool uniform = !V && !in.prior && !ds;
     if constexpr (std::is_same_v<Real, float>) {
@@ -201,7 +203,7 @@ struct Call {
     return call;
   }
   void per_block(void (*kernel)(VectorCall<Real>), const VectorCall<Real>& call, const char* name) const {
-    const int64_t bytes = vector_memory(z.D_out) * int64_t(sizeof(Real));
+    const int64_t bytes = vector_memory(kind, z.D_out) * int64_t(sizeof(Real));
     launch(kernel, {groups_of_rows(call), kVectorThreads, bytes}, stream, call, name, z);
   }
   void per_warp(void (*kernel)(VectorCall<Real>), int64_t warps, const VectorCall<Real>& call, const char* name) const {

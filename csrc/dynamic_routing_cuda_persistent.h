@@ -14,11 +14,11 @@ struct PersistentMemory {
   int64_t poses, sums, vectors, size;
 };
 template <class T>
-PersistentMemory persistent_memory(const TileCall& call) {
+PersistentMemory persistent_memory(const TileCall& call, TileKind kind) {
   const int64_t poses_of_tile = pieces(call.I, call.slices) * pieces(call.D_in, 8);
   const int64_t poses = poses_of_tile * T::M * 512, sums = poses + poses_of_tile * call.batch_tiles * 256;
   const int64_t vectors = sums + (call.batch_tiles < 4 ? kTileThreads / 32 * T::M * 512 : 0);
-  return {poses, sums, vectors, vectors + vector_memory(call.D_out) * 4};
+  return {poses, sums, vectors, vectors + vector_memory(kind, call.D_out) * 4};
 }
 
 // As for the launches of single passes, with the pointers of iteration 0.
@@ -51,11 +51,9 @@ struct Persistent {
     fill<F, T>(reinterpret_cast<float4*>(shared(0)), call.tile, begin, end, end - begin, 0);
     const int b = 8 * (group * call.tile.batch_tiles + batch_tile) + lane / 4;
     for (int n = turn; n < end - begin; n += turns)  // the same that this warp reads
-      for (int step = 0; step < steps; ++step) {
-        float x[2];
-        load_pose<F>(x, call.tile, b, begin + n, end, 8 * step + 2 * (lane % 4));
-        *pose(n, step) = {x[0], x[1]};
-      }
+      for (int step = 0; step < steps; ++step)
+        copy_pose<F>(pose(n, step), call.tile, b, begin + n, end, 8 * step + 2 * (lane % 4));
+    copies_done();
     __syncthreads();
   }
 

@@ -26,10 +26,11 @@ struct TileCall {
   const float* V;          // at Tile::place of an iteration, or null: 0
   const float* ds;         // at Tile::place, or null: the forward
   float* stats;            // [3, I, B]
-  float* partial;          // [slices, B, J, D_out]
+  float* partial;          // [slices, places], at Tile::place
   int B, I, J, D_in, D_out, slices;  // below 2^31 each; their products are not
   int batch_tiles;  // of a block's four warps, the others take every second or fourth input capsule: 4, 2 or 1
   int chunk;        // input capsules whose matrices are in shared memory at a time
+  int64_t places;       // Tile::places
   float share;          // the coupling where it is the same for all: 1 / (J + leaky)
   bool leaky, vectors;  // whether four entries of a pose's matrix row can be loaded at once
   // Of the last sweep only: V and ds are [T, Tile::places], stats [T, 3, I, B].
@@ -91,9 +92,13 @@ __device__ inline void load_four(float (&to)[4], const typename F::In* from, int
     for (int n = 0; n < 4; ++n) to[n] = rounded_to_tf32(to[n]);
 }
 
+// Whether shared memory can hold matrices and poses as they are stored: copies of them then need no registers.
+template <class F>
+constexpr bool kAsStored = sizeof(typename F::In) == 4 && !F::TF32;
+
 // The matrices of input capsules i .. end - 1, at most `count`, into shared memory: [count, D_in / 8, M, 32 lanes] of the
-// registers of an instruction's operand a, so that a lane has its four in one load. A warp takes one capsule at a time,
-// two instructions at a time.
+// registers 0, 2, 1, 3 of an instruction's operand a, so that a lane has its four in one load. A warp takes one capsule at
+// a time, two instructions at a time. There after copies_done and __syncthreads.
 template <class F, class T>
 __device__ void fill(float4* fragments, const TileCall& call, int i, int end, int count, int first_j) {
   static_assert(T::M % 2 == 0 && T::first_m(1) % 2 == 0);
@@ -107,14 +112,27 @@ __device__ void fill(float4* fragments, const TileCall& call, int i, int end, in
         const auto* from = static_cast<const typename F::In*>(call.weight) +
                            (matrix_of(call, i + c, j) * call.D_out + e) * call.D_in + d;
         float4* to = fragments + ((c * steps + step) * T::M + first_m + odd) * 32 + 4 * g + 2 * q;
+        if constexpr (kAsStored<F>)
+          if (F::PLAIN || call.vectors) {
+#pragma unroll
+            for (int m = 0; m < last_m - first_m; m += 2)
+#pragma unroll
+              for (int n = 0; n < 4; ++n) {  // entries d, d + 1 or d + 2, d + 3 of the first or the second row
+                const int row = n / 2, half = n % 2;
+                const bool there = F::PLAIN || (j < call.J && e + 2 * m + row < call.D_out && d < call.D_in);
+                const void* source = there ? from + (2 * m + row) * call.D_in + 2 * half : call.weight;
+                begin_copy(reinterpret_cast<float2*>(to + m * 32 + half) + row, source, there);
+              }
+            return;
+          }
 #pragma unroll 2  // so many loads are on their way at a time; more would need registers that V and the sums have
         for (int m = 0; m < last_m - first_m; m += 2) {
           float x[4], y[4];  // of rows g and g + 8 of an instruction, entries e + 2 m and the next
           const int rows = j < call.J || F::PLAIN ? call.D_out - (e + 2 * m) : 0;
           load_four<F>(x, from + 2 * m * call.D_in, rows > 0 || F::PLAIN ? call.D_in - d : 0, call.vectors);
           load_four<F>(y, from + (2 * m + 1) * call.D_in, rows > 1 || F::PLAIN ? call.D_in - d : 0, call.vectors);
-          to[m * 32] = {x[0], y[0], x[1], y[1]};
-          to[m * 32 + 1] = {x[2], y[2], x[3], y[3]};
+          to[m * 32] = {x[0], x[1], y[0], y[1]};
+          to[m * 32 + 1] = {x[2], x[3], y[2], y[3]};
         }
       });
 }
@@ -135,11 +153,16 @@ __device__ inline void exact_product(float* c, const float (&a)[4], const float 
   }
 }
 
+template <class F>
+__device__ inline bool pose_is_there(const TileCall& call, int b, int i, int end) {
+  return b < call.B && i < end && (F::PLAIN || !call.mask || call.mask[pose_of(call, b, i)]);
+}
+
 // Two neighbouring entries of the pose of sample b, which is operand b of an instruction.
 template <class F>
 __device__ inline void load_pose(float (&x)[2], const TileCall& call, int b, int i, int end, int d) {
   using In = typename F::In;
-  const bool there = b < call.B && i < end && (F::PLAIN || !call.mask || call.mask[pose_of(call, b, i)]);
+  const bool there = pose_is_there<F>(call, b, i, end);
   const In* from = static_cast<const In*>(call.poses) + pose_of(call, b, i) * call.D_in + d;
   x[0] = x[1] = 0;
   if (F::PLAIN || call.vectors) {
@@ -158,6 +181,19 @@ __device__ inline void load_pose(float (&x)[2], const TileCall& call, int b, int
   if constexpr (F::TF32) x[0] = rounded_to_tf32(x[0]), x[1] = rounded_to_tf32(x[1]);
 }
 
+// The same into shared memory, there after copies_done.
+template <class F>
+__device__ inline void copy_pose(float2* to, const TileCall& call, int b, int i, int end, int d) {
+  if (kAsStored<F> && (F::PLAIN || call.vectors)) {
+    const bool there = pose_is_there<F>(call, b, i, end) && d < call.D_in;
+    begin_copy(to, static_cast<const float*>(call.poses) + (there ? pose_of(call, b, i) * call.D_in + d : 0), there);
+  } else {
+    float x[2];
+    load_pose<F>(x, call, b, i, end, d);
+    *to = {x[0], x[1]};
+  }
+}
+
 // The votes of an input capsule for 8 samples; x are the first entries of the poses, further ones are had by
 // load(float (&)[2], first of eight entries).
 template <class F, class T, class Load>
@@ -166,7 +202,7 @@ __device__ inline void votes(float* u, const float4* fragments, const float (&x)
 #pragma unroll
   for (int m = 0; m < T::M; ++m) {
     const float4 w = fragments[m * 32 + lane];
-    const float a[4] = {w.x, w.y, w.z, w.w};
+    const float a[4] = {w.x, w.z, w.y, w.w};
     exact_product<F>(u + 4 * m, a, x);
   }
   for (int d = 8; !F::PLAIN && d < call.D_in; d += 8) {
@@ -176,7 +212,7 @@ __device__ inline void votes(float* u, const float4* fragments, const float (&x)
 #pragma unroll
     for (int m = 0; m < T::M; ++m) {
       const float4 w = fragments[m * 32 + lane];
-      const float a[4] = {w.x, w.y, w.z, w.w};
+      const float a[4] = {w.x, w.z, w.y, w.w};
       float more[4];
       exact_product<F>(more, a, next);
       for (int n = 0; n < 4; ++n) u[4 * m + n] += more[n];
@@ -238,10 +274,12 @@ struct Sums {
   // Of the statistics of input capsule i.
   __device__ float* stats(int i, int s) const { return call.stats + int64_t(i) * call.B + sample(s); }
 
+  __device__ int64_t place() const { return T::first_place(call.J, first_b / 8, first_j / T::JT) + 4 * lane; }
+
   // V and ds of the tile.
   __device__ void start(int batch_tile, int tile) {
     first_b = 8 * batch_tile, first_j = tile * T::JT;
-    const int64_t at = T::first_place(call.J, batch_tile, tile) + 4 * lane;
+    const int64_t at = place();
     const bool there = first_b < call.B;  // the last block may have fewer samples
 #pragma unroll
     for (int m = 0; m < T::M; ++m) {
@@ -375,19 +413,13 @@ struct Sums {
 #pragma unroll
         for (int n = 0; n < 4 * T::M; ++n) sums[n] += memory[(other * T::M * 4 + n) * 32 + lane];
     }
+    if (first_b >= call.B) return;
     const float scale = kind == Sweep::uniform ? call.share : 1.f;
-    each<T::blocks>([&]<int block>() {
-      const int j = first_j + T::capsule(block, g);
+    float* const to = call.partial + slice * call.places + place();
 #pragma unroll
-      for (int s = 0; s < 2; ++s) {
-        float* to = call.partial + ((int64_t(slice) * call.B + sample(s)) * call.J + j) * call.D_out;
-        if (j < call.J && sample(s) < call.B)
-#pragma unroll
-          for (int n = 0; n < T::entries(block); ++n)
-            if (T::first_entry(block, g) + n < call.D_out)
-              to[T::first_entry(block, g) + n] = scale * sums[T::reg(block, n, s)];
-      }
-    });
+    for (int m = 0; m < T::M; ++m)
+      *reinterpret_cast<float4*>(to + m * 128) = {scale * sums[4 * m], scale * sums[4 * m + 1], scale * sums[4 * m + 2],
+                                                  scale * sums[4 * m + 3]};
   }
 };
 
@@ -407,6 +439,7 @@ __global__ void __launch_bounds__(kTileThreads, BACKWARD ? 2 : 3) tile_sweep(Til
     const int d = 2 * (threadIdx.x % 4);
     float x[2], next[2];
     load_pose<F>(next, call, sums.first_b + sums.g, begin + turn, end, d);
+    copies_done();
     __syncthreads();
 #pragma unroll 1
     for (int i = begin, chunk = 0; i < end; i += call.chunk, ++chunk) {
@@ -420,6 +453,7 @@ __global__ void __launch_bounds__(kTileThreads, BACKWARD ? 2 : 3) tile_sweep(Til
         sums.add(now + n * step, x, i + n,
                  [&](float(&more)[2], int first_d) { load_pose<F>(more, call, sums.first_b + sums.g, i + n, end, first_d + d); });
       }
+      copies_done();
       __syncthreads();
     }
   };

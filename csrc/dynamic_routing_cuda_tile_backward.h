@@ -98,7 +98,7 @@ struct LastSweep {
 
   // du and sum_t db_t, of all iterations; `at` is the lane's place in V and ds of one.
   __device__ void add_iterations(float (&du)[4 * T::M], float (&db)[T::blocks][2], const float* u, int64_t at) {
-    const int64_t vectors = T::places(call.B, call.J), size = int64_t(call.I) * call.B;
+    const int64_t vectors = call.places, size = int64_t(call.I) * call.B;
     const float *ds = call.ds + call.first_t * vectors + at, *V = call.V + call.first_t * vectors + at;
     const float* stats = call.stats + 3 * call.first_t * size + int64_t(i) * call.B + first_b + 2 * t;
     int iteration = call.first_t;
@@ -249,12 +249,13 @@ struct GroupGradients {
   __device__ void load(int tile) const {
     __syncthreads();
     fill<F, T>(fragments, call, first_i, call.I, capsules, tile * T::JT);
+    copies_done();
     __syncthreads();
     for (int n = warp; n < capsules * T::M; n += warps) {
       const int capsule = n / T::M, m = n % T::M, block = T::block_of_m(m);
       const float4 w = fragments[((capsule * steps + d_chunk) * T::M + m) * 32 + lane];
       float* row = rows + capsule * Rows<T>::size + Rows<T>::place(block, g) + 16 * (m - T::first_m(block)) + 2 * (lane % 4);
-      row[0] = w.x, row[1] = w.z, row[8] = w.y, row[9] = w.w;
+      row[0] = w.x, row[1] = w.y, row[8] = w.z, row[9] = w.w;
     }
     __syncthreads();
   }
@@ -318,26 +319,33 @@ struct SplitCall {
   TileCall tile;
   Stored stored;  // of d_weight
 };
+constexpr int kSplitNumbers = 4;  // of a thread
+FASTCAPS_INDEX int64_t split_blocks_of_group(const TileCall& call) {
+  return pieces(part_size(call), kSplitNumbers * kVectorThreads);
+}
 template <class Real>
 __global__ void __launch_bounds__(kVectorThreads) add_split_gradients(SplitCall split) {
   const TileCall& call = split.tile;
-  const int64_t n = int64_t(blockIdx.x) * kVectorThreads + threadIdx.x, size = part_size(call);
-  const int64_t group = n / size, at = n % size;
-  if (group >= call.items.groups) return;
+  const int64_t group = blockIdx.x / split_blocks_of_group(call), size = part_size(call);
   const int64_t first = call.items.first_block(group), last = call.items.last_block(group);
   if (first == last) return;
-  const int64_t chunks = pieces(call.D_in, 8), first_i = group / chunks * call.chunk, weights = weight_part_size(call);
-  const bool of_weight = at < weights;
-  const int64_t row = of_weight ? at / 8 : at - weights, d = group % chunks * 8 + at % 8;
-  const int64_t i = first_i + row / (int64_t(call.J) * (of_weight ? call.D_out : 1));
-  if (i >= call.I) return;
-  if (of_weight ? !call.d_weight || d >= call.D_in : !call.d_prior || call.prior_stride_b || group % chunks) return;
-  Real sum = 0;
-  for (int64_t block = first; block <= last; ++block) sum += call.parts[call.items.part(block, block == first) * size + at];
-  if (of_weight)
-    write(sum, call.d_weight, split.stored, (first_i * call.J * call.D_out + row) * call.D_in + d);
-  else
-    call.d_prior[first_i * call.J + row] = sum;
+  const int chunks = int(pieces(call.D_in, 8)), first_i = int(group / chunks) * call.chunk, chunk = int(group % chunks);
+  const int weights = int(weight_part_size(call)), begin = int(blockIdx.x % split_blocks_of_group(call)) * kSplitNumbers;
+#pragma unroll
+  for (int n = 0; n < kSplitNumbers; ++n) {
+    const int at = (begin + n) * kVectorThreads + int(threadIdx.x), d = 8 * chunk + at % 8;
+    const bool of_weight = at < weights;
+    const int row = of_weight ? at / 8 : at - weights, matrix = of_weight ? row / call.D_out : row;
+    if (at >= size || first_i + matrix / call.J >= call.I) continue;
+    if (of_weight ? !call.d_weight || d >= call.D_in : !call.d_prior || call.prior_stride_b || chunk > 0) continue;
+    Real sum = 0;
+    for (int64_t block = first; block <= last; ++block)
+      sum += call.parts[call.items.part(block, block == first) * size + at];
+    if (of_weight)
+      write(sum, call.d_weight, split.stored, (int64_t(first_i) * call.J * call.D_out + row) * call.D_in + d);
+    else
+      call.d_prior[int64_t(first_i) * call.J + row] = sum;
+  }
 }
 
 }  // namespace fastcaps::cuda

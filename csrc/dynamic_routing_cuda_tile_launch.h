@@ -53,7 +53,7 @@ bool launch_tile_persistent(TileKind kind, bool backward, bool plain, int64_t bl
     using General = Form<In, TF32, false>;
     void (*kernel)(PersistentCall) = backward ? tile_persistent<General, T, true> : tile_persistent<General, T, false>;
     if (plain) kernel = backward ? tile_persistent<Plain, T, true> : tile_persistent<Plain, T, false>;
-    call.memory = persistent_memory<T>(call.tile);
+    call.memory = persistent_memory<T>(call.tile, kind);
     const Grid grid{blocks, kTileThreads, call.memory.size};
     return launch_together(kernel, grid, stream, call, "tile_persistent", call.tile);
   });

@@ -26,7 +26,7 @@ struct VectorCall {
   int64_t B, J, D_out;
   int T;                // iterations, where all are wanted
   int64_t parts;
-  const Real* partial;  // [parts, B, J, D_out]
+  const Real* partial;  // [parts, stride_t], at `place`
   const Real* bias;     // [J, D_out], or null
   const void* grad;     // [B, J, D_out], the incoming gradient, or null
   Stored stored;        // of grad and out
@@ -39,13 +39,23 @@ struct VectorCall {
   bool more;
   void* out;            // [B, J, D_out], or null
   Real* d_bias;
-  int64_t stride_t;     // of ds of one iteration
+  int64_t stride_t;     // of V, ds or `partial` of one iteration
 };
 
 template <class Real>
 __device__ inline int64_t place(const VectorCall<Real>& call, int64_t row, int64_t e) {
   if (call.kind == TileKind::none) return row * call.D_out + e;
   return with_tile(call.kind, [&]<class T>() { return T::place(call.J, row / call.J, row % call.J, e); });
+}
+
+// Of a group's n-th number, the vector and the entry.
+struct Number {
+  int64_t row, e;
+};
+template <class Real>
+FASTCAPS_INDEX Number number_of_group(const VectorCall<Real>& call, int64_t n) {
+  if (call.kind == TileKind::none) return {n / call.D_out, n % call.D_out};
+  return {n % 8 / 4 * 2 + n % 2, n / 8 * 2 + n % 4 / 2};
 }
 
 template <class Real>
@@ -70,38 +80,63 @@ __device__ inline Real squash_scale(Real q, Real eps) {
   return eps > 0 ? q / (1 + q) / sqrt(q + eps) : sqrt(q) / (1 + q);
 }
 
-// Vectors that a block takes at a time, some when they are short, how often there are so many, and the numbers in shared
-// memory that it needs for them.
-FASTCAPS_INDEX int64_t rows_of_block(int64_t D_out) { return D_out < 64 ? 64 / D_out : 1; }
+// A group of vectors is what a block takes at a time: some where they are short; by tiles, four samples of an output
+// capsule, whose sums lie in whole sectors of 32 bytes.
+FASTCAPS_INDEX int64_t rows_of_group(TileKind kind, int64_t D_out) {
+  return kind != TileKind::none ? 4 : D_out < 64 ? 64 / D_out : 1;
+}
 template <class Real>
 FASTCAPS_INDEX int64_t groups_of_rows(const VectorCall<Real>& call) {
-  return pieces(call.B * call.J, rows_of_block(call.D_out));
+  if (call.kind != TileKind::none) return pieces(call.B, 4) * call.J;
+  return pieces(call.B * call.J, rows_of_group(call.kind, call.D_out));
 }
+// The n-th vector of a group as a row of [B * J, D_out]; B * J or more: it is not there.
+template <class Real>
+FASTCAPS_INDEX int64_t row_of_group(const VectorCall<Real>& call, int64_t group, int64_t n) {
+  if (call.kind != TileKind::none) return (group / call.J * 4 + n) * call.J + group % call.J;
+  return group * rows_of_group(call.kind, call.D_out) + n;
+}
+// Numbers in shared memory that a block needs for a group.
 constexpr int kSums = 8;
-FASTCAPS_INDEX int64_t vector_memory(int64_t D_out) { return rows_of_block(D_out) * D_out + kSums * 64; }
+FASTCAPS_INDEX int64_t vector_memory(TileKind kind, int64_t D_out) {
+  return rows_of_group(kind, D_out) * D_out + kSums * 64;
+}
 
-// The sums over parts of `count` numbers from `first` on, always in the same order: eight sums of every eighth part first.
+// The sums over the parts of a group's numbers, always in the same order: eight sums of every eighth part first. Numbers
+// are counted as they lie in memory.
 template <int THREADS, class Real>
-__device__ inline void sum_parts(Real* total, Real* sums, const VectorCall<Real>& call, int64_t first, int64_t count) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t size = call.B * call.J * call.D_out;
-  for (int64_t begin = 0; begin < count; begin += 64) {
-    const int64_t left = count - begin;
-    const Real* from = call.partial + first + begin + lane;
-    for (int n = warp; n < kSums; n += THREADS / 32) {
-      Real low = 0, high = 0;
-#pragma unroll 8  // so many loads are on their way at a time
-      for (int64_t part = n; part < call.parts; part += kSums) {
-        if (lane < left) low += from[part * size];
-        if (lane + 32 < left) high += from[part * size + 32];
+__device__ inline void sum_parts(Real* total, Real* sums, const VectorCall<Real>& call, int64_t group) {
+  const int64_t rows = rows_of_group(call.kind, call.D_out);
+  const int64_t width = call.kind == TileKind::none ? call.D_out : with_tile(call.kind, [&]<class T>() { return T::D; });
+  for (int64_t begin = 0; begin < rows * width; begin += 64) {
+    int64_t at[2];  // of this lane's two numbers in a part, or -1
+    for (int half = 0; half < 2; ++half) {
+      const auto [row, e] = number_of_group(call, begin + 32 * half + threadIdx.x % 32);
+      const int64_t of_all = row < rows ? row_of_group(call, group, row) : call.B * call.J;
+      at[half] = of_all < call.B * call.J && e < call.D_out ? place(call, of_all, e) : -1;
+    }
+    for (int n = threadIdx.x / 32; n < kSums; n += THREADS / 32) {
+      Real sum[2] = {0, 0};
+      for (int64_t part = n; part < call.parts; part += 8 * kSums) {
+        Real x[8][2];  // so many loads are on their way at a time
+#pragma unroll
+        for (int k = 0; k < 8; ++k)
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const bool there = part + k * kSums < call.parts && at[half] >= 0;
+            x[k][half] = there ? call.partial[(part + k * kSums) * call.stride_t + at[half]] : 0;
+          }
+#pragma unroll
+        for (int k = 0; k < 8; ++k) sum[0] += x[k][0], sum[1] += x[k][1];
       }
-      sums[n * 64 + lane] = low, sums[n * 64 + lane + 32] = high;
+      for (int half = 0; half < 2; ++half) sums[n * 64 + threadIdx.x % 32 + 32 * half] = sum[half];
     }
     __syncthreads();
-    if (threadIdx.x < 64 && threadIdx.x < left) {
+    if (threadIdx.x < 64) {
+      const auto [row, e] = number_of_group(call, begin + threadIdx.x);
       Real sum = 0;
       for (int n = 0; n < kSums; ++n) sum += sums[n * 64 + threadIdx.x];
-      total[begin + threadIdx.x] = sum;
+      if (row < rows && e < call.D_out) total[row * call.D_out + e] = sum;
     }
     __syncthreads();
   }
@@ -131,15 +166,15 @@ FASTCAPS_INDEX VectorCall<Real> backward_iteration(VectorCall<Real> call, int64_
 template <int THREADS, class Real>
 __device__ inline void squash_rows(const VectorCall<Real>& call, int64_t group, Real* total) {
   const int lane = threadIdx.x % 32;
-  const int64_t rows = rows_of_block(call.D_out), first = group * rows, N = call.B * call.J;
-  const int64_t count = (first + rows < N ? rows : N - first) * call.D_out;
-  sum_parts<THREADS>(total, total + rows * call.D_out, call, first * call.D_out, count);
-  for (int64_t row = threadIdx.x / 32; row < count / call.D_out; row += THREADS / 32) {
-    const int64_t at = (first + row) * call.D_out;
-    Real* const s = total + row * call.D_out;
+  const int64_t rows = rows_of_group(call.kind, call.D_out);
+  sum_parts<THREADS>(total, total + rows * call.D_out, call, group);
+  for (int64_t n = threadIdx.x / 32; n < rows; n += THREADS / 32) {
+    const int64_t row = row_of_group(call, group, n), at = row * call.D_out;
+    if (row >= call.B * call.J) break;
+    Real* const s = total + n * call.D_out;
     Real q = 0;
     for (int64_t e = lane; e < call.D_out; e += 32) {
-      if (call.bias) s[e] += call.bias[(first + row) % call.J * call.D_out + e];
+      if (call.bias) s[e] += call.bias[row % call.J * call.D_out + e];
       call.new_sums[at + e] = s[e];
       q = fma(s[e], s[e], q);
     }
@@ -148,7 +183,7 @@ __device__ inline void squash_rows(const VectorCall<Real>& call, int64_t group, 
       const Real v = scale * s[e];
       if (call.out) write(v, call.out, call.stored, at + e);
       if (call.V_next) {
-        const int64_t to = place(call, first + row, e);
+        const int64_t to = place(call, row, e);
         call.V_next[to] = fma(Real(1.4426950408889634074L), v, call.V ? call.V[to] : 0);
       }
     }
@@ -164,12 +199,12 @@ __global__ void __launch_bounds__(kVectorThreads) squash_vectors(VectorCall<Real
 template <int THREADS, class Real>
 __device__ inline void squash_rows_backward(const VectorCall<Real>& call, int64_t group, Real* total) {
   const int lane = threadIdx.x % 32;
-  const int64_t rows = rows_of_block(call.D_out), first = group * rows, N = call.B * call.J;
-  const int64_t count = (first + rows < N ? rows : N - first) * call.D_out;
-  if (!call.grad) sum_parts<THREADS>(total, total + rows * call.D_out, call, first * call.D_out, count);
-  for (int64_t row = threadIdx.x / 32; row < count / call.D_out; row += THREADS / 32) {
-    const int64_t at = (first + row) * call.D_out;
-    Real* const d = total + row * call.D_out;
+  const int64_t rows = rows_of_group(call.kind, call.D_out);
+  if (!call.grad) sum_parts<THREADS>(total, total + rows * call.D_out, call, group);
+  for (int64_t n = threadIdx.x / 32; n < rows; n += THREADS / 32) {
+    const int64_t row = row_of_group(call, group, n), at = row * call.D_out;
+    if (row >= call.B * call.J) break;
+    Real* const d = total + n * call.D_out;
     Real q = 0, along = 0;
     for (int64_t e = lane; e < call.D_out; e += 32) {
       if (call.grad)
@@ -185,7 +220,7 @@ __device__ inline void squash_rows_backward(const VectorCall<Real>& call, int64_
     along = sum_over_warp(along) * (call.eps > 0 ? 2 / (1 + q) - q / (q + call.eps) : (1 - q) / (1 + q));
     const Real scale = squash_scale(q, call.eps);
     for (int64_t e = lane; e < call.D_out; e += 32)
-      call.ds[place(call, first + row, e)] = scale * fma(along, call.sums[at + e] * inverse, d[e]);
+      call.ds[place(call, row, e)] = scale * fma(along, call.sums[at + e] * inverse, d[e]);
   }
 }
 

@@ -57,7 +57,8 @@ def augment(images: Tensor, index: Tensor, *, seed: int, epoch: int, shift: int 
 
     Args:
         images: ``[B, C, H, W]``, on any device.
-        index: ``[B]`` int64, which images of the data set they are.
+        index: ``[B]`` int64, which images of the data set they are; best on the CPU, where its many small operations
+            cost less than as many launches.
         seed: of the run.
         epoch: which pass over the data it is.
         shift: in pixels, in each direction; what comes in is 0 (Sabour 2017, section 4: 2 pixels on MNIST).
@@ -78,13 +79,12 @@ def augment(images: Tensor, index: Tensor, *, seed: int, epoch: int, shift: int 
     if shift < 0:
         raise ValueError(f"shift must not be negative, got {shift}")
     H, W = images.shape[2:]
-    index = index.to(images.device)
-    down, right = (random_integers(2 * shift + 1, index, seed, epoch, n) for n in (0, 1))
+    down, right = (random_integers(2 * shift + 1, index, seed, epoch, n).to(images.device) for n in (0, 1))
     padded = F.pad(images, (shift, shift, shift, shift))
     rows = torch.arange(H, device=images.device) + down[:, None]  # [B, H]
     columns = torch.arange(W, device=images.device) + right[:, None]  # [B, W]
     if flip:
-        mirrored = random_integers(2, index, seed, epoch, 2).bool()
+        mirrored = random_integers(2, index, seed, epoch, 2).bool().to(images.device)
         columns = torch.where(mirrored[:, None], columns.flip(1), columns)
     batch = torch.arange(len(images), device=images.device)
     return padded.movedim(1, 3)[batch[:, None, None], rows[:, :, None], columns[:, None, :]].movedim(3, 1).contiguous()

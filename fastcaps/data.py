@@ -1,16 +1,8 @@
 """Datasets as tensors, one function each; files are checked, and fetched on demand."""
 
-import gzip
 import hashlib
-import io
 import os
-import shutil
-import struct
-import tarfile
-import urllib.error
-import urllib.request
-import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +11,19 @@ import torch
 from torch import Tensor
 
 from fastcaps.batches import random_integers
+from fastcaps.sources import (
+    CIFAR10,
+    CIFAR10_FILES,
+    FASHION_MNIST,
+    MNIST,
+    WHOSE_LABELS,
+    Source,
+    fetch,
+    find_file,
+    not_found,
+    read_idx,
+    read_members,
+)
 
 
 class Dataset(NamedTuple):
@@ -35,36 +40,6 @@ class Dataset(NamedTuple):
     class_names: tuple[str, ...] = ()
 
 
-class Source(NamedTuple):
-    """Where a data set is published: an address that ends in a slash, and the MD5 sum of each file."""
-
-    address: str
-    files: dict[str, str]
-
-
-# MNIST and Fashion-MNIST have files of the same names: the MD5 sum of the 60,000 training labels tells them apart.
-WHOSE_LABELS = {"e86ee40d66677c011a9abda399ec8c4d": "mnist", "3236f6424fc25388b2834cb19942cf7e": "fashion-mnist"}
-
-MNIST = Source(
-    "https://ossci-datasets.s3.amazonaws.com/mnist/",
-    {
-        "train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
-        "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
-        "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
-        "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c",
-    },
-)
-FASHION_MNIST = Source(
-    "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
-    {
-        "train-images-idx3-ubyte.gz": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
-        "train-labels-idx1-ubyte.gz": "25c81989df183df01b3e8a0aad5dffbe",
-        "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
-        "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
-    },
-)
-CIFAR10 = Source("https://www.cs.toronto.edu/~kriz/", {"cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530"})
-CIFAR10_FILES = [*(f"data_batch_{n}.bin" for n in range(1, 6)), "test_batch.bin"]
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 
@@ -151,16 +126,16 @@ def cifar10(root: str | os.PathLike[str], *, download: bool = False) -> Dataset:
     folders = [Path(root), Path(root) / "cifar-10-batches-bin"]
     (archive,) = CIFAR10.files
     contents: list[bytes] = []
-    there = [_find(name, folders) for name in CIFAR10_FILES]
+    there = [find_file(name, folders) for name in CIFAR10_FILES]
     if all(there):
         contents = [path.read_bytes() for path in there if path is not None]
     else:
         if download and not (Path(root) / archive).is_file():
-            _download(CIFAR10, archive, Path(root))
-        path = _find(archive, folders)
+            fetch(CIFAR10, archive, Path(root))
+        path = find_file(archive, folders)
         if path is None:
-            raise _missing([*CIFAR10_FILES, f"or {archive} with all of them"], folders)
-        contents = _members(path, CIFAR10_FILES)
+            raise not_found([*CIFAR10_FILES, f"or {archive} with all of them"], folders)
+        contents = read_members(path, CIFAR10_FILES)
     parts = []
     for name, content in zip(CIFAR10_FILES, contents, strict=True):
         if len(content) != 10_000 * 3073:
@@ -272,56 +247,17 @@ def _with_channels(image: Tensor, channels: int) -> Tensor:
     return image.expand(3, -1, -1) if channels == 3 else image.mean(0, keepdim=True)
 
 
-# ------------------------------------------------------------------------------------------------------ files, checked
-
-
-def read_idx(path: str | os.PathLike[str]) -> Tensor:
-    """The unsigned bytes of an idx file, gzipped or not (LeCun's format: a magic number, big-endian sizes, the data).
-
-    Args:
-        path: the file; ``.gz`` is unpacked.
-
-    Returns:
-        A uint8 tensor of the file's shape.
-
-    Raises:
-        ValueError: it is not an idx file of unsigned bytes, or it has the wrong size, or its compression is broken.
-    """
-    try:
-        content = Path(path).read_bytes()
-        if str(path).endswith(".gz"):
-            content = gzip.decompress(content)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} is broken: {error}") from error
-    if len(content) < 4 or content[:3] != b"\0\0\x08" or len(content) < 4 + 4 * content[3]:
-        raise ValueError(
-            f"{path} is not an idx file of unsigned bytes: it begins with {content[:4].hex() or 'nothing'}"
-        )
-    shape = struct.unpack(f">{content[3]}I", content[4 : 4 + 4 * content[3]])
-    data = content[4 + 4 * content[3] :]
-    wanted = 1
-    for size in shape:
-        wanted *= size
-    if len(data) != wanted:
-        raise ValueError(f"{path} says that it holds {' x '.join(map(str, shape))} bytes, but it holds {len(data)}")
-    return (
-        torch.frombuffer(bytearray(data), dtype=torch.uint8).view(shape)
-        if data
-        else torch.empty(shape, dtype=torch.uint8)
-    )
-
-
 def _idx_dataset(root: Path, places: Sequence[str], source: Source, num_classes: int, download: bool) -> Dataset:
     folders = [root / place for place in places]
     names = list(source.files)
     if download:
         for name in names:
-            if _find(name, folders) is None and _find(name.removesuffix(".gz"), folders) is None:
-                _download(source, name, folders[0])
-    paths = [_find(name.removesuffix(".gz"), folders) or _find(name, folders) for name in names]
+            if find_file(name, folders) is None and find_file(name.removesuffix(".gz"), folders) is None:
+                fetch(source, name, folders[0])
+    paths = [find_file(name.removesuffix(".gz"), folders) or find_file(name, folders) for name in names]
     if None in paths:
         missing = [name for name, path in zip(names, paths, strict=True) if path is None]
-        raise _missing([f"{name} (or without .gz)" for name in missing], folders)
+        raise not_found([f"{name} (or without .gz)" for name in missing], folders)
     tensors: list[Tensor] = []
     for images, labels in ((paths[0], paths[1]), (paths[2], paths[3])):
         assert images is not None
@@ -347,61 +283,6 @@ def _labels(labels: Tensor, num_classes: int, name: str) -> Tensor:
     if len(labels) and int(labels.max()) >= num_classes:
         raise ValueError(f"{name}: labels must be below {num_classes}, got {int(labels.max())}")
     return labels.long()
-
-
-def _find(name: str, folders: Iterable[Path]) -> Path | None:
-    return next((folder / name for folder in folders if (folder / name).is_file()), None)
-
-
-def _missing(names: Sequence[str], folders: Sequence[Path]) -> FileNotFoundError:
-    places = ", ".join(str(folder) for folder in folders)
-    return FileNotFoundError(f"missing: {', '.join(names)}; looked for in {places}; download=True (--download) fetches")
-
-
-def _members(archive: Path, names: Sequence[str]) -> list[bytes]:
-    """Files of a tar archive by their last name; nothing is unpacked to the disk."""
-    try:
-        with tarfile.open(archive) as tar:
-            files = {Path(member.name).name: member for member in tar.getmembers() if member.isfile()}
-            missing = [name for name in names if name not in files]
-            if missing:
-                raise ValueError(f"{archive} lacks {', '.join(missing)}")
-            contents = []
-            for name in names:
-                file = tar.extractfile(files[name])
-                assert file is not None
-                contents.append(file.read())
-            return contents
-    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{archive} is broken: {error}") from error
-
-
-def _download(source: Source, name: str, root: Path) -> None:
-    """Fetch one file; it appears under its name only when it is whole and has its checksum."""
-    root.mkdir(parents=True, exist_ok=True)
-    address, partial = source.address + name, root / f"{name}.{os.getpid()}.partial"
-    digest = hashlib.md5(usedforsecurity=False)  # against accidents: the publishers give no other
-    try:
-        with urllib.request.urlopen(address, timeout=60) as response, partial.open("wb") as file:
-            shutil.copyfileobj(response, _Digesting(file, digest))
-        if digest.hexdigest() != source.files[name]:
-            raise ValueError(f"{address} has the MD5 sum {digest.hexdigest()}, not {source.files[name]}: not kept")
-        os.replace(partial, root / name)
-    except (urllib.error.URLError, TimeoutError, ConnectionError, EOFError) as error:
-        raise OSError(f"{address} cannot be fetched: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-class _Digesting(io.RawIOBase):
-    """A file that is written to, and a digest that sees it all."""
-
-    def __init__(self, file: io.BufferedWriter, digest: "hashlib._Hash") -> None:
-        self.file, self.digest = file, digest
-
-    def write(self, data: bytes) -> int:  # type: ignore[override]
-        self.digest.update(data)
-        return self.file.write(data)
 
 
 class MultiMNIST(NamedTuple):

@@ -73,11 +73,11 @@ class Samples:
 
     def train(self, index: Tensor, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
         """Training samples, augmented as is right for this epoch; pairs are shifted already."""
-        index = index.to(self.device)
+        there = index.to(self.device)
         if self.pairs is not None:
-            images, alone, labels = self.pairs.batch(index, seed=self.seed, epoch=epoch)
+            images, alone, labels = self.pairs.batch(there, seed=self.seed, epoch=epoch)
             return images, labels, alone[:, :, None]
-        images, labels = self.single.train_images[index], self.single.train_labels[index]
+        images, labels = self.single.train_images[there], self.single.train_labels[there]
         if self.shift or self.flip:
             images = augment(images, index, seed=self.seed, epoch=epoch, shift=self.shift, flip=self.flip)
         return images, labels[:, None], images[:, None]

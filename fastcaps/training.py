@@ -154,9 +154,9 @@ class Training(L.LightningModule):
         if self.trainer.world_size == 1 and not torch.isfinite(loss):
             self.diverged(f"the loss is {loss.item()}", batch[0])
         self.seen += len(batch[0]) * self.trainer.world_size
-        speed = self.seen / (time.perf_counter() - self.epoch_start)
-        self.log_dict({"loss": loss.detach(), "images/s": torch.tensor(speed)}, prog_bar=True, logger=False)
         if step % LOG_STEPS == 0 and batch_idx % self.settings.accumulate == 0:
+            speed = self.seen / (time.perf_counter() - self.epoch_start)
+            self.log_dict({"loss": loss.detach(), "images/s": torch.tensor(speed)}, prog_bar=True, logger=False)
             error = 100 * wrong_of(scores.detach(), batch[1]).float().mean().item()
             lr = self.trainer.optimizers[0].param_groups[0]["lr"]
             self.write({"train_loss": loss.item(), "train_error": error, "lr": lr})

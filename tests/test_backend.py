@@ -46,7 +46,7 @@ def test_default_is_the_fastest_that_can_run(monkeypatch):
 
 
 def test_unknown_and_unavailable_backends_raise_and_never_fall_back(monkeypatch):
-    with pytest.raises(ValueError, match=r"backend must be one of 'triton', 'native', 'reference', got 'cuda'"):
+    with pytest.raises(ValueError, match=r"backend must be one of 'native', 'triton', 'reference', got 'cuda'"):
         choose_backend("cuda", CPU)
     if not backends.INTERPRET:
         with pytest.raises(ValueError, match="'triton' cannot run on 'cpu': the Triton kernels are for CUDA tensors"):

@@ -7,6 +7,7 @@ import torch
 from numerics import Case, backend_op, make_inputs, run, small_inputs
 from torch import Tensor
 
+from fastcaps.ready import relative_error
 from fastcaps.routing import dynamic_routing, route_votes
 from fastcaps.routing.dynamic_ops import op as compiled_op
 from fastcaps.timing import saved_bytes
@@ -274,7 +275,8 @@ def test_second_derivatives_are_not_lost_in_compilation(implementation, wide):
     gradient = torch.func.grad(penalty, argnums=(0, 1))
     compiled = torch.compile(gradient, fullgraph=True, backend="aot_eager")
     for ours, expected in zip(compiled(poses.detach(), weight.detach()), gradient(poses, weight), strict=True):
-        torch.testing.assert_close(ours, expected)
+        # In norm, as an entry may be small because its terms cancel; float32's rounding passes through two derivatives.
+        assert relative_error(ours, expected) <= 100 * torch.finfo(wide).eps
         assert expected.abs().max() > 0
 
     if not hasattr(torch._dynamo.config, "trace_autograd_ops"):

@@ -17,7 +17,8 @@ import torch
 
 from fastcaps import data
 from fastcaps.batches import Batches, augment, random_integers
-from fastcaps.data import Dataset, MultiMNIST, Source, cifar10, fashion_mnist, image_folder, mnist, read_idx
+from fastcaps.data import Dataset, MultiMNIST, cifar10, fashion_mnist, image_folder, mnist
+from fastcaps.sources import Source, read_idx
 
 REAL = Path(__file__).parent.parent.parent / "shared" / "data" / "mnist"
 NAMES = list(data.MNIST.files)

@@ -290,7 +290,7 @@ def a_gpu(monkeypatch):
     backends._look_for_triton.cache_clear()
 
 
-def test_cuda_tensors_go_to_triton(a_gpu):
+def test_cuda_tensors_go_to_triton_where_there_are_no_native_kernels(a_gpu):
     assert choose_backend(None, a_gpu) == "triton"
     assert choose_backend("triton", a_gpu, torch.bfloat16, 512) == "triton"
 
