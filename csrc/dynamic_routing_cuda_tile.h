@@ -37,6 +37,7 @@ struct TileCall {
   int T, first_t;
   bool detach;
   Items items;          // a group: `chunk` input capsules and eight entries of D_in
+  bool staged;          // what is needed of a batch tile is copied into shared memory one tile ahead
   float* parts;         // [2 blocks, part_size], of groups that several blocks have
   float *d_prior, *d_poses_sum;  // float32: [I, J] or [B, I, J]; [B, I, D_in]
   void *d_poses, *d_weight;
@@ -112,27 +113,26 @@ __device__ void fill(float4* fragments, const TileCall& call, int i, int end, in
         const auto* from = static_cast<const typename F::In*>(call.weight) +
                            (matrix_of(call, i + c, j) * call.D_out + e) * call.D_in + d;
         float4* to = fragments + ((c * steps + step) * T::M + first_m + odd) * 32 + 4 * g + 2 * q;
-        if constexpr (kAsStored<F>)
-          if (F::PLAIN || call.vectors) {
+        if (kAsStored<F> && (F::PLAIN || call.vectors)) {
 #pragma unroll
-            for (int m = 0; m < last_m - first_m; m += 2)
+          for (int m = 0; m < last_m - first_m; m += 2)
 #pragma unroll
-              for (int n = 0; n < 4; ++n) {  // entries d, d + 1 or d + 2, d + 3 of the first or the second row
-                const int row = n / 2, half = n % 2;
-                const bool there = F::PLAIN || (j < call.J && e + 2 * m + row < call.D_out && d < call.D_in);
-                const void* source = there ? from + (2 * m + row) * call.D_in + 2 * half : call.weight;
-                begin_copy(reinterpret_cast<float2*>(to + m * 32 + half) + row, source, there);
-              }
-            return;
-          }
+            for (int n = 0; n < 4; ++n) {  // entries d, d + 1 or d + 2, d + 3 of the first or the second row
+              const int row = n / 2, half = n % 2;
+              const bool there = F::PLAIN || (j < call.J && e + 2 * m + row < call.D_out && d < call.D_in);
+              const void* source = there ? from + (2 * m + row) * call.D_in + 2 * half : call.weight;
+              begin_copy<8>(reinterpret_cast<float2*>(to + m * 32 + half) + row, source, there);
+            }
+        } else {
 #pragma unroll 2  // so many loads are on their way at a time; more would need registers that V and the sums have
-        for (int m = 0; m < last_m - first_m; m += 2) {
-          float x[4], y[4];  // of rows g and g + 8 of an instruction, entries e + 2 m and the next
-          const int rows = j < call.J || F::PLAIN ? call.D_out - (e + 2 * m) : 0;
-          load_four<F>(x, from + 2 * m * call.D_in, rows > 0 || F::PLAIN ? call.D_in - d : 0, call.vectors);
-          load_four<F>(y, from + (2 * m + 1) * call.D_in, rows > 1 || F::PLAIN ? call.D_in - d : 0, call.vectors);
-          to[m * 32] = {x[0], x[1], y[0], y[1]};
-          to[m * 32 + 1] = {x[2], x[3], y[2], y[3]};
+          for (int m = 0; m < last_m - first_m; m += 2) {
+            float x[4], y[4];  // of rows g and g + 8 of an instruction, entries e + 2 m and the next
+            const int rows = j < call.J || F::PLAIN ? call.D_out - (e + 2 * m) : 0;
+            load_four<F>(x, from + 2 * m * call.D_in, rows > 0 || F::PLAIN ? call.D_in - d : 0, call.vectors);
+            load_four<F>(y, from + (2 * m + 1) * call.D_in, rows > 1 || F::PLAIN ? call.D_in - d : 0, call.vectors);
+            to[m * 32] = {x[0], x[1], y[0], y[1]};
+            to[m * 32 + 1] = {x[2], x[3], y[2], y[3]};
+          }
         }
       });
 }
@@ -186,7 +186,7 @@ template <class F>
 __device__ inline void copy_pose(float2* to, const TileCall& call, int b, int i, int end, int d) {
   if (kAsStored<F> && (F::PLAIN || call.vectors)) {
     const bool there = pose_is_there<F>(call, b, i, end) && d < call.D_in;
-    begin_copy(to, static_cast<const float*>(call.poses) + (there ? pose_of(call, b, i) * call.D_in + d : 0), there);
+    begin_copy<8>(to, static_cast<const float*>(call.poses) + (there ? pose_of(call, b, i) * call.D_in + d : 0), there);
   } else {
     float x[2];
     load_pose<F>(x, call, b, i, end, d);

@@ -20,7 +20,6 @@
 #include <cstring>
 #include <functional>
 #include <memory>
-#include <utility>
 #include <vector>
 
 #define __global__
@@ -100,6 +99,11 @@ struct Block {
   std::vector<uint32_t> memory;
   char* shared_memory;
 };
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes;
+};
 struct Fiber {
   ucontext_t first;
   jmp_buf here;
@@ -107,7 +111,7 @@ struct Fiber {
   unsigned thread;
   bool started, done;
   int meetings[3];  // that it has been at, of each scope
-  std::vector<std::pair<void*, const void*>> copies;
+  std::vector<Copy> copies;
   std::unique_ptr<char[]> stack{new char[kStack]};
 };
 
@@ -138,13 +142,16 @@ inline void wait() {
 }
 
 // Nothing arrives before copies_done is called: who forgets it finds NaN, or what was there before.
-inline void begin_copy(void* to, const void* from) { current->copies.push_back({to, from}); }
+inline void begin_copy(void* to, const void* from, int bytes) {
+  require(reinterpret_cast<uintptr_t>(to) % bytes == 0 && reinterpret_cast<uintptr_t>(from) % bytes == 0, "alignment");
+  current->copies.push_back({to, from, bytes});
+}
 inline void copies_done() {
-  for (const auto& [to, from] : current->copies) {
+  for (const auto& [to, from, bytes] : current->copies) {
     if (from)
-      std::memcpy(to, from, 8);
+      std::memcpy(to, from, bytes);
     else
-      std::memset(to, 0, 8);
+      std::memset(to, 0, bytes);
   }
   current->copies.clear();
 }
