@@ -23,7 +23,8 @@ README = ROOT / "README.md"
 BEGIN, END = "<!-- written by benchmarks/report.py: begin -->\n", "<!-- end -->\n"
 BEGIN_CONVERSION = BEGIN.replace("begin", "conversion")
 CONVERSION = sorted(RESULTS.glob("conversion-*.json"))
-BEGIN_TRAINING = BEGIN.replace("begin", "training")
+BEGIN_TRAINING, BEGIN_GPU = BEGIN.replace("begin", "training"), BEGIN.replace("begin", "gpu")
+GPUS = sorted(RESULTS.glob("gpu-nvidia-*.json"), reverse=True)  # the last run first
 SHARES, RUNS = sorted(RESULTS.glob("share-*.json")), sorted(RESULTS.glob("run-*.json"))
 
 TITLES = {
@@ -127,6 +128,36 @@ def conversion(path: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def gpu(path: Path) -> str:
+    """The table of the op on a GPU: medians in a graph, beside the fastest form in plain PyTorch of the same run."""
+    content = json.loads(path.read_text())
+    machine, times = content["machine"], {}
+    for name, case in content["cases"].items():
+        shape, precision, contestant = name.split(" | ")
+        for mode in ("forward", "training"):
+            if "graph_us" in case.get(mode, {}):
+                times.setdefault((shape, precision, mode), {})[contestant] = case[mode]
+    versions = f"torch {machine['torch']}, Triton {machine['triton']}, CUDA {machine['cuda']}"
+    lines = [
+        f"{machine['gpu']}, {versions}, commit {content['commit'].split('-')[0][:7]}; us in a CUDA graph; "
+        f"[all numbers]({path.relative_to(ROOT)}):",
+        "",
+        "| layer | precision | | best plain PyTorch | native | ratio | of the bound | Triton | ratio |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for (shape, precision, mode), found in times.items():
+        us = {name: result["graph_us"]["median"] for name, result in found.items()}
+        plain = min((name for name in us if not name.startswith("fastcaps")), key=lambda name: us[name])
+        cells = [shape, precision, mode, f"{us[plain]:.0f} {plain}"]
+        for ours in ("fastcaps native", "fastcaps triton"):
+            there = ours in us
+            cells += [f"{us[ours]:.0f}", f"**{us[plain] / us[ours]:.1f}**"] if there else ["", ""]
+            if ours == "fastcaps native":
+                cells.append(f"{100 * found[ours]['share_of_bound']:.0f} %" if there else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def share(path: Path) -> str:
     """The table of what routing costs in a training step."""
     content = json.loads(path.read_text())
@@ -219,6 +250,7 @@ def main() -> int:
     wanted = {path.with_suffix(".svg"): picture(path) for path in FILES if len(rows_of(load(path)[1])) > 1}
     readme = between(README.read_text(), BEGIN, "\n".join(text(path) for path in FILES))
     readme = between(readme, BEGIN_CONVERSION, "\n".join(conversion(path) for path in CONVERSION))
+    readme = between(readme, BEGIN_GPU, "\n".join(map(gpu, GPUS)))
     wanted[README] = between(readme, BEGIN_TRAINING, "\n".join([*map(share, SHARES), runs(RUNS)]))
     if "--check" not in sys.argv:
         for path, content in wanted.items():

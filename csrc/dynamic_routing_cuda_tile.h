@@ -119,7 +119,7 @@ __device__ void fill(float4* fragments, const TileCall& call, int i, int end, in
 #pragma unroll
             for (int n = 0; n < 4; ++n) {  // entries d, d + 1 or d + 2, d + 3 of the first or the second row
               const int row = n / 2, half = n % 2;
-              const bool there = F::PLAIN || (j < call.J && e + 2 * m + row < call.D_out && d < call.D_in);
+              const bool there = d < call.D_in && (F::PLAIN || (j < call.J && e + 2 * m + row < call.D_out));
               const void* source = there ? from + (2 * m + row) * call.D_in + 2 * half : call.weight;
               begin_copy<8>(reinterpret_cast<float2*>(to + m * 32 + half) + row, source, there);
             }

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import emulated_cuda
 import pytest
 import torch
@@ -45,3 +47,33 @@ def reproducible():
     torch._dynamo.reset()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A run that nothing interrupts."""
+    from training_runs import SMALL, train
+
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    assert train(out, *SMALL) == 0
+    return out
+
+
+@pytest.fixture
+def no_report(monkeypatch) -> None:
+    """A run without its slowest part."""
+    from fastcaps import training
+
+    monkeypatch.setattr(training, "write_report", lambda out: None)
+
+
+@pytest.fixture
+def colours(tmp_path) -> Path:
+    from PIL import Image
+
+    for part, count in (("train", 12), ("test", 4)):
+        for name, colour in (("red", (200, 30, 30)), ("blue", (30, 30, 200))):
+            (tmp_path / "images" / part / name).mkdir(parents=True)
+            for n in range(count):
+                Image.new("RGB", (20, 18), colour).save(tmp_path / "images" / part / name / f"{n}.png")
+    return tmp_path / "images"
