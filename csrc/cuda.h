@@ -148,26 +148,6 @@ __device__ inline Real sum_over_warp(Real x) {
   return x;
 }
 
-// Copies 4, 8 or 16 bytes of global memory into shared memory, or zeros, while the thread goes on; copies_done waits for
-// all that this thread has begun.
-template <int BYTES>
-__device__ inline void begin_copy(void* to, const void* from, bool there) {
-#ifdef FASTCAPS_EMULATED
-  emulated::begin_copy(to, there ? from : nullptr, BYTES);
-#else
-  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(uint32_t(__cvta_generic_to_shared(to))), "l"(from),
-               "n"(BYTES), "r"(there ? BYTES : 0)
-               : "memory");
-#endif
-}
-__device__ inline void copies_done() {
-#ifdef FASTCAPS_EMULATED
-  emulated::copies_done();
-#else
-  asm volatile("cp.async.wait_all;" ::: "memory");
-#endif
-}
-
 // All blocks of a launch_together wait for each other; what they have written before is seen after.
 __device__ inline void grid_barrier() {
 #ifdef FASTCAPS_EMULATED
@@ -229,17 +209,6 @@ inline int64_t multiprocessors() {
   return 2;
 #else
   return device_attribute(cudaDevAttrMultiProcessorCount);
-#endif
-}
-
-// Whether a multiprocessor has the shared memory of two such blocks.
-inline bool two_blocks_fit(int64_t shared_bytes) {
-#ifdef FASTCAPS_EMULATED
-  return shared_bytes <= 99 * 1024;
-#else
-  const int64_t reserved = device_attribute(cudaDevAttrReservedSharedMemoryPerBlock);
-  return shared_bytes <= device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) &&
-         2 * (shared_bytes + reserved) <= device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
 #endif
 }
 

@@ -95,12 +95,7 @@ void last_sweep(const Call<Real>& call, const Gradients<Real>& out, const LastSw
       tile.d_poses = out.d_poses, tile.d_weight = out.d_weight, tile.d_poses_sum = memory.poses_sum, tile.d_prior = d_prior;
       const int64_t matrix = 4 * call.capsules * call.rows;  // bytes of one entry of its rows
       const int64_t rows = with_tile(call.kind, [&]<class T>() { return int64_t(Rows<T>::size) * 4; });
-      int64_t shared = std::max(call.chunk() * (call.matrix_bytes() + rows), 32 * matrix);
-      const int64_t stages = with_tile(call.kind, [&]<class T>() {
-        return 2 * 4 * int64_t(Stage<T>(tile, tile.first_t == 0 && !tile.prior).size());
-      });
-      tile.staged = call.chunk() == kTileThreads / 32 && two_blocks_fit(shared + stages);
-      if (tile.staged) shared += stages;
+      const int64_t shared = std::max(call.chunk() * (call.matrix_bytes() + rows), 32 * matrix);
       const Grid grid{memory.items.blocks, kTileThreads, shared};
       call.with_form([&]<class In, bool TF32>() {
         launch_tile_gradients<In, TF32>(call.kind, call.plain(), grid, call.stream, tile);

@@ -79,11 +79,10 @@ struct Tile {
   static FASTCAPS_INDEX int64_t first_place(int64_t J, int64_t batch_tile, int64_t tile) {
     return (batch_tile * pieces(J, JT) + tile) * M * 128;
   }
-  static FASTCAPS_INDEX int64_t place(int64_t J, int64_t b, int64_t j, int64_t e) {
-    const int jt = int(j % JT), block = jt >= first_block ? 1 : 0;
-    const int n = int(e) % entries(block);
-    const int g = (jt - first_capsule(block)) * sharing(block) + int(e) / entries(block);
-    const int lane = 4 * g + int(b % 8) / 2;
+  static FASTCAPS_INDEX int64_t place(int J, int b, int j, int e) {
+    const int jt = j % JT, block = jt >= first_block ? 1 : 0;
+    const int n = e % entries(block), g = (jt - first_capsule(block)) * sharing(block) + e / entries(block);
+    const int lane = 4 * g + b % 8 / 2;
     return first_place(J, b / 8, j / JT) + (first_m(block) + n / 2) * 128 + 4 * lane + 2 * (n % 2) + b % 2;
   }
   static FASTCAPS_INDEX int64_t places(int64_t B, int64_t J) { return pieces(B, 8) * pieces(J, JT) * M * 128; }

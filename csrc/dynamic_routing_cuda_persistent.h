@@ -50,10 +50,16 @@ struct Persistent {
   __device__ void load() const {
     fill<F, T>(reinterpret_cast<float4*>(shared(0)), call.tile, begin, end, end - begin, 0);
     const int b = 8 * (group * call.tile.batch_tiles + batch_tile) + lane / 4;
-    for (int n = turn; n < end - begin; n += turns)  // the same that this warp reads
-      for (int step = 0; step < steps; ++step)
-        copy_pose<F>(pose(n, step), call.tile, b, begin + n, end, 8 * step + 2 * (lane % 4));
-    copies_done();
+    for (int step = 0; step < steps; ++step)
+      for (int n = turn; n < end - begin; n += 4 * turns) {  // the same that this warp reads, four on their way at a time
+        float x[4][2];
+#pragma unroll
+        for (int k = 0; k < 4; ++k)
+          load_pose<F>(x[k], call.tile, b, begin + n + k * turns, end, 8 * step + 2 * (lane % 4));
+#pragma unroll
+        for (int k = 0; k < 4; ++k)
+          if (n + k * turns < end - begin) *pose(n + k * turns, step) = {x[k][0], x[k][1]};
+      }
     __syncthreads();
   }
 

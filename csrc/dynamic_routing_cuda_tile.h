@@ -37,7 +37,6 @@ struct TileCall {
   int T, first_t;
   bool detach;
   Items items;          // a group: `chunk` input capsules and eight entries of D_in
-  bool staged;          // what is needed of a batch tile is copied into shared memory one tile ahead
   float* parts;         // [2 blocks, part_size], of groups that several blocks have
   float *d_prior, *d_poses_sum;  // float32: [I, J] or [B, I, J]; [B, I, D_in]
   void *d_poses, *d_weight;
@@ -93,13 +92,9 @@ __device__ inline void load_four(float (&to)[4], const typename F::In* from, int
     for (int n = 0; n < 4; ++n) to[n] = rounded_to_tf32(to[n]);
 }
 
-// Whether shared memory can hold matrices and poses as they are stored: copies of them then need no registers.
-template <class F>
-constexpr bool kAsStored = sizeof(typename F::In) == 4 && !F::TF32;
-
 // The matrices of input capsules i .. end - 1, at most `count`, into shared memory: [count, D_in / 8, M, 32 lanes] of the
-// registers 0, 2, 1, 3 of an instruction's operand a, so that a lane has its four in one load. A warp takes one capsule at
-// a time, two instructions at a time. There after copies_done and __syncthreads.
+// registers of an instruction's operand a, so that a lane has its four in one load. A warp takes one capsule at a time,
+// two instructions at a time.
 template <class F, class T>
 __device__ void fill(float4* fragments, const TileCall& call, int i, int end, int count, int first_j) {
   static_assert(T::M % 2 == 0 && T::first_m(1) % 2 == 0);
@@ -113,26 +108,14 @@ __device__ void fill(float4* fragments, const TileCall& call, int i, int end, in
         const auto* from = static_cast<const typename F::In*>(call.weight) +
                            (matrix_of(call, i + c, j) * call.D_out + e) * call.D_in + d;
         float4* to = fragments + ((c * steps + step) * T::M + first_m + odd) * 32 + 4 * g + 2 * q;
-        if (kAsStored<F> && (F::PLAIN || call.vectors)) {
-#pragma unroll
-          for (int m = 0; m < last_m - first_m; m += 2)
-#pragma unroll
-            for (int n = 0; n < 4; ++n) {  // entries d, d + 1 or d + 2, d + 3 of the first or the second row
-              const int row = n / 2, half = n % 2;
-              const bool there = d < call.D_in && (F::PLAIN || (j < call.J && e + 2 * m + row < call.D_out));
-              const void* source = there ? from + (2 * m + row) * call.D_in + 2 * half : call.weight;
-              begin_copy<8>(reinterpret_cast<float2*>(to + m * 32 + half) + row, source, there);
-            }
-        } else {
 #pragma unroll 2  // so many loads are on their way at a time; more would need registers that V and the sums have
-          for (int m = 0; m < last_m - first_m; m += 2) {
-            float x[4], y[4];  // of rows g and g + 8 of an instruction, entries e + 2 m and the next
-            const int rows = j < call.J || F::PLAIN ? call.D_out - (e + 2 * m) : 0;
-            load_four<F>(x, from + 2 * m * call.D_in, rows > 0 || F::PLAIN ? call.D_in - d : 0, call.vectors);
-            load_four<F>(y, from + (2 * m + 1) * call.D_in, rows > 1 || F::PLAIN ? call.D_in - d : 0, call.vectors);
-            to[m * 32] = {x[0], x[1], y[0], y[1]};
-            to[m * 32 + 1] = {x[2], x[3], y[2], y[3]};
-          }
+        for (int m = 0; m < last_m - first_m; m += 2) {
+          float x[4], y[4];  // of rows g and g + 8 of an instruction, entries e + 2 m and the next
+          const int rows = j < call.J || F::PLAIN ? call.D_out - (e + 2 * m) : 0;
+          load_four<F>(x, from + 2 * m * call.D_in, rows > 0 || F::PLAIN ? call.D_in - d : 0, call.vectors);
+          load_four<F>(y, from + (2 * m + 1) * call.D_in, rows > 1 || F::PLAIN ? call.D_in - d : 0, call.vectors);
+          to[m * 32] = {x[0], y[0], x[1], y[1]};
+          to[m * 32 + 1] = {x[2], y[2], x[3], y[3]};
         }
       });
 }
@@ -153,16 +136,11 @@ __device__ inline void exact_product(float* c, const float (&a)[4], const float 
   }
 }
 
-template <class F>
-__device__ inline bool pose_is_there(const TileCall& call, int b, int i, int end) {
-  return b < call.B && i < end && (F::PLAIN || !call.mask || call.mask[pose_of(call, b, i)]);
-}
-
 // Two neighbouring entries of the pose of sample b, which is operand b of an instruction.
 template <class F>
 __device__ inline void load_pose(float (&x)[2], const TileCall& call, int b, int i, int end, int d) {
   using In = typename F::In;
-  const bool there = pose_is_there<F>(call, b, i, end);
+  const bool there = b < call.B && i < end && (F::PLAIN || !call.mask || call.mask[pose_of(call, b, i)]);
   const In* from = static_cast<const In*>(call.poses) + pose_of(call, b, i) * call.D_in + d;
   x[0] = x[1] = 0;
   if (F::PLAIN || call.vectors) {
@@ -181,19 +159,6 @@ __device__ inline void load_pose(float (&x)[2], const TileCall& call, int b, int
   if constexpr (F::TF32) x[0] = rounded_to_tf32(x[0]), x[1] = rounded_to_tf32(x[1]);
 }
 
-// The same into shared memory, there after copies_done.
-template <class F>
-__device__ inline void copy_pose(float2* to, const TileCall& call, int b, int i, int end, int d) {
-  if (kAsStored<F> && (F::PLAIN || call.vectors)) {
-    const bool there = pose_is_there<F>(call, b, i, end) && d < call.D_in;
-    begin_copy<8>(to, static_cast<const float*>(call.poses) + (there ? pose_of(call, b, i) * call.D_in + d : 0), there);
-  } else {
-    float x[2];
-    load_pose<F>(x, call, b, i, end, d);
-    *to = {x[0], x[1]};
-  }
-}
-
 // The votes of an input capsule for 8 samples; x are the first entries of the poses, further ones are had by
 // load(float (&)[2], first of eight entries).
 template <class F, class T, class Load>
@@ -202,7 +167,7 @@ __device__ inline void votes(float* u, const float4* fragments, const float (&x)
 #pragma unroll
   for (int m = 0; m < T::M; ++m) {
     const float4 w = fragments[m * 32 + lane];
-    const float a[4] = {w.x, w.z, w.y, w.w};
+    const float a[4] = {w.x, w.y, w.z, w.w};
     exact_product<F>(u + 4 * m, a, x);
   }
   for (int d = 8; !F::PLAIN && d < call.D_in; d += 8) {
@@ -212,7 +177,7 @@ __device__ inline void votes(float* u, const float4* fragments, const float (&x)
 #pragma unroll
     for (int m = 0; m < T::M; ++m) {
       const float4 w = fragments[m * 32 + lane];
-      const float a[4] = {w.x, w.z, w.y, w.w};
+      const float a[4] = {w.x, w.y, w.z, w.w};
       float more[4];
       exact_product<F>(more, a, next);
       for (int n = 0; n < 4; ++n) u[4 * m + n] += more[n];
@@ -274,6 +239,7 @@ struct Sums {
   // Of the statistics of input capsule i.
   __device__ float* stats(int i, int s) const { return call.stats + int64_t(i) * call.B + sample(s); }
 
+  // This lane's in V, ds and a slice's sums.
   __device__ int64_t place() const { return T::first_place(call.J, first_b / 8, first_j / T::JT) + 4 * lane; }
 
   // V and ds of the tile.
@@ -439,7 +405,6 @@ __global__ void __launch_bounds__(kTileThreads, BACKWARD ? 2 : 3) tile_sweep(Til
     const int d = 2 * (threadIdx.x % 4);
     float x[2], next[2];
     load_pose<F>(next, call, sums.first_b + sums.g, begin + turn, end, d);
-    copies_done();
     __syncthreads();
 #pragma unroll 1
     for (int i = begin, chunk = 0; i < end; i += call.chunk, ++chunk) {
@@ -453,7 +418,6 @@ __global__ void __launch_bounds__(kTileThreads, BACKWARD ? 2 : 3) tile_sweep(Til
         sums.add(now + n * step, x, i + n,
                  [&](float(&more)[2], int first_d) { load_pose<F>(more, call, sums.first_b + sums.g, i + n, end, first_d + d); });
       }
-      copies_done();
       __syncthreads();
     }
   };

@@ -41,32 +41,6 @@ __device__ inline void gradient_product(float* c, const float (&a)[4], const flo
   }
 }
 
-// Where a warp finds what it needs of a batch tile: in global memory, or in a stage in shared memory. V and ds are of the
-// first iteration that is looked at, at this lane's place; V of iteration 0, which is 0, may be missing.
-struct Seen {
-  const float *V, *ds;
-  int64_t stride;  // of V and ds from one iteration to the next
-  const float* stats;
-  int64_t stats_size;  // of one of the three
-  const float2* pose;  // in a stage, of all lanes, as load_pose gives it
-};
-
-// A stage, [ds, V, statistics of each warp, poses of each warp], in numbers.
-template <class T>
-struct Stage {
-  int iterations, arrays;  // of ds; of ds and V
-  FASTCAPS_INDEX Stage(const TileCall& call, bool uniform)
-      : iterations(call.T - call.first_t), arrays(2 * iterations - uniform) {}
-  FASTCAPS_INDEX int stats() const { return arrays * T::M * 128; }
-  FASTCAPS_INDEX int poses() const { return stats() + kTileThreads / 32 * iterations * 24; }
-  FASTCAPS_INDEX int size() const { return poses() + kTileThreads / 32 * 64; }
-};
-// Whether the first iteration that is looked at has the same coupling for all, and no V.
-template <class F>
-FASTCAPS_INDEX bool first_is_uniform(const TileCall& call) {
-  return call.first_t == 0 && (F::PLAIN || !call.prior);
-}
-
 template <class F, class T>
 struct LastSweep {
   using In = typename F::In;
@@ -88,36 +62,22 @@ struct LastSweep {
     for (int block = 0; block < T::blocks; ++block) d_prior[block] = 0;
   }
 
-  // In global memory.
-  __device__ Seen seen(int batch_tile) const {
-    const int64_t size = int64_t(call.I) * call.B, at = call.first_t * call.places + place(batch_tile);
-    return {call.V + at, call.ds + at, call.places, call.stats + 3 * call.first_t * size + int64_t(i) * call.B + 8 * batch_tile,
-            size, nullptr};
-  }
-  __device__ int64_t place(int batch_tile) const { return T::first_place(call.J, batch_tile, tile) + 4 * lane; }
-
-  __device__ void add(int batch_tile, const Seen& seen) {
+  __device__ void add(int batch_tile) {
     first_b = 8 * batch_tile;
     float x[2], columns[2];  // the right operands of votes and d_weight
-    if (kAsStored<F> && F::PLAIN && seen.pose) {
-      x[0] = seen.pose[lane].x, x[1] = seen.pose[lane].y;
+    load_pose<F>(x, call, first_b + g, i, call.I, 2 * t);
 #pragma unroll
-      for (int s = 0; s < 2; ++s) columns[s] = reinterpret_cast<const float*>(seen.pose)[8 * (2 * t + s) + g];
-    } else {
-      load_pose<F>(x, call, first_b + g, i, call.I, 2 * t);
-#pragma unroll
-      for (int s = 0; s < 2; ++s) {
-        const int b = sample(s), d = first_d + g;
-        const bool there = d < call.D_in && pose_is_there<F>(call, b, i, call.I);
-        columns[s] = there ? widen(static_cast<const In*>(call.poses)[pose_of(call, b, i) * call.D_in + d]) : 0;
-        if constexpr (F::TF32) columns[s] = rounded_to_tf32(columns[s]);
-      }
+    for (int s = 0; s < 2; ++s) {
+      const int b = sample(s), d = first_d + g;
+      const bool there = b < call.B && d < call.D_in && (F::PLAIN || !call.mask || call.mask[pose_of(call, b, i)]);
+      columns[s] = there ? widen(static_cast<const In*>(call.poses)[pose_of(call, b, i) * call.D_in + d]) : 0;
+      if constexpr (F::TF32) columns[s] = rounded_to_tf32(columns[s]);
     }
     float u[4 * T::M], du[4 * T::M], db[T::blocks][2] = {};
     votes<F, T>(u, fragments, x, call, [&](float(&more)[2], int first) {
       load_pose<F>(more, call, first_b + g, i, call.I, first + 2 * t);
     });
-    add_iterations(du, db, u, seen);
+    add_iterations(du, db, u, T::first_place(call.J, batch_tile, tile) + 4 * lane);
     if (!F::PLAIN && call.d_prior) add_prior(db);
     if (call.d_poses) {
 #pragma unroll
@@ -136,26 +96,28 @@ struct LastSweep {
       }
   }
 
-  // du and sum_t db_t, of all iterations.
-  __device__ void add_iterations(float (&du)[4 * T::M], float (&db)[T::blocks][2], const float* u, const Seen& seen) {
-    const float *ds = seen.ds, *V = seen.V, *stats = seen.stats + 2 * t;
+  // du and sum_t db_t, of all iterations; `at` is the lane's place in V and ds of one.
+  __device__ void add_iterations(float (&du)[4 * T::M], float (&db)[T::blocks][2], const float* u, int64_t at) {
+    const int64_t vectors = call.places, size = int64_t(call.I) * call.B;
+    const float *ds = call.ds + call.first_t * vectors + at, *V = call.V + call.first_t * vectors + at;
+    const float* stats = call.stats + 3 * call.first_t * size + int64_t(i) * call.B + first_b + 2 * t;
     int iteration = call.first_t;
-    const bool uniform = first_is_uniform<F>(call);
+    const bool uniform = iteration == 0 && (F::PLAIN || !call.prior);  // and V is 0
 #pragma unroll
     for (int m = 0; m < T::M; ++m) {
       const float4 y = uniform ? *reinterpret_cast<const float4*>(ds + m * 128) : float4{0, 0, 0, 0};
       du[4 * m] = call.share * y.x, du[4 * m + 1] = call.share * y.y;
       du[4 * m + 2] = call.share * y.z, du[4 * m + 3] = call.share * y.w;
     }
-    if (uniform) ++iteration, ds += seen.stride, V += seen.stride, stats += 3 * seen.stats_size;
+    if (uniform) ++iteration, ds += vectors, V += vectors, stats += 3 * size;
 #pragma unroll 1
-    for (; iteration < call.T; ++iteration, ds += seen.stride, V += seen.stride, stats += 3 * seen.stats_size) {
+    for (; iteration < call.T; ++iteration, ds += vectors, V += vectors, stats += 3 * size) {
       float top[2], log[2], mean[2];
 #pragma unroll
       for (int s = 0; s < 2; ++s) {
         const bool there = sample(s) < call.B;
-        top[s] = there ? stats[s] : 0, log[s] = there ? stats[seen.stats_size + s] : 0;
-        mean[s] = there && !call.detach ? stats[2 * seen.stats_size + s] : 0;
+        top[s] = there ? stats[s] : 0, log[s] = there ? stats[size + s] : 0;
+        mean[s] = there && !call.detach ? stats[2 * size + s] : 0;
       }
       each<T::blocks>([&]<int block>() { add_iteration<block>(du, db[block], u, V, ds, top, log, mean, iteration); });
     }
@@ -264,7 +226,6 @@ struct GroupGradients {
   float4* const fragments = shared_memory<float4>();  // of all capsules
   float* const rows = reinterpret_cast<float*>(fragments + capsules * steps * T::M * 32);
   float* const sums = shared_memory<float>();  // of all warps, in the place of both, when these are no longer needed
-  float* const stages = rows + capsules * Rows<T>::size;  // two, where `call.staged`
   int first_i, d_chunk;
   float* part;  // null: the group is this block's alone
 
@@ -277,12 +238,9 @@ struct GroupGradients {
     for (int tile = 0; tile * T::JT < call.J; ++tile) {
       load(tile);
       sweep.start(tile);
-      if (call.staged)
-        add_staged(sweep, begin, end);
-      else
 #pragma unroll 1
-        for (int batch_tile = begin + warp % sharing; i < call.I && batch_tile < end; batch_tile += sharing)
-          sweep.add(batch_tile, sweep.seen(batch_tile));
+      for (int batch_tile = begin + warp % sharing; i < call.I && batch_tile < end; batch_tile += sharing)
+        sweep.add(batch_tile);
       if (call.d_weight) write_weight(sweep, tile);
       if (!F::PLAIN && call.d_prior && call.prior_stride_b == 0 && d_chunk == 0) write_prior(sweep, tile);
     }
@@ -291,59 +249,14 @@ struct GroupGradients {
   __device__ void load(int tile) const {
     __syncthreads();
     fill<F, T>(fragments, call, first_i, call.I, capsules, tile * T::JT);
-    copies_done();
     __syncthreads();
     for (int n = warp; n < capsules * T::M; n += warps) {
       const int capsule = n / T::M, m = n % T::M, block = T::block_of_m(m);
       const float4 w = fragments[((capsule * steps + d_chunk) * T::M + m) * 32 + lane];
       float* row = rows + capsule * Rows<T>::size + Rows<T>::place(block, g) + 16 * (m - T::first_m(block)) + 2 * (lane % 4);
-      row[0] = w.x, row[1] = w.y, row[8] = w.z, row[9] = w.w;
+      row[0] = w.x, row[1] = w.z, row[8] = w.y, row[9] = w.w;
     }
     __syncthreads();
-  }
-
-  // Every warp has a capsule, and all go through the same batch tiles: the next one is copied meanwhile.
-  __device__ void add_staged(LastSweep<F, T>& sweep, int begin, int end) const {
-    const Stage<T> stage(call, first_is_uniform<F>(call));
-    begin_stage(stage, stages, sweep, begin);
-#pragma unroll 1
-    for (int batch_tile = begin; batch_tile < end; ++batch_tile) {
-      const float* const now = stages + (batch_tile - begin) % 2 * stage.size();
-      copies_done();
-      __syncthreads();  // and nobody needs the other stage any more
-      if (batch_tile + 1 < end) begin_stage(stage, stages + (batch_tile + 1 - begin) % 2 * stage.size(), sweep, batch_tile + 1);
-      if (sweep.i >= call.I) continue;
-      const float* const V = now + (stage.arrays - stage.iterations) * T::M * 128;  // of which V_0 may be a part of ds
-      const float* const stats = now + stage.stats() + warp * stage.iterations * 24;
-      const float2* const pose = reinterpret_cast<const float2*>(now + stage.poses()) + warp * 32;
-      sweep.add(batch_tile, {V + 4 * lane, now + 4 * lane, T::M * 128, stats, 8, pose});
-    }
-    __syncthreads();
-  }
-
-  __device__ void begin_stage(const Stage<T>& stage, float* to, const LastSweep<F, T>& sweep, int batch_tile) const {
-    const int64_t at = T::first_place(call.J, batch_tile, sweep.tile);
-    const float* from = call.ds + call.first_t * call.places + at;
-    float4* next = reinterpret_cast<float4*>(to);
-#pragma unroll 1
-    for (int array = 0; array < stage.arrays; ++array, from += call.places, next += T::M * 32) {
-      if (array == stage.iterations) from = call.V + (call.T - (stage.arrays - array)) * call.places + at;
-#pragma unroll
-      for (int n = threadIdx.x; n < T::M * 32; n += kTileThreads) begin_copy<16>(next + n, from + 4 * n, true);
-    }
-    if (sweep.i >= call.I) return;
-    const int64_t size = int64_t(call.I) * call.B;
-    float* const stats = to + stage.stats() + warp * stage.iterations * 24;
-    const bool uniform = stage.arrays < 2 * stage.iterations;
-#pragma unroll 1
-    for (int n = 24 * uniform + lane; n < 24 * stage.iterations; n += 32) {  // three, of eight samples, of an iteration
-      const int b = 8 * batch_tile + n % 8;
-      begin_copy<4>(stats + n, call.stats + (3 * call.first_t + n / 8) * size + int64_t(sweep.i) * call.B + b, b < call.B);
-    }
-    if constexpr (kAsStored<F> && F::PLAIN) {
-      float2* const pose = reinterpret_cast<float2*>(to + stage.poses()) + warp * 32 + lane;
-      copy_pose<F>(pose, call, 8 * batch_tile + lane / 4, sweep.i, call.I, 2 * (lane % 4));
-    }
   }
 
   // Sums over the warps that share a capsule.

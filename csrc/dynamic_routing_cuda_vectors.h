@@ -45,17 +45,8 @@ struct VectorCall {
 template <class Real>
 __device__ inline int64_t place(const VectorCall<Real>& call, int64_t row, int64_t e) {
   if (call.kind == TileKind::none) return row * call.D_out + e;
-  return with_tile(call.kind, [&]<class T>() { return T::place(call.J, row / call.J, row % call.J, e); });
-}
-
-// Of a group's n-th number, the vector and the entry.
-struct Number {
-  int64_t row, e;
-};
-template <class Real>
-FASTCAPS_INDEX Number number_of_group(const VectorCall<Real>& call, int64_t n) {
-  if (call.kind == TileKind::none) return {n / call.D_out, n % call.D_out};
-  return {n % 8 / 4 * 2 + n % 2, n / 8 * 2 + n % 4 / 2};
+  const int b = int(row / call.J), j = int(row - b * call.J);
+  return with_tile(call.kind, [&]<class T>() { return T::place(int(call.J), b, j, int(e)); });
 }
 
 template <class Real>
@@ -90,53 +81,83 @@ FASTCAPS_INDEX int64_t groups_of_rows(const VectorCall<Real>& call) {
   if (call.kind != TileKind::none) return pieces(call.B, 4) * call.J;
   return pieces(call.B * call.J, rows_of_group(call.kind, call.D_out));
 }
-// The n-th vector of a group as a row of [B * J, D_out]; B * J or more: it is not there.
-template <class Real>
-FASTCAPS_INDEX int64_t row_of_group(const VectorCall<Real>& call, int64_t group, int64_t n) {
-  if (call.kind != TileKind::none) return (group / call.J * 4 + n) * call.J + group % call.J;
-  return group * rows_of_group(call.kind, call.D_out) + n;
-}
 // Numbers in shared memory that a block needs for a group.
 constexpr int kSums = 8;
 FASTCAPS_INDEX int64_t vector_memory(TileKind kind, int64_t D_out) {
   return rows_of_group(kind, D_out) * D_out + kSums * 64;
 }
 
-// The sums over the parts of a group's numbers, always in the same order: eight sums of every eighth part first. Numbers
-// are counted as they lie in memory.
-template <int THREADS, class Real>
-__device__ inline void sum_parts(Real* total, Real* sums, const VectorCall<Real>& call, int64_t group) {
+// Its vectors n < rows, and its numbers in the order in which they lie in memory.
+template <class Real>
+struct Group {
+  const VectorCall<Real>& call;
+  const bool tiles = call.kind != TileKind::none;
   const int64_t rows = rows_of_group(call.kind, call.D_out);
-  const int64_t width = call.kind == TileKind::none ? call.D_out : with_tile(call.kind, [&]<class T>() { return T::D; });
-  for (int64_t begin = 0; begin < rows * width; begin += 64) {
-    int64_t at[2];  // of this lane's two numbers in a part, or -1
+  const int64_t first;  // vector or, by tiles, sample
+  const int j;          // by tiles, all samples' output capsule
+
+  __device__ Group(const VectorCall<Real>& call_, int64_t group)
+      : call(call_), first(tiles ? group / call_.J * 4 : group * rows), j(tiles ? int(group - first / 4 * call_.J) : 0) {}
+  __device__ bool has(int64_t n) const { return first + n < (tiles ? call.B : call.B * call.J); }
+  __device__ int64_t row(int64_t n) const { return tiles ? (first + n) * call.J + j : first + n; }
+  __device__ int64_t capsule(int64_t n) const { return tiles ? j : (first + n) % call.J; }
+  __device__ int64_t place(int64_t n, int64_t e) const {
+    if (!tiles) return (first + n) * call.D_out + e;
+    return with_tile(call.kind, [&]<class T>() { return T::place(int(call.J), int(first + n), j, int(e)); });
+  }
+
+  __device__ int64_t numbers() const {
+    return tiles ? with_tile(call.kind, [&]<class T>() { return 4 * T::D; }) : rows * call.D_out;
+  }
+  // Of number m: where it lies in a part, and its place among rows * D_out; -1 where there is none.
+  __device__ int64_t in_part(int64_t m) const {
+    if (!tiles) return m < numbers() && m < (call.B * call.J - first) * call.D_out ? first * call.D_out + m : -1;
+    return m < numbers() && entry(m) < call.D_out && has(sample(m)) ? place(sample(m), entry(m)) : -1;
+  }
+  __device__ int64_t in_group(int64_t m) const {
+    if (!tiles) return m < numbers() ? m : -1;
+    return m < numbers() && entry(m) < call.D_out ? sample(m) * call.D_out + entry(m) : -1;
+  }
+  // By tiles: four lanes' registers of an instruction, two samples and two entries each, are eight numbers in a row.
+  static __device__ int sample(int64_t m) { return int(m) % 8 / 4 * 2 + int(m) % 2; }
+  static __device__ int entry(int64_t m) { return int(m) / 8 * 2 + int(m) % 4 / 2; }
+};
+
+// Every eighth part from `part` on, COUNT of them, which are on their way at a time.
+template <int COUNT, class Real>
+__device__ inline void add_parts_of_group(Real (&both)[2], const VectorCall<Real>& call, const int64_t (&at)[2], int64_t part) {
+  Real x[COUNT][2];
+#pragma unroll
+  for (int k = 0; k < COUNT; ++k)
+#pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const auto [row, e] = number_of_group(call, begin + 32 * half + threadIdx.x % 32);
-      const int64_t of_all = row < rows ? row_of_group(call, group, row) : call.B * call.J;
-      at[half] = of_all < call.B * call.J && e < call.D_out ? place(call, of_all, e) : -1;
+      const bool there = part + k * kSums < call.parts && at[half] >= 0;
+      x[k][half] = there ? call.partial[(part + k * kSums) * call.stride_t + at[half]] : 0;
     }
-    for (int n = threadIdx.x / 32; n < kSums; n += THREADS / 32) {
-      Real sum[2] = {0, 0};
-      for (int64_t part = n; part < call.parts; part += 8 * kSums) {
-        Real x[8][2];  // so many loads are on their way at a time
 #pragma unroll
-        for (int k = 0; k < 8; ++k)
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const bool there = part + k * kSums < call.parts && at[half] >= 0;
-            x[k][half] = there ? call.partial[(part + k * kSums) * call.stride_t + at[half]] : 0;
-          }
-#pragma unroll
-        for (int k = 0; k < 8; ++k) sum[0] += x[k][0], sum[1] += x[k][1];
-      }
-      for (int half = 0; half < 2; ++half) sums[n * 64 + threadIdx.x % 32 + 32 * half] = sum[half];
+  for (int k = 0; k < COUNT; ++k) both[0] += x[k][0], both[1] += x[k][1];
+}
+
+// The sums over the parts of a group's numbers, always in the same order: eight sums of every eighth part first.
+template <int THREADS, class Real>
+__device__ inline void sum_parts(Real* total, Real* sums, const Group<Real>& group) {
+  const VectorCall<Real>& call = group.call;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  for (int64_t begin = 0; begin < group.numbers(); begin += 64) {
+    const int64_t at[2] = {group.in_part(begin + lane), group.in_part(begin + lane + 32)};
+    for (int n = warp; n < kSums; n += THREADS / 32) {
+      Real both[2] = {0, 0};
+      int64_t part = n;
+      for (; part + 7 * kSums < call.parts; part += 8 * kSums) add_parts_of_group<8>(both, call, at, part);
+      for (; part < call.parts; part += 4 * kSums) add_parts_of_group<4>(both, call, at, part);
+      sums[n * 64 + lane] = both[0], sums[n * 64 + lane + 32] = both[1];
     }
     __syncthreads();
-    if (threadIdx.x < 64) {
-      const auto [row, e] = number_of_group(call, begin + threadIdx.x);
+    const int64_t to = threadIdx.x < 64 ? group.in_group(begin + threadIdx.x) : -1;
+    if (to >= 0) {
       Real sum = 0;
       for (int n = 0; n < kSums; ++n) sum += sums[n * 64 + threadIdx.x];
-      if (row < rows && e < call.D_out) total[row * call.D_out + e] = sum;
+      total[to] = sum;
     }
     __syncthreads();
   }
@@ -164,17 +185,16 @@ FASTCAPS_INDEX VectorCall<Real> backward_iteration(VectorCall<Real> call, int64_
 
 // s = bias + the sum of the parts, and what an iteration leaves to the next one or to the caller.
 template <int THREADS, class Real>
-__device__ inline void squash_rows(const VectorCall<Real>& call, int64_t group, Real* total) {
+__device__ inline void squash_rows(const VectorCall<Real>& call, int64_t number, Real* total) {
   const int lane = threadIdx.x % 32;
-  const int64_t rows = rows_of_group(call.kind, call.D_out);
-  sum_parts<THREADS>(total, total + rows * call.D_out, call, group);
-  for (int64_t n = threadIdx.x / 32; n < rows; n += THREADS / 32) {
-    const int64_t row = row_of_group(call, group, n), at = row * call.D_out;
-    if (row >= call.B * call.J) break;
+  const Group<Real> group(call, number);
+  sum_parts<THREADS>(total, total + group.rows * call.D_out, group);
+  for (int64_t n = threadIdx.x / 32; n < group.rows && group.has(n); n += THREADS / 32) {
+    const int64_t at = group.row(n) * call.D_out;
     Real* const s = total + n * call.D_out;
     Real q = 0;
     for (int64_t e = lane; e < call.D_out; e += 32) {
-      if (call.bias) s[e] += call.bias[row % call.J * call.D_out + e];
+      if (call.bias) s[e] += call.bias[group.capsule(n) * call.D_out + e];
       call.new_sums[at + e] = s[e];
       q = fma(s[e], s[e], q);
     }
@@ -183,7 +203,7 @@ __device__ inline void squash_rows(const VectorCall<Real>& call, int64_t group, 
       const Real v = scale * s[e];
       if (call.out) write(v, call.out, call.stored, at + e);
       if (call.V_next) {
-        const int64_t to = place(call, row, e);
+        const int64_t to = group.place(n, e);
         call.V_next[to] = fma(Real(1.4426950408889634074L), v, call.V ? call.V[to] : 0);
       }
     }
@@ -197,13 +217,12 @@ __global__ void __launch_bounds__(kVectorThreads) squash_vectors(VectorCall<Real
 
 // ds = squash'(s)^T dv, dv the incoming gradient or the sum over later iterations' dV.
 template <int THREADS, class Real>
-__device__ inline void squash_rows_backward(const VectorCall<Real>& call, int64_t group, Real* total) {
+__device__ inline void squash_rows_backward(const VectorCall<Real>& call, int64_t number, Real* total) {
   const int lane = threadIdx.x % 32;
-  const int64_t rows = rows_of_group(call.kind, call.D_out);
-  if (!call.grad) sum_parts<THREADS>(total, total + rows * call.D_out, call, group);
-  for (int64_t n = threadIdx.x / 32; n < rows; n += THREADS / 32) {
-    const int64_t row = row_of_group(call, group, n), at = row * call.D_out;
-    if (row >= call.B * call.J) break;
+  const Group<Real> group(call, number);
+  if (!call.grad) sum_parts<THREADS>(total, total + group.rows * call.D_out, group);
+  for (int64_t n = threadIdx.x / 32; n < group.rows && group.has(n); n += THREADS / 32) {
+    const int64_t at = group.row(n) * call.D_out;
     Real* const d = total + n * call.D_out;
     Real q = 0, along = 0;
     for (int64_t e = lane; e < call.D_out; e += 32) {
@@ -220,7 +239,7 @@ __device__ inline void squash_rows_backward(const VectorCall<Real>& call, int64_
     along = sum_over_warp(along) * (call.eps > 0 ? 2 / (1 + q) - q / (q + call.eps) : (1 - q) / (1 + q));
     const Real scale = squash_scale(q, call.eps);
     for (int64_t e = lane; e < call.D_out; e += 32)
-      call.ds[place(call, row, e)] = scale * fma(along, call.sums[at + e] * inverse, d[e]);
+      call.ds[group.place(n, e)] = scale * fma(along, call.sums[at + e] * inverse, d[e]);
   }
 }
 

@@ -99,11 +99,6 @@ struct Block {
   std::vector<uint32_t> memory;
   char* shared_memory;
 };
-struct Copy {
-  void* to;
-  const void* from;
-  int bytes;
-};
 struct Fiber {
   ucontext_t first;
   jmp_buf here;
@@ -111,7 +106,6 @@ struct Fiber {
   unsigned thread;
   bool started, done;
   int meetings[3];  // that it has been at, of each scope
-  std::vector<Copy> copies;
   std::unique_ptr<char[]> stack{new char[kStack]};
 };
 
@@ -139,21 +133,6 @@ inline void jump(jmp_buf& to) {
 
 inline void wait() {
   if (!_setjmp(current->here)) jump(scheduler);
-}
-
-// Nothing arrives before copies_done is called: who forgets it finds NaN, or what was there before.
-inline void begin_copy(void* to, const void* from, int bytes) {
-  require(reinterpret_cast<uintptr_t>(to) % bytes == 0 && reinterpret_cast<uintptr_t>(from) % bytes == 0, "alignment");
-  current->copies.push_back({to, from, bytes});
-}
-inline void copies_done() {
-  for (const auto& [to, from, bytes] : current->copies) {
-    if (from)
-      std::memcpy(to, from, bytes);
-    else
-      std::memset(to, 0, bytes);
-  }
-  current->copies.clear();
 }
 
 // Waits until all of the scope have come here; says whether this meeting is an odd one.
@@ -210,7 +189,6 @@ inline void run(int64_t first, int64_t blocks, int threads, int64_t shared_bytes
         fiber.started = true;
         setcontext(&fiber.first);
       }
-      require(!current->done || current->copies.empty(), "copies that nobody waits for");
       if (current->done) --left;
     }
     require(progress != before, "threads wait for each other forever");
