@@ -97,7 +97,9 @@ struct Group {
   const int j;          // by tiles, all samples' output capsule
 
   __device__ Group(const VectorCall<Real>& call_, int64_t group)
-      : call(call_), first(tiles ? group / call_.J * 4 : group * rows), j(tiles ? int(group - first / 4 * call_.J) : 0) {}
+      : call(call_),
+        first(tiles ? int64_t(uint32_t(group) / uint32_t(call_.J)) * 4 : group * rows),  // no more groups than blocks
+        j(tiles ? int(group - first / 4 * call_.J) : 0) {}
   __device__ bool has(int64_t n) const { return first + n < (tiles ? call.B : call.B * call.J); }
   __device__ int64_t row(int64_t n) const { return tiles ? (first + n) * call.J + j : first + n; }
   __device__ int64_t capsule(int64_t n) const { return tiles ? j : (first + n) % call.J; }
