@@ -147,11 +147,11 @@ def gpu(path: Path) -> str:
     ]
     for (shape, precision, mode), found in times.items():
         us = {name: result["graph_us"]["median"] for name, result in found.items()}
-        plain = min((name for name in us if not name.startswith("fastcaps")), key=lambda name: us[name])
-        cells = [shape, precision, mode, f"{us[plain]:.0f} {plain}"]
+        plain = min((name for name in us if not name.startswith("fastcaps")), key=lambda name: us[name], default=None)
+        cells = [shape, precision, mode, f"{us[plain]:.0f} {plain}" if plain else ""]
         for ours in ("fastcaps native", "fastcaps triton"):
             there = ours in us
-            cells += [f"{us[ours]:.0f}", f"**{us[plain] / us[ours]:.1f}**"] if there else ["", ""]
+            cells += [f"{us[ours]:.0f}" if there else "", f"**{us[plain] / us[ours]:.1f}**" if there and plain else ""]
             if ours == "fastcaps native":
                 cells.append(f"{100 * found[ours]['share_of_bound']:.0f} %" if there else "")
         lines.append(f"| {' | '.join(cells)} |")
@@ -180,7 +180,7 @@ def command(settings: dict[str, Any]) -> str:
     """The options of ``fastcaps train`` that decide what is computed and that data and model do not decide."""
     data, model = settings["data"], settings["model"]
     shape = (3, 32, 32) if data == "cifar10" else (1, 8, 8) if data == "digits" else (1, 28, 28)
-    default = dataclasses.asdict(Settings(data=data, model=model).resolved(shape))
+    default = dataclasses.asdict(Settings(data=data, model=model).resolved(shape)) | {"model": "capsnet"}
     shown = default.keys() - FREE - {"data"} | {"root", "epochs"}
     changed = {name: value for name, value in settings.items() if name in shown and value != default[name]}
     options = "".join(f" --{name.replace('_', '-')}" + ("" if x is True else f" {x}") for name, x in changed.items())
@@ -197,12 +197,15 @@ def runs(paths: list[Path]) -> str:
     lines = ["| command | test error after some epochs (%) | last | conditions |", "| --- | --- | --- | --- |"]
     for group in groups.values():
         errors = [[row["test_error"] for row in content["epochs"]] for _, content in group]
-        means = [sum(column) / len(column) for column in zip(*errors, strict=True)]
-        course = ", ".join(f"{n}: {x:.2f}" for n, x in enumerate(means, 1) if n in (1, 2, 3, 5, 10, 20, len(means)))
+        done, wanted = min(map(len, errors)), group[0][1]["settings"]["epochs"]  # a run may have been stopped
+        means = [sum(column) / len(column) for column in zip(*(own[:done] for own in errors), strict=True)]
+        course = ", ".join(f"{n}: {x:.2f}" for n, x in enumerate(means, 1) if n in (1, 2, 3, 5, 10, 20, done))
         last = f"**{means[-1]:.2f} %**"
         if len(group) > 1:
             course = f"mean {course}"
-            last = f"mean {last} of {', '.join(f'{own[-1]:.2f}' for own in errors)}"
+            last = f"mean {last} of {', '.join(f'{own[done - 1]:.2f}' for own in errors)}"
+        if done < wanted:
+            last += f", stopped after {done} of {wanted} epochs"
         seeds = ", ".join(str(content["settings"]["seed"]) for _, content in group)
         shown = command(group[0][1]["settings"] | {"seed": 0}) + (f" --seed {seeds}" if seeds != "0" else "")
         links = " ".join(f"[{path.stem}](benchmarks/results/{path.name})" for path, _ in group)

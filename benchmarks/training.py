@@ -1,7 +1,7 @@
 """What routing costs in a training step, and what training runs came to.
 
 python benchmarks/training.py share             # 3 minutes on 2 cores; writes results/share-*.json
-python benchmarks/training.py keep runs/mnist   # the course of a finished run, without weights: results/run-*.json
+python benchmarks/training.py keep runs/mnist   # the course of a run, without weights: results/run-*.json
 python benchmarks/report.py                     # the README's tables of both
 """
 
@@ -20,7 +20,6 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from fastcaps import CapsNet
 from fastcaps.evaluation import network_loss
-from fastcaps.network import describe
 from fastcaps.report import read_log
 from fastcaps.settings import Settings
 from fastcaps.timing import FORMS
@@ -105,8 +104,8 @@ def share(rounds: int) -> None:
 
 
 def keep(out: Path) -> None:
-    """Write down what a finished run was told and how it went, epoch by epoch; machine and commit are those of now."""
-    run: dict[str, Any] = describe(out / "model.safetensors")["run"]
+    """Write down what a run was told and how it went, epoch by epoch; machine and commit are those of now."""
+    run: dict[str, Any] = json.loads((out / "config.json").read_text())
     gpu = torch.cuda.is_available() and run["settings"]["accelerator"] != "cpu"
     rows = read_log(out)
     epochs = [row for row in rows if "epoch" in row]

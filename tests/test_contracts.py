@@ -1,13 +1,14 @@
 """What dynamic_routing and route_votes keep to beside their numbers, on every backend and device."""
 
 import threading
+from collections.abc import Callable
 
 import pytest
 import torch
 from numerics import Case, backend_op, make_inputs, run, small_inputs
 from torch import Tensor
 
-from fastcaps.ready import relative_error
+from fastcaps.ready import error_budget, relative_error
 from fastcaps.routing import dynamic_routing, route_votes
 from fastcaps.routing.dynamic_ops import op as compiled_op
 from fastcaps.timing import saved_bytes
@@ -266,18 +267,26 @@ def test_second_derivatives_are_not_lost_in_compilation(implementation, wide):
     inputs = small_inputs(device, wide)
     poses, weight = inputs["poses"], inputs["weight"]
 
-    def penalty(poses: Tensor, weight: Tensor) -> Tensor:
-        def energy(poses: Tensor) -> Tensor:
-            return dynamic_routing(poses, weight, backend=backend).square().sum()
+    def gradient(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
+        def penalty(poses: Tensor, weight: Tensor) -> Tensor:
+            def energy(poses: Tensor) -> Tensor:
+                return dynamic_routing(poses, weight, backend=backend).square().sum()
 
-        return torch.func.grad(energy)(poses).square().sum()
+            return torch.func.grad(energy)(poses).square().sum()
 
-    gradient = torch.func.grad(penalty, argnums=(0, 1))
-    compiled = torch.compile(gradient, fullgraph=True, backend="aot_eager")
-    for ours, expected in zip(compiled(poses.detach(), weight.detach()), gradient(poses, weight), strict=True):
-        # In norm, as an entry may be small because its terms cancel; float32's rounding passes through two derivatives.
-        assert relative_error(ours, expected) <= 100 * torch.finfo(wide).eps
-        assert expected.abs().max() > 0
+        return torch.func.grad(penalty, argnums=(0, 1))
+
+    compiled = torch.compile(gradient(backend), fullgraph=True, backend="aot_eager")
+    exact, rounded = (
+        gradient("reference")(*(x.detach().cpu().to(dtype) for x in (poses, weight)))
+        for dtype in (torch.float64, torch.float32)
+    )
+    scale = torch.finfo(wide).eps / torch.finfo(torch.float32).eps
+    for function in (compiled, gradient(backend)):
+        for n, ours in enumerate(function(poses.detach(), weight.detach())):
+            budget = error_budget(wide, scale * relative_error(rounded[n], exact[n]), gradient=True)
+            assert relative_error(ours.cpu(), exact[n]) <= budget
+            assert exact[n].abs().max() > 0
 
     if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
         return
