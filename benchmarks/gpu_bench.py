@@ -16,6 +16,7 @@ import argparse
 import functools
 import json
 import math
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -162,7 +163,12 @@ def kernel_times(call: Step) -> dict[str, Any]:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             call()
             torch.cuda.synchronize()
-        return {e.key[:80]: [round(e.self_device_time_total, 2), e.count] for e in profile.key_averages() if e.count}
+        found: dict[str, Any] = {}
+        for event in profile.key_averages():
+            name = event.key.removeprefix("void ").replace("fastcaps::cuda::", "")[:120]
+            us, count = found.get(name, (0, 0))
+            found[name] = [round(us + event.self_device_time_total, 2), count + event.count]
+        return found
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"[:300]}
 
@@ -259,7 +265,11 @@ def main() -> int:
         parser.error(f"no such shape: {', '.join(unknown)}; there are: {', '.join(SHAPES)}")
     gpu = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     out = arguments.out or RESULTS / f"gpu-{gpu.lower().replace(' ', '-')}.json"
-    results: dict[str, Any] = {"command": " ".join(["python", "benchmarks/gpu_bench.py", *sys.argv[1:]]), "cases": {}}
+    told = {
+        name: value for name, value in vars(arguments).items() if value != parser.get_default(name) and name != "out"
+    }
+    options = [f"--{name} {shlex.quote(str(value))}" for name, value in told.items()]
+    results: dict[str, Any] = {"command": " ".join(["python benchmarks/gpu_bench.py", *options]), "cases": {}}
     results |= {"commit": commit(), "machine": gpu_probe.machine(), "rates_T_per_s": {}}
     rates = {"copy": math.nan, "ffma": math.nan, "mma_tf32": math.nan, "mma_bf16": math.nan}
     if device == "cuda":

@@ -139,10 +139,10 @@ def gpu(path: Path) -> str:
                 times.setdefault((shape, precision, mode), {})[contestant] = case[mode]
     versions = f"torch {machine['torch']}, Triton {machine['triton']}, CUDA {machine['cuda']}"
     lines = [
-        f"{machine['gpu']}, {versions}, commit {content['commit'].split('-')[0][:7]}; us in a CUDA graph; "
+        f"{machine['gpu']}, {versions}, commit {content['commit'][:7]}; us in a CUDA graph; "
         f"[all numbers]({path.relative_to(ROOT)}):",
         "",
-        "| layer | precision | | best plain PyTorch | native | ratio | of the bound | Triton | ratio |",
+        "| layer | precision | | best eager PyTorch | native | ratio | of the bound | Triton | ratio |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for (shape, precision, mode), found in times.items():

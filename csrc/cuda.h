@@ -206,7 +206,7 @@ cudaError_t allow_shared_memory(void (*kernel)(Argument), int64_t bytes) {
 
 inline int64_t multiprocessors() {
 #ifdef FASTCAPS_EMULATED
-  return 2;
+  return emulated::multiprocessors;
 #else
   return device_attribute(cudaDevAttrMultiProcessorCount);
 #endif

@@ -66,7 +66,7 @@ struct Call {
   int64_t capsules = kind == TileKind::none ? 1 : with_tile(kind, [&]<class T>() { return int64_t(T::JT); });
   int64_t rows = kind == TileKind::none ? 1 : with_tile(kind, [&]<class T>() { return int64_t(T::D); });
   // From V or ds of one iteration to the next: where tiles read them they are padded.
-  int64_t vectors = kind == TileKind::none ? N : pieces(z.B, 8) * 8 * pieces(z.J, capsules) * capsules * rows;
+  int64_t vectors = kind == TileKind::none ? N : with_tile(kind, [&]<class T>() { return T::places(z.B, z.J); });
   int64_t batch_tiles, slices;
 
   // resident: how many blocks of a sweep by tiles a multiprocessor has at a time.

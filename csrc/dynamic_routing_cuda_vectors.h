@@ -22,7 +22,7 @@ FASTCAPS_INDEX auto with_tile(TileKind kind, Body&& body) {
 
 template <class Real>
 struct VectorCall {
-  TileKind kind;        // how V and ds lie
+  TileKind kind;        // how V, ds and partial lie
   int64_t B, J, D_out;
   int T;                // iterations, where all are wanted
   int64_t parts;
@@ -39,7 +39,7 @@ struct VectorCall {
   bool more;
   void* out;            // [B, J, D_out], or null
   Real* d_bias;
-  int64_t stride_t;     // of V, ds or `partial` of one iteration
+  int64_t stride_t;     // from V or ds of one iteration, or one part, to the next
 };
 
 template <class Real>

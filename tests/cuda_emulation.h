@@ -111,6 +111,7 @@ struct Fiber {
 
 inline bool backwards = false;
 inline int64_t resident_blocks = 0;  // that may wait for each other in one launch
+inline int64_t multiprocessors = 2;
 inline int64_t launches = 0;
 inline Fiber* current = nullptr;
 inline jmp_buf scheduler;

@@ -71,11 +71,13 @@ void backward(const Routing<Real>& in, const Gradients<Real>& out, bool other) {
 }  // namespace fastcaps::emulated_cuda
 
 // numbers: B, I, J, D_in, D_out, T, stored, stride_i, stride_j, prior_stride_b, leaky, detach, allow_tf32, descending,
-// resident_blocks. pointers: poses, weight, prior, bias, mask; then out and sums, or grad, sums and the four gradients.
+// resident_blocks, multiprocessors. pointers: poses, weight, prior, bias, mask; then out and sums, or grad, sums and the four
+// gradients.
 // Returns how many kernels were launched.
 extern "C" int64_t emulated_dynamic_routing(int is_double, int is_backward, const int64_t* numbers, void* const* pointers,
                                             double eps) {
-  emulated::backwards = numbers[13], emulated::resident_blocks = numbers[14], emulated::launches = 0;
+  emulated::backwards = numbers[13], emulated::resident_blocks = numbers[14], emulated::multiprocessors = numbers[15];
+  emulated::launches = 0;
   if (is_double)
     run<double>(is_backward, numbers, pointers, eps);
   else

@@ -22,6 +22,7 @@ STORED = {torch.float64: 0, torch.float32: 0, torch.bfloat16: 1, torch.float16: 
 
 descending = False  # the order in which the threads of a block run
 resident_blocks = 6  # how many blocks may wait for each other
+multiprocessors = 2
 launches = 0  # kernels, in the last call
 
 
@@ -63,7 +64,7 @@ def call(
     stride_i = 0 if weight is None or weight.shape[0] == 1 else weight.shape[1] * matrix
     numbers = [B, I, J, D_in, D_out, num_iterations, STORED[poses.dtype], stride_i, stride_j]
     numbers += [I * J if prior is not None and prior.dim() == 3 else 0, leaky, detach, allow_tf32]
-    numbers += [descending, resident_blocks]
+    numbers += [descending, resident_blocks, multiprocessors]
     tensors = [poses, weight, prior, bias, mask, *results]
     assert all(x is None or x.is_contiguous() for x in tensors)
     pointers = (ctypes.c_void_p * len(tensors))(*[None if x is None else x.data_ptr() for x in tensors])

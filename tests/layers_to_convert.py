@@ -49,7 +49,7 @@ def quietly(*args, **options):
         return replace_capsules(*args, measure=False, **options)
 
 
-def gradients(layer, x, grad=None):
+def gradients(layer, x):
     x = x.clone().requires_grad_()
     out = layer(x)
     torch.manual_seed(5)

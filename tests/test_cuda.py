@@ -95,6 +95,14 @@ def test_one_launch_where_all_blocks_are_resident_and_one_for_each_pass_elsewher
     assert launches(40, 32, 10, 8, 16) == [6, 1 + 3 + 2 + 1]
 
 
+@pytest.mark.parametrize("resident_blocks", [200, 0])
+def test_as_many_slices_as_on_a_large_gpu(emulated, monkeypatch, resident_blocks):
+    """Of the sums over 64 slices a warp takes eight at a time."""
+    monkeypatch.setattr(emulated_cuda, "multiprocessors", 30)
+    monkeypatch.setattr(emulated_cuda, "resident_blocks", resident_blocks)
+    check(emulated, Case(sizes=(9, 70, 10, 8, 16), num_iterations=2), torch.float32)
+
+
 @pytest.mark.parametrize("sizes", [(9, 40, 10, 8, 16), (9, 12, 20, 12, 32)], ids=str)
 def test_tf32_is_rounded_and_as_exact_as_that_is(emulated, monkeypatch, sizes):
     from fastcaps.routing import dynamic
@@ -222,9 +230,8 @@ def test_cuda_tensors_go_to_the_native_kernels(a_gpu, monkeypatch):
     with pytest.raises(ValueError, match="vectors of up to 4096 entries, got 4097"):
         choose_backend("native", a_gpu, torch.float32, 4097)
     monkeypatch.setattr(backends, "_why_no_native_cuda", lambda device: "built without CUDA")
-    monkeypatch.setattr(
-        torch.compiler, "is_exporting", lambda: True
-    )  # an exported program finds no Triton where it runs
+    monkeypatch.setattr(backends, "_warned", True)
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)  # there is no Triton where the program runs
     assert choose_backend(None, a_gpu) == "reference"
 
 

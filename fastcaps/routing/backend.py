@@ -165,7 +165,7 @@ def choose_backend(backend: str | None, device: torch.device, dtype: torch.dtype
         if name != skipped and why_unavailable(name, device, dtype, D) is None:
             break
     if name == "reference" and not _warned and not torch.compiler.is_compiling():
-        reason = _EXTENSION_ERROR if device.type != "cuda" else _why_no_triton(device) or _why_no_native_cuda(device)
+        reason = _EXTENSION_ERROR if device.type != "cuda" else _why_no_native_cuda(device) or _why_no_triton(device)
         if reason:
             _warned = True
             warnings.warn(f"fastcaps runs on its slow reference backend: {reason}", stacklevel=4)
