@@ -51,7 +51,7 @@ OPTIONS = [
     ({"mask": torch.ones(5, dtype=torch.bool)}, ValueError, r"mask must be \[B, I\] = \[2, 5\], got \(5,\)"),
     ({"mask": torch.ones(5, 2, dtype=torch.bool)}, ValueError, r"mask must be \[B, I\] = \[2, 5\], got \(5, 2\)"),
     ({"mask": torch.ones(2, 5, dtype=torch.bool, device="meta")}, ValueError, "mask must be on the device of"),
-    ({"backend": "cuda"}, ValueError, "backend must be one of 'triton', 'native', 'reference', got 'cuda'"),
+    ({"backend": "cuda"}, ValueError, "backend must be one of 'native', 'triton', 'reference', got 'cuda'"),
     ({"backend": "triton"}, ValueError, "backend 'triton' cannot run on 'cpu': .* use backend='reference' or None"),
 ]
 
