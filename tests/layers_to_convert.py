@@ -19,6 +19,7 @@ from fastcaps.convert import RECIPES, replace_capsules
 
 I, D_IN, J, D_OUT = 11, 4, 5, 6
 BY_NAME = {recipe.name: recipe for recipe in RECIPES}
+WRONG = {"gram-ai": "input capsules", "higgsfield": "averaged over the batch", "cedrickchee": "averaged over the batch"}
 
 
 def adam(T):

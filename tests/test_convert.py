@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from layers_to_convert import BY_NAME, D_IN, D_OUT, LAYERS, I, J, gradients, poses_for, quietly
+from layers_to_convert import BY_NAME, D_IN, D_OUT, LAYERS, WRONG, I, J, gradients, poses_for, quietly
 from peers import (
     cedrickchee,
     gram_ai,
@@ -24,9 +24,6 @@ import fastcaps
 from fastcaps.conventions import Convention, plain_routing
 from fastcaps.convert import RECIPES, ConvertedCapsules, Recipe, replace_capsules
 from fastcaps.verification import LIMIT
-
-WRONG = {"gram-ai": "input capsules", "higgsfield": "averaged over the batch", "cedrickchee": "averaged over the batch"}
-
 
 # --------------------------------------------------------------------------------------------- recognised and equal
 

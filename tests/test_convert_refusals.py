@@ -9,7 +9,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from layers_to_convert import BY_NAME, D_IN, D_OUT, LAYERS, I, J, gradients, poses_for, quietly
+from layers_to_convert import BY_NAME, D_IN, D_OUT, LAYERS, WRONG, I, J, gradients, poses_for, quietly
 from peers import (
     seed,
     xifengguo,
@@ -19,9 +19,6 @@ from torch import nn
 import fastcaps
 from fastcaps.convert import RECIPES, ConvertedCapsules, Recipe, replace_capsules
 from fastcaps.recipes import variants
-
-WRONG = {"gram-ai": "input capsules", "higgsfield": "averaged over the batch", "cedrickchee": "averaged over the batch"}
-
 
 # ------------------------------------------------------------------------------------------------------------ bad input
 
