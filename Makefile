@@ -49,15 +49,15 @@ sanitize-emulated_cuda: $(SANITIZE)/emulated_cuda
 sanitize-%: $(SANITIZE)/%
 	$< 2500
 
-$(SANITIZE)/emulated_cuda: tests/kernels.cpp $(wildcard tests/*emulat* csrc/*cuda* csrc/dynamic_routing.h)
+$(SANITIZE)/emulated_cuda: tests/support/kernels.cpp $(wildcard tests/support/*emulat* csrc/cuda/* csrc/*.h)
 	@mkdir -p $(@D)
 	$(CXX) -std=c++20 -O1 -g1 -Wno-unknown-pragmas -fsanitize=address,alignment,bounds -fno-sanitize-recover=all \
-	  --param asan-stack=0 -Icsrc -Itests -DFASTCAPS_SOURCE='"emulated_cuda.cpp"' $< -o $@
+	  --param asan-stack=0 -Icsrc -Itests/support -DFASTCAPS_SOURCE='"emulated_cuda.cpp"' $< -o $@
 
-$(SANITIZE)/%: tests/kernels.cpp $(wildcard csrc/dynamic_routing*) csrc/vector.h
+$(SANITIZE)/%: tests/support/kernels.cpp $(wildcard csrc/cpu/* csrc/*.h)
 	@mkdir -p $(@D)
 	$(CXX) -std=c++20 -O0 -g1 -Wno-psabi -fsanitize=address,undefined -fno-sanitize-recover=all -DFASTCAPS_CHECK -Icsrc \
-	  -DFASTCAPS_SOURCE='"dynamic_routing_$*.cpp"' $< -o $@
+	  -DFASTCAPS_SOURCE='"cpu/$*.cpp"' $< -o $@
 
 # What the compiler makes of the GPU kernels; needs no GPU.
 gpu-static: $(READY)
@@ -73,8 +73,8 @@ gpu-probe:
 
 # Twelve processes compile kernels at the same time, where pytest-xdist is installed.
 gpu-test:
-	CUBLAS_WORKSPACE_CONFIG=:4096:8 $(GPU_PYTHON) -m pytest $(call IF_THERE,xdist,-n 12) tests/test_gpu.py \
-	  tests/test_dynamic_routing.py tests/test_contracts.py tests/test_layers.py -k "cuda or gpu"
+	CUBLAS_WORKSPACE_CONFIG=:4096:8 $(GPU_PYTHON) -m pytest $(call IF_THERE,xdist,-n 12) tests/gpu \
+	  tests/core/test_dynamic_routing.py tests/core/test_contracts.py tests/api/test_layers.py -k "cuda or gpu"
 
 gpu-sanitize:
 	$(GPU_PYTHON) benchmarks/gpu_sanitize.py
@@ -98,7 +98,7 @@ clean:
 # A warning in a CUDA kernel is an error here, and so is a toolkit whose kernels end up missing.
 $(READY): export NVCC_APPEND_FLAGS += -Werror all-warnings
 $(READY): export FASTCAPS_CUDA ?= $(if $(shell command -v nvcc),1,auto)
-$(READY): requirements-dev.txt pyproject.toml setup.py $(wildcard csrc/*)
+$(READY): requirements-dev.txt pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fastcaps needs Python 3.10 or later: make PYTHON=...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt

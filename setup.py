@@ -89,7 +89,7 @@ def find_nvcc():
 
 
 def compile_cuda(pool, folder):
-    """Compile csrc/*.cu to PTX of the oldest architecture, and that for each: the kernels use nothing newer."""
+    """Compile csrc/cuda/*.cu to PTX of the oldest architecture, and that for each: the kernels use nothing newer."""
     nvcc, library = find_nvcc()
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
     architectures = [a for a in CUDA_ARCHITECTURES if f"sm_{a}" in known]
@@ -97,7 +97,7 @@ def compile_cuda(pool, folder):
         raise RuntimeError(f"{nvcc} knows none of sm_{', sm_'.join(CUDA_ARCHITECTURES)}")
     oldest = f"compute_{architectures[0]}"
     targets = ",".join([oldest, *(f"sm_{a}" for a in architectures)])
-    flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", f"-gencode=arch={oldest},code=[{targets}]"]
+    flags = ["-std=c++20", "-O3", "-Icsrc", "--expt-relaxed-constexpr", f"-gencode=arch={oldest},code=[{targets}]"]
     flags += ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
     release = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     new = int(re.search(r"release (\d+)", release)[1]) >= 13
@@ -106,7 +106,7 @@ def compile_cuda(pool, folder):
     command = [nvcc, *flags]
     folder = os.path.join(folder, f"cuda-{zlib.crc32(repr((release, command)).encode()):08x}")
     os.makedirs(folder, exist_ok=True)
-    newest = max(os.path.getmtime(path) for path in [*glob.glob("csrc/*"), __file__])
+    newest = max(os.path.getmtime(path) for path in [*glob.glob("csrc/**/*", recursive=True), __file__])
 
     def compile_one(source):
         target = os.path.join(folder, os.path.basename(source) + ".o")
@@ -116,7 +116,7 @@ def compile_cuda(pool, folder):
         os.replace(target + ".new", target)
         return target
 
-    return library, architectures, pool.map(compile_one, sorted(glob.glob("csrc/*.cu")))
+    return library, architectures, pool.map(compile_one, sorted(glob.glob("csrc/cuda/*.cu")))
 
 
 def add_cuda(extension, cuda):
@@ -160,10 +160,10 @@ def extensions():
             "fastcaps._C",
             [
                 "csrc/ops.cpp",
-                *(f"csrc/dynamic_routing_{isa}.cpp" for isa in INSTRUCTION_SETS),
+                *(f"csrc/cpu/{isa}.cpp" for isa in INSTRUCTION_SETS),
             ],
-            depends=[*glob.glob("csrc/*.h"), *glob.glob("csrc/*.cu")],
-            include_dirs=include_paths(),
+            depends=[path for kind in ("h", "cu") for path in glob.glob(f"csrc/**/*.{kind}", recursive=True)],
+            include_dirs=["csrc", *include_paths()],
             library_dirs=library_paths(),
             libraries=["torch", "torch_cpu", "c10"],
             define_macros=[

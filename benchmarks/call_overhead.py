@@ -13,10 +13,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fastcaps.benchmarking import einsum_routing
 from fastcaps.routing import dynamic_routing
-from fastcaps.routing.dynamic import _check_dynamic_routing
-from fastcaps.routing.dynamic_ops import DynamicRouting, EagerDynamicRouting
-from fastcaps.timing import einsum_routing
+from fastcaps.routing.dynamic.api import _check_dynamic_routing
+from fastcaps.routing.dynamic.ops import DynamicRouting, EagerDynamicRouting
 
 B, I, J, D_in, D_out, T = 8, 10, 10, 16, 16, 3
 ROUNDS, CALLS = 15, 200

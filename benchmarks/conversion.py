@@ -17,8 +17,9 @@ import torch
 from machine import commit, description
 from torch import nn
 
+from fastcaps.benchmarking import median_and_p20
 from fastcaps.convert import RECIPES, replace_capsules
-from fastcaps.timing import median_and_p20, training_cost
+from fastcaps.measure import training_cost
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))

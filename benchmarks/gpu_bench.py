@@ -27,8 +27,8 @@ import gpu_probe
 import torch
 from torch import Tensor
 
-from fastcaps import timing
-from fastcaps.ready import relative_error
+from fastcaps import benchmarking
+from fastcaps.exactness import relative_error
 from fastcaps.routing import dynamic_routing
 
 RESULTS = Path(__file__).parent / "results"
@@ -62,7 +62,7 @@ def routing(contestant: str) -> Callable[[Tensor, Tensor], Tensor]:
     if contestant in OURS:
         backend = contestant.split()[1]
         return lambda poses, weight: dynamic_routing(poses, weight, num_iterations=T, backend=backend)
-    form = timing.FORMS[contestant.split(",")[0]]
+    form = benchmarking.FORMS[contestant.split(",")[0]]
     plain = lambda poses, weight: form(poses, weight, T)  # noqa: E731
     if "compiled" in contestant:
         return torch.compile(plain, mode="max-autotune-no-cudagraphs", dynamic=False, fullgraph=True)
@@ -99,7 +99,7 @@ def tensors(shape: str, device: str) -> tuple[Tensor, ...]:
     grad, few = torch.zeros(B, J, D_out, device=device), min(B, 16)
     grad[:few] = randn(few, J, D_out)
     leaves = [x.double().requires_grad_() for x in (poses[:few], weight)]
-    out = timing.einsum_routing(*leaves, T)
+    out = benchmarking.einsum_routing(*leaves, T)
     exact = torch.autograd.grad(out, leaves, grad[:few].double())
     return poses, weight, grad, out.detach(), *exact
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from fastcaps import timing
+from fastcaps import benchmarking
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -78,7 +78,7 @@ def host_microseconds(call: Callable[[], Any], count: int = 1000) -> dict[str, f
 
 def summary(times: list[float]) -> dict[str, float]:
     """Median, 20th percentile and minimum."""
-    median, p20 = timing.median_and_p20(times)
+    median, p20 = benchmarking.median_and_p20(times)
     return {"median": round(median, 3), "p20": round(p20, 3), "min": round(min(times), 3)}
 
 
@@ -299,7 +299,7 @@ def baseline(name: str, contestant: str, device: str, rounds: int = 7) -> dict[s
     torch._dynamo.reset()
     if device == "cuda":
         torch.cuda.empty_cache()
-    (t,) = timing.compare(SHAPES[name], device=device, rounds=rounds, names=[contestant])
+    (t,) = benchmarking.compare(SHAPES[name], device=device, rounds=rounds, names=[contestant])
     if t.refused:
         return {"sizes": SHAPES[name], "refused": t.refused}
     result: dict[str, Any] = {"sizes": SHAPES[name], "error": t.error, "gradient_error": t.gradient_error}
@@ -334,7 +334,7 @@ def cases(device: str, deadline: float) -> dict[str, Callable[[], Any]]:
     if device == "cuda":
         probes = (copy, matmul, instructions, grid_barrier, launches, capture_on_first_use)
         todo |= {probe.__name__: probe for probe in probes}
-    names = list(timing.contestants(3))
+    names = list(benchmarking.contestants(3))
     eager = [name for name in names if "compiled" not in name]
     pairs = [(shape, name) for shape in SHAPES for name in eager]
     pairs[2:2] = [("paper", name) for name in names if name not in eager]

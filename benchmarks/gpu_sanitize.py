@@ -38,7 +38,7 @@ def main() -> int:
     worst = 0
     for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
         chosen = "every_kernel" if tool in ("memcheck", "racecheck") else "every_kernel and native"
-        result = run(tool, "-m", "pytest", "-x", "tests/test_gpu.py", "-k", chosen, "--timeout", "200")
+        result = run(tool, "-m", "pytest", "-x", "tests/gpu", "-k", chosen, "--timeout", "200")
         print(f"{tool}: exit {result.returncode}\n{result.stdout[-2500:]}{result.stderr[-500:]}", flush=True)
         worst |= result.returncode
     return int(worst != 0)

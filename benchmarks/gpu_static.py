@@ -27,7 +27,7 @@ from gpu_bench import PRECISIONS, SHAPES
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastcaps.routing import dynamic_triton
+from fastcaps.routing.dynamic.triton import launch
 
 RESULTS = Path(__file__).parent / "results" / "triton-static.json"
 TOOLS = cuda_static.TOOLS
@@ -49,8 +49,8 @@ def recorded(call: Callable[[], Any], multiprocessors: int = 132) -> list[tuple[
         found.setdefault(str((kernel.__name__, specialisation(kernel, arguments))), (kernel, arguments))
 
     with (
-        unittest.mock.patch.object(dynamic_triton, "launch", record),
-        unittest.mock.patch.object(dynamic_triton, "_gpu", return_value=("none", multiprocessors)),
+        unittest.mock.patch.object(launch, "launch", record),
+        unittest.mock.patch.object(launch, "_gpu", return_value=("none", multiprocessors)),
     ):
         call()
     return list(found.values())
@@ -70,9 +70,9 @@ def training_step(
 ) -> None:
     """Forward and backward, all gradients wanted."""
     inputs = poses, weight, prior, bias, mask
-    out, sums = dynamic_triton.forward(*inputs, num_iterations, leaky, detach, eps, allow_tf32)
+    out, sums = launch.forward(*inputs, num_iterations, leaky, detach, eps, allow_tf32)
     needed = (True, weight is not None, prior is not None, bias is not None)
-    dynamic_triton.backward(out, *inputs, sums, leaky, detach, eps, *needed, allow_tf32)
+    launch.backward(out, *inputs, sums, leaky, detach, eps, *needed, allow_tf32)
 
 
 def launches(shape: str, precision: str) -> list[tuple[Any, dict[str, Any]]]:
@@ -109,7 +109,7 @@ def specialisation(kernel: Any, arguments: dict[str, Any]) -> tuple[dict[str, st
 
 def compiled(name: str, types: dict, constants: dict, divisible: list[str], options: dict, capability: int) -> dict:
     """Registers, stack, shared memory and the instructions of the longest loop of one kernel."""
-    kernel = getattr(dynamic_triton.kernels if name in ("sweep", "gradients") else dynamic_triton.vectors, name)
+    kernel = getattr(launch.kernels if name in ("sweep", "gradients") else launch.vectors, name)
     index = {parameter.name: n for n, parameter in enumerate(kernel.params)}
     source = ASTSource(
         kernel, types, {(index[n],): value for n, value in constants.items()},

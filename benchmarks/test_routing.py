@@ -4,7 +4,7 @@
     pytest benchmarks/ -k "paper and not paper_" --against=benchmarks/results/NAME.json --worse=15
 
 The contestants of a row take turns, round by round, on inputs that change from call to call, after each has shown that
-its output and gradients are right (fastcaps.timing.compare). pytest-benchmark then gets the times that were taken: by
+its output and gradients are right (fastcaps.benchmarking.compare). pytest-benchmark gets the times that were taken: by
 itself it would time one contestant after the other, and a slow minute of the machine would hit one of them.
 ``ratio`` is speed against the fastest alternative of the row, by medians; ``share_of_floor`` is the time that the
 multiplications and additions alone would take at the rate measured in the same minutes, over the 20th percentile.
@@ -23,8 +23,8 @@ import pytest
 import torch
 from machine import fma_peak
 
+from fastcaps.benchmarking import FORMS, HALF, Timing, compare, median_and_p20
 from fastcaps.routing import dynamic_routing
-from fastcaps.timing import FORMS, HALF, Timing, compare, median_and_p20
 
 # B, I, J, D_in, D_out
 ROWS: dict[str, tuple[tuple[int, int, int, int, int], dict[str, Any]]] = {
@@ -170,7 +170,7 @@ def test_scaling(benchmark: Any, letter: str) -> None:
 MEMORY = """
 import torch
 from fastcaps.routing import dynamic_routing
-from fastcaps.timing import einsum_routing
+from fastcaps.benchmarking import einsum_routing
 torch.set_num_threads(min(2, torch.get_num_threads()))
 routing = {"fastcaps": dynamic_routing, "einsum": lambda x, w: einsum_routing(x, w, 3)}[%r]
 def tensors(B):

@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from fastcaps import CapsNet
-from fastcaps.evaluation import network_loss
-from fastcaps.report import read_log
-from fastcaps.settings import Settings
-from fastcaps.timing import FORMS
+from fastcaps.benchmarking import FORMS
+from fastcaps.train.evaluation import network_loss
+from fastcaps.train.report import read_log
+from fastcaps.train.settings import Settings
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

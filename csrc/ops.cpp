@@ -18,9 +18,9 @@
 #include <tuple>
 #include <type_traits>
 
-#include "dynamic_routing.h"
+#include "routing.h"
 #ifdef FASTCAPS_WITH_CUDA
-#include "dynamic_routing_cuda.h"
+#include "cuda/cuda_routing.h"
 
 // In libtorch_cuda; null beside a PyTorch that has only a CPU, which never calls a CUDA op.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);

@@ -1,12 +1,23 @@
 """fastcaps: fused, exact routing for capsule networks."""
 
-from fastcaps import losses
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from fastcaps import _deprecated
 from fastcaps._version import __version__
+from fastcaps.exactness import selftest
 from fastcaps.functional import length, squash
 from fastcaps.layers import CapsuleLayer, PrimaryCapsules
 from fastcaps.models import CapsNet, CapsNetOutput, Decoder
-from fastcaps.ready import selftest, warmup
+from fastcaps.preload import warmup
 from fastcaps.routing import RoutingTrace, dynamic_routing, route_votes, routing_trace
+
+if TYPE_CHECKING:
+    from fastcaps import convert, data, doctor, losses, models, train
+
+_deprecated.install_moved_modules()
+
+_SUBPACKAGES = ("convert", "data", "doctor", "losses", "models", "train")  # imported by their first use
 
 __all__ = [
     "CapsNet",
@@ -16,12 +27,27 @@ __all__ = [
     "PrimaryCapsules",
     "RoutingTrace",
     "__version__",
+    "convert",
+    "data",
+    "doctor",
     "dynamic_routing",
     "length",
     "losses",
+    "models",
     "route_votes",
     "routing_trace",
     "selftest",
     "squash",
+    "train",
     "warmup",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f"fastcaps.{name}")
+    raise AttributeError(f"module 'fastcaps' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_SUBPACKAGES})

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from fastcaps._version import __version__
-from fastcaps.settings import Settings, hint, kind_of, known_settings, option, read_settings
+from fastcaps.train.settings import Settings, hint, kind_of, known_settings, option, read_settings
 
 
 def info() -> int:
@@ -75,19 +75,17 @@ def tune(sizes: list[int], dtype: str, iterations: int) -> int:
     if reason is not None:
         print(f"fastcaps tune: {reason}", file=sys.stderr)
         return 1
-    from fastcaps.routing import dynamic_triton_tuning
+    from fastcaps.routing.dynamic.triton import tuning
 
     B, I, J, D_in, D_out = sizes
-    for key, parameters in dynamic_triton_tuning.tune(
-        (B, I, J, D_in, D_out), getattr(torch, dtype), iterations
-    ).items():
+    for key, parameters in tuning.tune((B, I, J, D_in, D_out), getattr(torch, dtype), iterations).items():
         print(f"kept: {key}: {parameters}")
     return 0
 
 
 def convert(checkpoint: Path, recipe: str, out: Path, iterations: int, image_shape: list[int] | None, fix: bool) -> int:
     """Convert a checkpoint of a public capsule network into a fastcaps.CapsNet."""
-    from fastcaps.checkpoints import convert_checkpoint, read_state_dict, what_fix_changes
+    from fastcaps.convert.checkpoints import convert_checkpoint, read_state_dict, what_fix_changes
 
     try:
         state = read_state_dict(checkpoint)
@@ -143,8 +141,8 @@ def train(options: dict[str, Any], out: Path | None, config: Path | None, resume
         given = read_settings(config, options) if config else options
         settings = Settings(**given)
         folder = out or Path("runs") / f"{settings.data}-{settings.model}"
-        from fastcaps import training
-        from fastcaps.callbacks import Interrupted
+        from fastcaps.train import run as training
+        from fastcaps.train.callbacks import Interrupted
     except (OSError, ValueError) as error:
         print(f"fastcaps train: {error}", file=sys.stderr)
         return 1
@@ -173,12 +171,12 @@ def train(options: dict[str, Any], out: Path | None, config: Path | None, resume
 
 def evaluate(model: Path, data: str | None, root: str | None, download: bool, backend: str | None) -> int:
     """Test a model that ``fastcaps train`` wrote."""
-    from fastcaps.network import describe
+    from fastcaps.models.network import describe
 
     try:
-        from fastcaps.evaluation import evaluate as tested
-        from fastcaps.evaluation import load_for
-        from fastcaps.report import confusion_counts
+        from fastcaps.train.evaluation import evaluate as tested
+        from fastcaps.train.evaluation import load_for
+        from fastcaps.train.report import confusion_counts
 
         run = describe(model).get("run", {})
         changed = {"data": data, "root": root, "download": download}
@@ -207,7 +205,7 @@ def evaluate(model: Path, data: str | None, root: str | None, download: bool, ba
 def show(model: Path, images: list[Path], out: Path) -> int:
     """Draw what a network makes of one's own images."""
     try:
-        from fastcaps.report import show as drawn
+        from fastcaps.train.report import show as drawn
 
         for line in drawn(model, images, out):
             print(line)

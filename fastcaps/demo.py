@@ -11,11 +11,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fastcaps import figures
+from fastcaps.benchmarking import Timing, compare, einsum_routing, median_and_p20
 from fastcaps.data import Dataset, digits
+from fastcaps.measure import saved_bytes
 from fastcaps.models import CapsNet
 from fastcaps.routing import dynamic_routing
-from fastcaps.timing import Timing, compare, einsum_routing, median_and_p20, saved_bytes
+from fastcaps.train import figures
 
 BATCH_SIZE = 64
 PAPER = (128, 1152, 10, 8, 16)  # B, I, J, D_in, D_out of Sabour et al. (2017) on MNIST

@@ -1,10 +1,9 @@
 """The two elementary functions of capsule networks: squash and length."""
 
-import math
-from typing import Any
-
 import torch
 from torch import Tensor
+
+from fastcaps._checks import check_floating, check_number
 
 __all__ = ["length", "squash"]
 
@@ -20,21 +19,6 @@ def _norm(s: Tensor, dim: int) -> Tensor:
     zero = n2 == 0
     # Both wheres are needed: the inner one keeps the infinite slope of sqrt at 0 out of the backward.
     return torch.where(zero, 0.0, torch.sqrt(torch.where(zero, 1.0, n2)))
-
-
-def check_number(name: str, value: Any) -> None:
-    """Raise unless ``value`` is a finite number that is not negative."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a float, got {value!r}")
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{name} must be finite and not negative, got {value}")
-
-
-def _require_floating(s: Tensor, name: str) -> None:
-    if not isinstance(s, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(s).__name__}")
-    if not s.is_floating_point():
-        raise TypeError(f"{name} must be a floating-point tensor, got {s.dtype}")
 
 
 def squash(s: Tensor, dim: int = -1, eps: float = 0.0) -> Tensor:
@@ -62,7 +46,7 @@ def squash(s: Tensor, dim: int = -1, eps: float = 0.0) -> Tensor:
         >>> squash(torch.tensor([3.0, 4.0]))  # length 5 becomes 25 / 26
         tensor([0.5769, 0.7692])
     """
-    _require_floating(s, "s")
+    check_floating("s", s)
     check_number("eps", eps)
     x = s.to(compute_dtype(s.dtype))
     if eps > 0:
@@ -91,5 +75,5 @@ def length(poses: Tensor, dim: int = -1) -> Tensor:
         >>> length(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
         tensor([5., 0.])
     """
-    _require_floating(poses, "poses")
+    check_floating("poses", poses)
     return _norm(poses.to(compute_dtype(poses.dtype)), dim).squeeze(dim).to(poses.dtype)

@@ -7,33 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastcaps.functional import check_number, squash
-from fastcaps.layouts import Layout
+from fastcaps._axes import Layout
+from fastcaps._checks import check_like, check_number, check_positive
+from fastcaps.functional import squash
 from fastcaps.routing import RoutingTrace, dynamic_routing, routing_trace
-from fastcaps.routing.dynamic import check_prior
+from fastcaps.routing.dynamic.api import check_prior
 
 PRIMARY_LAYOUTS = ("capsule-major", "dimension-major", "flat")
 SHARE_WEIGHT = ("none", "inputs", "both")
 WEIGHT_AXES = ("I", "J", "D_out", "D_in")
-
-
-def require_positive(**sizes: Any) -> None:
-    """Raise where a size is not an int of at least 1."""
-    for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int):
-            raise TypeError(f"{name} must be an int, got {size!r}")
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}")
-
-
-def require_like(name: str, value: Any, wanted: str, parameter: Tensor) -> None:
-    """Raise unless ``value`` is a tensor of the dtype of ``parameter``, or any floating-point one under autocast."""
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"{name} must be a floating-point tensor {wanted}, got {got}")
-    amp = not value.is_meta and torch.is_autocast_enabled(value.device.type)
-    if value.dtype != parameter.dtype and not amp:
-        raise TypeError(f"{name} must have the dtype of the parameters, {parameter.dtype}, got {value.dtype}")
 
 
 class PrimaryCapsules(nn.Module):
@@ -72,7 +54,7 @@ class PrimaryCapsules(nn.Module):
         eps: float = 0.0,
     ) -> None:
         super().__init__()
-        require_positive(in_channels=in_channels, types=types, dim=dim, kernel_size=kernel_size, stride=stride)
+        check_positive(in_channels=in_channels, types=types, dim=dim, kernel_size=kernel_size, stride=stride)
         if isinstance(padding, bool) or not isinstance(padding, int):
             raise TypeError(f"padding must be an int, got {padding!r}")
         if padding < 0:
@@ -94,7 +76,7 @@ class PrimaryCapsules(nn.Module):
             >>> PrimaryCapsules(4, types=2, dim=8, kernel_size=3)(torch.randn(1, 4, 5, 5)).shape
             torch.Size([1, 18, 8])
         """
-        require_like("features", features, "[B, C, H, W]", self.conv.weight)
+        check_like("features", features, "[B, C, H, W]", self.conv.weight)
         C, size, padding = self.conv.in_channels, self.conv.kernel_size[0], self.conv.padding[0]
         if features.dim() != 4 or features.shape[1] != C:
             raise ValueError(f"features must be [B, C, H, W] with C = {C}, got {tuple(features.shape)}")
@@ -165,7 +147,7 @@ class CapsuleLayer(nn.Module):
         **routing_options: Any,
     ) -> None:
         super().__init__()
-        require_positive(
+        check_positive(
             in_capsules=in_capsules,
             in_dim=in_dim,
             out_capsules=out_capsules,
@@ -326,7 +308,7 @@ class CapsuleLayer(nn.Module):
         if not isinstance(weight, Tensor) or not weight.is_floating_point():
             got = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
             raise TypeError(f"weight must be a floating-point tensor, got {got}")
-        require_positive(**{name: options[name] for name in names.values() if name in options})
+        check_positive(**{name: options[name] for name in names.values() if name in options})
         sizes = {axis: options.pop(name) for axis, name in names.items() if name in options}
         axes = Layout.parse(layout, WEIGHT_AXES, ("D_in", "D_out"))
         canonical = axes.canonical(weight, sizes)  # fills in what sizes lacks

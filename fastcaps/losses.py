@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastcaps.functional import check_number
+from fastcaps._checks import check_labels, check_number
 
 REDUCTIONS = ("batchmean", "mean", "sum", "none")
 
@@ -32,23 +32,6 @@ def _check_lengths(lengths: Tensor) -> None:
         raise TypeError(f"lengths must be a floating-point tensor [B, J], got {got}")
     if lengths.dim() != 2 or lengths.shape[1] == 0:
         raise ValueError(f"lengths must be [B, J] with J at least 1, got {tuple(lengths.shape)}")
-
-
-def check_labels(labels: Tensor, B: int, J: int) -> None:
-    """Raise unless ``labels`` are B class indices below J.
-
-    Values cannot be read, and are not checked, inside torch.compile, torch.func, a CUDA graph, or on the meta device.
-    """
-    if not isinstance(labels, Tensor) or labels.dtype not in (torch.int64, torch.int32, torch.uint8):
-        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-        raise TypeError(f"labels must be an int64, int32 or uint8 tensor [B], got {got}")
-    if labels.shape != (B,):
-        raise ValueError(f"labels must be [B] = [{B}], got {tuple(labels.shape)}")
-    unread = labels.is_meta or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    if unread or (labels.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return
-    if B and not bool(((labels >= 0) & (labels < J)).all()):
-        raise ValueError(f"labels must lie in 0 .. {J - 1}, got {labels.min().item()} .. {labels.max().item()}")
 
 
 def _targets(lengths: Tensor, labels: Tensor) -> Tensor:

@@ -1,14 +1,14 @@
 from pathlib import Path
 
-import emulated_cuda
 import pytest
 import torch
+from support import emulated_cuda
 
-from fastcaps.routing import dynamic_ops
 from fastcaps.routing.backend import BACKENDS, why_unavailable
+from fastcaps.routing.dynamic import ops
 
 if emulated_cuda.WANTED:  # the native kernels are those for CUDA, on CPU tensors
-    dynamic_ops.op = lambda backend, direction: getattr(emulated_cuda, direction)
+    ops.op = lambda backend, direction: getattr(emulated_cuda, direction)
 
 
 def why_not_tested(backend: str, device: str) -> str | None:
@@ -52,7 +52,7 @@ def reproducible():
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
     """A run that nothing interrupts."""
-    from training_runs import SMALL, train
+    from support.training_runs import SMALL, train
 
     out = tmp_path_factory.mktemp("runs") / "whole"
     assert train(out, *SMALL) == 0
@@ -62,9 +62,9 @@ def whole(tmp_path_factory) -> Path:
 @pytest.fixture
 def no_report(monkeypatch) -> None:
     """A run without its slowest part."""
-    from fastcaps import training
+    from fastcaps.train import run
 
-    monkeypatch.setattr(training, "write_report", lambda out: None)
+    monkeypatch.setattr(run, "write_report", lambda out: None)
 
 
 @pytest.fixture

@@ -3,5 +3,5 @@
 #pragma GCC target("avx2,fma")
 #define FASTCAPS_ISA avx2
 #define FASTCAPS_VECTOR_BYTES 32
-#include "dynamic_routing_cpu_regimes.h"
+#include "cpu/choose.h"
 #endif

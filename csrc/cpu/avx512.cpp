@@ -3,5 +3,5 @@
 #pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma")
 #define FASTCAPS_ISA avx512
 #define FASTCAPS_VECTOR_BYTES 64
-#include "dynamic_routing_cpu_regimes.h"
+#include "cpu/choose.h"
 #endif

@@ -5,5 +5,5 @@
 #define FASTCAPS_ISA avx512bf16
 #define FASTCAPS_VECTOR_BYTES 64
 #define FASTCAPS_PAIRS  // of bfloat16, multiplied as one
-#include "dynamic_routing_cpu_regimes.h"
+#include "cpu/choose.h"
 #endif

@@ -1,6 +1,6 @@
 // The backward on the CPU, from the weighted sums alone: a sweep over the input capsules for every iteration but the
 // first, then one over all iterations at once that writes the gradients.
-#include "dynamic_routing_cpu.h"
+#include "cpu/batch.h"
 
 namespace fastcaps {
 namespace FASTCAPS_ISA {

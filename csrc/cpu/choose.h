@@ -4,7 +4,7 @@
 //   votes in whole vectors, given            a sample at a time, votes read where they lie
 //   up to about 12 samples of 16 lanes       a sample at a time, votes kept in the cache
 //   more samples                             samples in the lanes, votes computed again in every pass
-#include "dynamic_routing_cpu_capsules_backward.h"
+#include "cpu/single_backward.h"
 
 namespace fastcaps {
 namespace FASTCAPS_ISA {

@@ -1,6 +1,6 @@
 // Products with the matrices of input capsules one row after the other, the entries of a row in the lanes: what a few
 // samples need, whose poses do not fill the lanes.
-#include "dynamic_routing_cpu_backward.h"
+#include "cpu/batch_backward.h"
 
 namespace fastcaps {
 namespace FASTCAPS_ISA {

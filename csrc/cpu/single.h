@@ -7,7 +7,7 @@
 // so that no vote exists at all ("absorbed"). Rows lie in the lanes as they lie in memory, padded to whole vectors; the
 // input capsules of a block, as many as there are lanes, fill them where there is one number each: logits,
 // coefficients.
-#include "dynamic_routing_cpu_matrices.h"
+#include "cpu/matrices.h"
 
 namespace fastcaps {
 namespace FASTCAPS_ISA {

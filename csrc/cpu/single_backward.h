@@ -1,5 +1,5 @@
 // The backward one sample at a time; the same two parts as with samples in the lanes.
-#include "dynamic_routing_cpu_capsules.h"
+#include "cpu/single.h"
 
 namespace fastcaps {
 namespace FASTCAPS_ISA {

@@ -1,7 +1,7 @@
 // The CUDA kernels as the layer above sees them: no torch, no CUDA header.
 #pragma once
 
-#include "dynamic_routing.h"
+#include "routing.h"
 
 namespace fastcaps::cuda {
 
@@ -14,7 +14,7 @@ int64_t forward_scratch(const Routing<Real>&);
 template <class Real>
 int64_t backward_scratch(const Routing<Real>&, const Gradients<Real>&);
 
-// On the current device; tensors as in dynamic_routing.h, in device memory. allow_tf32: float32 products may be rounded.
+// On the current device; tensors as in routing.h, in device memory. allow_tf32: float32 products may be rounded.
 // Throws std::runtime_error where a launch fails.
 template <class Real>
 void forward(const Routing<Real>&, bool allow_tf32, void* out, Real* sums, void* scratch, void* stream);

@@ -1,3 +1,3 @@
 // Kernels by tensor cores, float16.
 #define FASTCAPS_TILE_FORM float16, false
-#include "dynamic_routing_cuda_tile_launch.h"
+#include "cuda/tiles_launch.h"

@@ -1,12 +1,12 @@
 // Dynamic routing on NVIDIA GPUs for any size and type, float64 too: a warp per vote vector, no tensor cores.
 //
-// For what the tiles of dynamic_routing_cuda_tile.h do not hold, votes that are given and one matrix for all input
+// For what the tiles of cuda/tiles.h do not hold, votes that are given and one matrix for all input
 // capsules among it. Votes are computed wherever they are needed. Letters and statistics are as in that file.
 #pragma once
 
-#include "cuda.h"
-#include "dynamic_routing.h"
-#include "dynamic_routing_cuda_index.h"
+#include "cuda/platform.h"
+#include "routing.h"
+#include "cuda/layout.h"
 
 namespace fastcaps::cuda {
 

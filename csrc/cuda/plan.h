@@ -5,9 +5,9 @@
 #include <cmath>
 #include <type_traits>
 
-#include "dynamic_routing_cuda_any.h"
-#include "dynamic_routing_cuda_tile_launch.h"
-#include "dynamic_routing_cuda_vectors.h"
+#include "cuda/general.h"
+#include "cuda/tiles_launch.h"
+#include "cuda/vectors.h"
 
 namespace fastcaps::cuda {
 namespace {

@@ -105,7 +105,7 @@ __device__ inline double log_of_two(double x) { return log2(x); }
 __device__ inline float rounded_to_tf32(float x) { return x == x ? from_bits(bits_of(x) + 0x1000) : x; }
 __device__ inline float cut_to_tf32(float x) { return from_bits(bits_of(x) & 0xffffe000); }
 
-// c = a b, or c += a b, by mma.sync.m16n8k8: a [16, 8], b [8, 8], c [16, 8] as dynamic_routing_cuda_index.h lays them out.
+// c = a b, or c += a b, by mma.sync.m16n8k8: a [16, 8], b [8, 8], c [16, 8] as cuda/layout.h lays them out.
 __device__ inline void multiply(float* c, const float (&a)[4], const float (&b)[2]) {
 #ifdef FASTCAPS_EMULATED
   for (int n = 0; n < 4; ++n) c[n] = 0;

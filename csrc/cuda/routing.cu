@@ -4,12 +4,12 @@
 // the output, V. Backward, from the weighted sums alone: for t = T-1 .. 1 a sweep (partial dV) and ds of the iteration
 // before, then the gradients from all iterations at once. With one matrix for all input capsules no vote is computed, as
 // <W x, V> = <x, W^T V> and sum c W x = W sum c x: poses stand for votes, `transform` goes between.
-#include "dynamic_routing_cuda.h"
+#include "cuda/cuda_routing.h"
 
 #include <algorithm>
 #include <type_traits>
 
-#include "dynamic_routing_cuda_call.h"
+#include "cuda/plan.h"
 
 namespace fastcaps::cuda {
 namespace {

@@ -1,3 +1,3 @@
 // Kernels by tensor cores, float32 rounded to tf32.
 #define FASTCAPS_TILE_FORM float, true
-#include "dynamic_routing_cuda_tile_launch.h"
+#include "cuda/tiles_launch.h"

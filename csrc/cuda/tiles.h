@@ -1,7 +1,7 @@
 // Dynamic routing by tensor cores: a warp has 8 samples times a tile of output capsules in registers.
 //
 // Votes are products of the matrices, the rows, with the poses of 8 samples, the columns of mma.sync.m16n8k8. Their
-// layout (dynamic_routing_cuda_index.h) makes agreement, softmax and weighted sum a matter of a few lanes. Of float32
+// layout (cuda/layout.h) makes agreement, softmax and weighted sum a matter of a few lanes. Of float32
 // three products of tf32 parts are as exact as float32 itself; half types are exact in tf32 as they are. Long sums are
 // added outside of the tensor cores, which cut their sums off.
 //
@@ -9,8 +9,8 @@
 // logit, log2 of the sum of 2^(logit - largest) and, in the backward, sum_j c dc.
 #pragma once
 
-#include "cuda.h"
-#include "dynamic_routing_cuda_index.h"
+#include "cuda/platform.h"
+#include "cuda/layout.h"
 
 namespace fastcaps::cuda {
 

@@ -10,8 +10,8 @@
 
 #include <type_traits>
 
-#include "dynamic_routing_cuda_tile.h"
-#include "dynamic_routing_cuda_vectors.h"
+#include "cuda/tiles.h"
+#include "cuda/vectors.h"
 
 namespace fastcaps::cuda {
 

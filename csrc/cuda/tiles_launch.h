@@ -1,9 +1,9 @@
-// The kernels of dynamic_routing_cuda_tile.h behind one function for each form; a source file compiles one form.
+// The kernels of cuda/tiles.h behind one function for each form; a source file compiles one form.
 #pragma once
 
-#include "dynamic_routing_cuda_persistent.h"
-#include "dynamic_routing_cuda_tile.h"
-#include "dynamic_routing_cuda_tile_backward.h"
+#include "cuda/tiles_together.h"
+#include "cuda/tiles.h"
+#include "cuda/tiles_backward.h"
 
 namespace fastcaps::cuda {
 

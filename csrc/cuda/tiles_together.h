@@ -2,8 +2,8 @@
 // memory: these are read once, and a barrier takes the place of each further launch.
 #pragma once
 
-#include "dynamic_routing_cuda_tile.h"
-#include "dynamic_routing_cuda_vectors.h"
+#include "cuda/tiles.h"
+#include "cuda/vectors.h"
 
 namespace fastcaps::cuda {
 

@@ -1,9 +1,9 @@
 // The smaller CUDA kernels: over the B * J vectors of an iteration, and the products of one matrix for all input capsules.
 #pragma once
 
-#include "cuda.h"
-#include "dynamic_routing.h"
-#include "dynamic_routing_cuda_index.h"
+#include "cuda/platform.h"
+#include "routing.h"
+#include "cuda/layout.h"
 
 namespace fastcaps::cuda {
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastcaps.convert.recipes import RECIPES, Recipe
 from fastcaps.models import CapsNet
-from fastcaps.recipes import RECIPES, Recipe
 
 LARGEST_STRIDE = 8  # pixels
 

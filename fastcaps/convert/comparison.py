@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastcaps.contents import contents, differences, held
-from fastcaps.ready import error_budget, relative_error
-from fastcaps.recipes import Plan, Recipe, get_path, set_path, variants
+from fastcaps.convert.contents import contents, differences, held
+from fastcaps.convert.recipes import Plan, Recipe, get_path, set_path, variants
+from fastcaps.exactness import error_budget, relative_error
 
 LIMIT = 1e-9  # relative L2, float64
 NORM_EPS_LIMIT = 1e-5  # what leaving norm_eps out may change

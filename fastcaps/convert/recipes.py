@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from fastcaps.conventions import CHOICES, Convention, Routed, plain_routing
-from fastcaps.functional import check_number
+from fastcaps._axes import Layout
+from fastcaps._checks import check_number
 from fastcaps.layers import WEIGHT_AXES
-from fastcaps.layouts import Layout
 from fastcaps.routing import dynamic_routing
+from fastcaps.routing.conventions import CHOICES, Convention, Routed, plain_routing
 
 EPSILONS = (0.0, 1e-16, 1e-12, 1e-10, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4)
 POSES_AXES, OUTPUT_AXES, COUPLING_AXES = ("B", "I", "D_in"), ("B", "J", "D_out"), ("B", "I", "J")

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastcaps.convert.comparison import Verdict, detached_copy, verify
+from fastcaps.convert.recipes import RECIPES, Plan, Recipe
 from fastcaps.layers import CapsuleLayer
-from fastcaps.recipes import RECIPES, Plan, Recipe
-from fastcaps.timing import Cost, training_cost
-from fastcaps.verification import Verdict, detached_copy, verify
+from fastcaps.measure import Cost, training_cost
 
 __all__ = ["RECIPES", "ConversionReport", "ConvertedCapsules", "LayerReport", "Recipe", "replace_capsules"]
 

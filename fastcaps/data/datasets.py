@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastcaps.batches import random_integers
-from fastcaps.sources import (
+from fastcaps.data.augment import random_integers
+from fastcaps.data.sources import (
     CIFAR10,
     CIFAR10_FILES,
     FASHION_MNIST,

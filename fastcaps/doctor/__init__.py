@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastcaps.doctor import checks
 from fastcaps.doctor.finding import FINE, SUSPICIOUS, UNKNOWN, WRONG, Finding
-from fastcaps.doctor.losses import losses
+from fastcaps.doctor.loss_checks import losses
 from fastcaps.doctor.watch import (
     Watch,
     batch_size,

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastcaps.convert.comparison import detached_copy
 from fastcaps.doctor.finding import FINE, SUSPICIOUS, UNKNOWN, WRONG, Finding
-from fastcaps.doctor.losses import class_lengths
+from fastcaps.doctor.loss_checks import class_lengths
 from fastcaps.doctor.watch import Call, Routing, Watch, batch_size, is_torch, layer_of, tensors
 from fastcaps.losses import margin_loss
-from fastcaps.verification import detached_copy
 
 CHANGES = 1e-4  # relative: what rounding cannot explain in float32
 SATURATED = 0.98  # length of all output capsules

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastcaps.convert.recipes import RECIPES, Recipe
 from fastcaps.doctor import examine
 from fastcaps.doctor.checks import copied
 from fastcaps.doctor.finding import WRONG, Finding
-from fastcaps.recipes import RECIPES, Recipe
 
 BATCH = (5, 7, 11, 13)  # samples: the first number that is no other size, so that the batch axis can be told
 
@@ -98,9 +98,9 @@ def examine_checkpoint(path: Path, image_shape: Sequence[int] | None) -> tuple[s
     Raises:
         ValueError: it is neither.
     """
-    from fastcaps.checkpoints import NETWORKS, convert_checkpoint, read_state_dict
+    from fastcaps.convert.checkpoints import NETWORKS, convert_checkpoint, read_state_dict
     from fastcaps.models import CapsNet
-    from fastcaps.network import describe
+    from fastcaps.models.network import describe
 
     if path.suffix == ".py":
         raise ValueError(f"which function of {path} builds the model? {path}:FUNCTION")

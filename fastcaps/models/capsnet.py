@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastcaps._checks import check_labels, check_positive
 from fastcaps.functional import length
-from fastcaps.layers import CapsuleLayer, PrimaryCapsules, require_like, require_positive
-from fastcaps.losses import check_labels, margin_loss, one_hot, reconstruction_loss
-from fastcaps.network import Network
+from fastcaps.layers import CapsuleLayer, PrimaryCapsules
+from fastcaps.losses import margin_loss, one_hot, reconstruction_loss
+from fastcaps.models.network import Network, check_image_shape, check_images
 
 
 class CapsNetOutput(NamedTuple):
@@ -59,9 +60,9 @@ class Decoder(nn.Module):
         hidden: tuple[int, ...] = (512, 1024),
     ) -> None:
         super().__init__()
-        C, H, W = _check_image_shape(image_shape)
-        require_positive(num_classes=num_classes, capsule_dim=capsule_dim)
-        require_positive(**{f"hidden[{n}]": width for n, width in enumerate(hidden)})
+        C, H, W = check_image_shape(image_shape)
+        check_positive(num_classes=num_classes, capsule_dim=capsule_dim)
+        check_positive(**{f"hidden[{n}]": width for n, width in enumerate(hidden)})
         self.poses_shape, self.image_shape = (num_classes, capsule_dim), (C, H, W)
         widths = [num_classes * capsule_dim, *hidden]
         layers: list[nn.Module] = []
@@ -154,9 +155,9 @@ class CapsNet(Network):
         super().__init__()
         self.config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         self.config |= self.config.pop("layer_options")
-        self.image_shape = C, H, W = _check_image_shape(image_shape)
-        require_positive(num_classes=num_classes, stem_channels=stem_channels, kernel_size=kernel_size)
-        require_positive(types=types, primary_dim=primary_dim, primary_stride=primary_stride, capsule_dim=capsule_dim)
+        self.image_shape = C, H, W = check_image_shape(image_shape)
+        check_positive(num_classes=num_classes, stem_channels=stem_channels, kernel_size=kernel_size)
+        check_positive(types=types, primary_dim=primary_dim, primary_stride=primary_stride, capsule_dim=capsule_dim)
         smallest = 2 * kernel_size - 1
         if min(H, W) < smallest:
             raise ValueError(
@@ -226,7 +227,7 @@ class CapsNet(Network):
             >>> CapsNet((1, 8, 8), 10, kernel_size=3).primary_poses(torch.rand(2, 1, 8, 8)).shape
             torch.Size([2, 128, 8])
         """
-        _check_images(images, self.image_shape, self.stem.weight)
+        check_images(images, self.image_shape, self.stem.weight)
         return self.primary(F.relu(self.stem(images)))
 
     def loss(
@@ -283,98 +284,3 @@ class CapsNet(Network):
         if self.decoder is None:
             raise ValueError("this network was made with decoder=False: it cannot reconstruct")
         return self.decoder(poses, labels)
-
-
-class CNN(Network):
-    """The convolutional baseline of Sabour et al. (2017), section 5: what a capsule network is compared with.
-
-    Convolutions of 5x5 pixels with 256, 256 and 128 channels at stride 1, fully connected layers of 328 and 192 units,
-    dropout, and one score per class. With padding it has the 35.4 million parameters of the paper on 28x28 pixels.
-
-    Args:
-        image_shape: ``(C, H, W)`` of the images.
-        num_classes: J.
-        channels: of the convolutions.
-        units: of the fully connected layers.
-        dropout: probability, before the last layer.
-
-    Raises:
-        TypeError: a size is not an int.
-        ValueError: a size is below 1.
-
-    Example:
-        >>> network = CNN((1, 28, 28), 10)
-        >>> round(sum(p.numel() for p in network.parameters()) / 1e6, 1)
-        35.4
-        >>> CNN((1, 8, 8), 10, channels=(4,), units=(8,))(torch.rand(2, 1, 8, 8)).shape
-        torch.Size([2, 10])
-    """
-
-    def __init__(
-        self,
-        image_shape: Sequence[int],
-        num_classes: int,
-        *,
-        channels: Sequence[int] = (256, 256, 128),
-        units: Sequence[int] = (328, 192),
-        dropout: float = 0.5,
-    ) -> None:
-        super().__init__()
-        self.config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
-        self.image_shape = C, H, W = _check_image_shape(image_shape)
-        require_positive(num_classes=num_classes)
-        require_positive(**{f"channels[{n}]": width for n, width in enumerate(channels)})
-        require_positive(**{f"units[{n}]": width for n, width in enumerate(units)})
-        self.num_classes = num_classes
-        layers: list[nn.Module] = []
-        for before, after in itertools.pairwise([C, *channels]):
-            layers += [nn.Conv2d(before, after, 5, padding=2), nn.ReLU()]
-        layers.append(nn.Flatten())
-        for before, after in itertools.pairwise([[C, *channels][-1] * H * W, *units]):
-            layers += [nn.Linear(before, after), nn.ReLU()]
-        last = [[C, *channels][-1] * H * W, *units][-1]
-        self.scores = nn.Linear(last, num_classes)
-        self.layers = nn.Sequential(*layers, nn.Dropout(dropout))
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Scores ``[B, J]`` before the softmax, for images ``[B, C, H, W]``.
-
-        Raises:
-            TypeError: images have another dtype than the parameters (outside autocast).
-            ValueError: shapes do not fit.
-
-        Example:
-            >>> CNN((3, 8, 8), 5, channels=(4,), units=(8,))(torch.rand(2, 3, 8, 8)).shape
-            torch.Size([2, 5])
-        """
-        _check_images(images, self.image_shape, self.scores.weight)
-        return self.scores(self.layers(images))
-
-    @torch.no_grad()
-    def predict(self, images: Tensor) -> Tensor:
-        """The class index of the highest score, ``[B]`` int64, for images ``[B, C, H, W]``; no gradient.
-
-        Raises:
-            TypeError: images have another dtype than the parameters.
-            ValueError: shapes do not fit.
-
-        Example:
-            >>> CNN((3, 8, 8), 5, channels=(4,), units=(8,)).eval().predict(torch.rand(2, 3, 8, 8)).shape
-            torch.Size([2])
-        """
-        return self(images).argmax(1)
-
-
-def _check_images(images: Tensor, image_shape: tuple[int, int, int], parameter: Tensor) -> None:
-    require_like("images", images, "[B, C, H, W]", parameter)
-    if images.dim() != 4 or images.shape[1:] != image_shape:
-        wanted = ", ".join(map(str, image_shape))
-        raise ValueError(f"images must be [B, C, H, W] = [B, {wanted}], got {tuple(images.shape)}")
-
-
-def _check_image_shape(image_shape: Sequence[int]) -> tuple[int, int, int]:
-    if not isinstance(image_shape, (tuple, list, torch.Size)) or len(image_shape) != 3:
-        raise ValueError(f"image_shape must be (C, H, W), got {image_shape!r}")
-    C, H, W = image_shape
-    require_positive(**{"image_shape's C": C, "image_shape's H": H, "image_shape's W": W})
-    return C, H, W

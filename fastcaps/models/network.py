@@ -1,17 +1,19 @@
-"""What every network here is: one that a file holds whole, with its configuration and without pickle."""
+"""The base class of the networks: saving and loading with their configuration, without pickle."""
 
 import dataclasses
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from fastcaps._atomic import write_whole
+from fastcaps._checks import check_like, check_positive
 from fastcaps._version import __version__
-from fastcaps.conventions import Convention
-from fastcaps.files import write_whole
+from fastcaps.routing.conventions import Convention
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -135,3 +137,20 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not known or not all(isinstance(described[part], kind) for part, kind in parts.items() if part in described):
         raise ValueError(f"{os.fspath(path)!r} does not say that it holds a network of fastcaps")
     return described
+
+
+def check_images(images: Tensor, image_shape: tuple[int, int, int], parameter: Tensor) -> None:
+    """Raise unless ``images`` is ``[B, *image_shape]`` of the dtype of ``parameter``."""
+    check_like("images", images, "[B, C, H, W]", parameter)
+    if images.dim() != 4 or images.shape[1:] != image_shape:
+        wanted = ", ".join(map(str, image_shape))
+        raise ValueError(f"images must be [B, C, H, W] = [B, {wanted}], got {tuple(images.shape)}")
+
+
+def check_image_shape(image_shape: Sequence[int]) -> tuple[int, int, int]:
+    """``(C, H, W)``; raise unless it is three positive ints."""
+    if not isinstance(image_shape, (tuple, list, torch.Size)) or len(image_shape) != 3:
+        raise ValueError(f"image_shape must be (C, H, W), got {image_shape!r}")
+    C, H, W = image_shape
+    check_positive(**{"image_shape's C": C, "image_shape's H": H, "image_shape's W": W})
+    return C, H, W

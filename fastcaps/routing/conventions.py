@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fastcaps.functional import check_number, compute_dtype, squash
-from fastcaps.routing.dynamic_reference import coupling, transform
+from fastcaps._checks import check_number
+from fastcaps.functional import compute_dtype, squash
+from fastcaps.routing.dynamic.reference import coupling, transform
 
 VOTES_AT_ONCE = 4_000_000  # entries; 16 MB in float32
 

@@ -15,12 +15,12 @@ from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from fastcaps import figures
-from fastcaps.files import write_whole
+from fastcaps._atomic import write_whole
 from fastcaps.models import CapsNet
+from fastcaps.train import figures
 
 if TYPE_CHECKING:
-    from fastcaps.training import Training
+    from fastcaps.train.run import Training
 
 
 class Interrupted(Exception):

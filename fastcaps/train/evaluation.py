@@ -12,9 +12,9 @@ from fastcaps import losses
 from fastcaps.functional import length
 from fastcaps.layers import CapsuleLayer
 from fastcaps.models import CNN, CapsNet
-from fastcaps.network import Network, describe
-from fastcaps.samples import Samples, image_shape, load_data, single
-from fastcaps.settings import Settings
+from fastcaps.models.network import Network, describe
+from fastcaps.train.samples import Samples, image_shape, load_data, single
+from fastcaps.train.settings import Settings
 
 DEAD = 0.1  # m- of the margin loss: an output capsule that no image makes longer than this says nothing
 

@@ -14,14 +14,14 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from fastcaps import figures
+from fastcaps._atomic import write_whole
 from fastcaps.data import read_image
-from fastcaps.evaluation import Evaluation, evaluate, load_for, wrong_of
-from fastcaps.files import write_whole
 from fastcaps.models import CapsNet
-from fastcaps.network import Network, describe
-from fastcaps.samples import Samples
-from fastcaps.settings import Settings
+from fastcaps.models.network import Network, describe
+from fastcaps.train import figures
+from fastcaps.train.evaluation import Evaluation, evaluate, load_for, wrong_of
+from fastcaps.train.samples import Samples
+from fastcaps.train.settings import Settings
 
 SHOWN = 20  # misclassified images
 

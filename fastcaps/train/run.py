@@ -21,17 +21,17 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from fastcaps._atomic import write_whole
 from fastcaps._version import __version__
-from fastcaps.batches import Batches
-from fastcaps.callbacks import Keeper, Pictures, Progress, WholeFiles
 from fastcaps.data import Dataset, MultiMNIST
-from fastcaps.evaluation import network_loss, routing_statistics, wrong_of
-from fastcaps.files import write_whole
 from fastcaps.models import CNN, CapsNet
-from fastcaps.network import Network
-from fastcaps.report import write_report
-from fastcaps.samples import Samples, fingerprint, image_shape, load_data
-from fastcaps.settings import FREE, Settings, changes, known_settings
+from fastcaps.models.network import Network
+from fastcaps.train.batches import Batches
+from fastcaps.train.callbacks import Keeper, Pictures, Progress, WholeFiles
+from fastcaps.train.evaluation import network_loss, routing_statistics, wrong_of
+from fastcaps.train.report import write_report
+from fastcaps.train.samples import Samples, fingerprint, image_shape, load_data
+from fastcaps.train.settings import FREE, Settings, changes, known_settings
 
 PROBES = 32  # test images whose routing is watched
 LOG_STEPS = 10  # from one line of the log to the next

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fastcaps import data as datasets
-from fastcaps.batches import augment
 from fastcaps.data import Dataset, MultiMNIST
-from fastcaps.settings import Settings
+from fastcaps.data.augment import augment
+from fastcaps.train.settings import Settings
 
 TEST_BATCH = 256
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastcaps import cli, timing
+from fastcaps import benchmarking, cli
 from fastcaps.data import digits
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def test_info_names_versions_and_reasons(capsys):
@@ -70,7 +70,7 @@ def test_digits():
 def test_contestants_agree(shared):
     names = ["broadcast", "einsum", "einsum, chunks of 4", "absorbed", "fastcaps", "fastcaps, bfloat16"]
     options = {"shared": shared, "prior": shared, "mask": shared, "half": True, "chunk": 4}
-    timings = timing.compare((11, 9, 3, 4, 5), rounds=1, names=names, forms=list(timing.FORMS), **options)
+    timings = benchmarking.compare((11, 9, 3, 4, 5), rounds=1, names=names, forms=list(benchmarking.FORMS), **options)
     assert [t.name for t in timings] == names
     for t in timings:
         assert len(t.forward) == len(t.training) == 1
@@ -82,9 +82,9 @@ def test_a_wrong_contestant_is_not_timed(monkeypatch):
         steps = right(num_iterations, backend, **options)
         return {**steps, "fastcaps": lambda x, w, g: 1.01 * steps["fastcaps"](x, w, g)}
 
-    right = timing.contestants
-    monkeypatch.setattr(timing, "contestants", wrong)
-    refused, admitted = timing.compare((4, 6, 3, 4, 8), rounds=1, names=["einsum", "fastcaps"])[::-1]
+    right = benchmarking.contestants
+    monkeypatch.setattr(benchmarking, "contestants", wrong)
+    refused, admitted = benchmarking.compare((4, 6, 3, 4, 8), rounds=1, names=["einsum", "fastcaps"])[::-1]
     assert refused.forward is None
     assert refused.error == pytest.approx(0.01, rel=0.01)
     assert len(admitted.forward) == 1
@@ -95,9 +95,9 @@ def test_table_of_timings(capsys):
 
     from fastcaps.demo import print_timings
 
-    slow = timing.Timing("einsum, chunks of 8", [4000.0] * 5, [9000.0] * 5, 1e-7, 2e-7, None, None)
-    ours = timing.Timing("fastcaps", [1000.0] * 5, [3000.0] * 5, 1e-7, 3e-7, None, None)
-    wrong = timing.Timing("compiled", None, None, 0.01, 0.02, None, "its error is 2.0e-02")
+    slow = benchmarking.Timing("einsum, chunks of 8", [4000.0] * 5, [9000.0] * 5, 1e-7, 2e-7, None, None)
+    ours = benchmarking.Timing("fastcaps", [1000.0] * 5, [3000.0] * 5, 1e-7, 3e-7, None, None)
+    wrong = benchmarking.Timing("compiled", None, None, 0.01, 0.02, None, "its error is 2.0e-02")
     print_timings([slow, wrong, ours], Console(width=80))
     rows = {line.split("  ")[0].strip(): line.split() for line in capsys.readouterr().out.splitlines() if line.strip()}
     assert rows["fastcaps"] == ["fastcaps", "3e-07", "1000.0", "(1000.0)", "4.00", "3000.0", "(3000.0)", "3.00"]
@@ -107,7 +107,7 @@ def test_table_of_timings(capsys):
 
 
 def test_median_and_percentile():
-    assert timing.median_and_p20([5.0, 1.0, 2.0, 4.0, 3.0]) == (3.0, 2.0)
+    assert benchmarking.median_and_p20([5.0, 1.0, 2.0, 4.0, 3.0]) == (3.0, 2.0)
 
 
 def run_probe(*arguments: str) -> subprocess.CompletedProcess:

@@ -12,7 +12,7 @@ import torch
 
 import fastcaps
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 MODULES = ["fastcaps", *(module.name for module in pkgutil.walk_packages(fastcaps.__path__, "fastcaps."))]
 MODULES = [name for name in MODULES if name != "fastcaps._C"]
 

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from numerics import Case, backend_op, make_inputs
+from support.numerics import Case, backend_op, make_inputs
 from torch import nn
 
 import fastcaps
@@ -355,7 +355,7 @@ def test_trace_records_what_the_op_does(implementation):
 def test_trace_in_parts_is_the_whole(monkeypatch):
     inputs = make_inputs(Case(sizes=(5, 20, 6, 4, 8), prior="BIJ"), torch.float64)
     whole = fastcaps.routing_trace(**inputs.tensors)
-    monkeypatch.setattr("fastcaps.routing.trace._VOTES_AT_ONCE", 2 * 20 * 6 * 8)
+    monkeypatch.setattr("fastcaps.routing.dynamic.trace._VOTES_AT_ONCE", 2 * 20 * 6 * 8)
     parts = fastcaps.routing_trace(**inputs.tensors)
     for name in ("poses", "coupling", "entropy", "agreement", "change"):
         torch.testing.assert_close(getattr(parts, name), getattr(whole, name))
@@ -394,12 +394,12 @@ def test_selftest_covers_all_backends_and_can_fail(monkeypatch):
     rows = fastcaps.selftest()
     assert {"native", "reference"} <= {row.backend for row in rows}
     assert all(row.error <= row.budget for row in rows)
-    original = fastcaps.ready.dynamic_routing
+    original = fastcaps.exactness.dynamic_routing
 
     def wrong(*arguments, backend, **options):
         out = original(*arguments, backend=backend, **options)
         return out * 1.0001 if backend == "native" else out
 
-    monkeypatch.setattr(fastcaps.ready, "dynamic_routing", wrong)
+    monkeypatch.setattr(fastcaps.exactness, "dynamic_routing", wrong)
     with pytest.raises(RuntimeError, match=r"wrong numbers.*\n.*backend='native'"):
         fastcaps.selftest()

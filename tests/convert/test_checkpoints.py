@@ -10,8 +10,8 @@ from peers import adambielski, cedrickchee, danielhavir, gram_ai, higgsfield, se
 from safetensors.torch import save_file
 
 from fastcaps import CapsNet, cli
-from fastcaps.checkpoints import NETWORKS, convert_checkpoint, read_state_dict
-from fastcaps.conventions import Convention
+from fastcaps.convert.checkpoints import NETWORKS, convert_checkpoint, read_state_dict
+from fastcaps.routing.conventions import Convention
 
 SMALL = {"size": 12, "kernel": 3, "stem": 5, "types": 3, "dim": 4, "classes": 7, "out_dim": 6}
 PEERS = {

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from layers_to_convert import BY_NAME, D_IN, D_OUT, LAYERS, WRONG, I, J, gradients, poses_for, quietly
 from peers import (
     cedrickchee,
     gram_ai,
@@ -18,12 +17,13 @@ from peers import (
     readable_capsnet,
     seed,
 )
+from support.layers_to_convert import BY_NAME, D_IN, D_OUT, LAYERS, WRONG, I, J, gradients, poses_for, quietly
 from torch import nn
 
 import fastcaps
-from fastcaps.conventions import Convention, plain_routing
 from fastcaps.convert import RECIPES, ConvertedCapsules, Recipe, replace_capsules
-from fastcaps.verification import LIMIT
+from fastcaps.convert.comparison import LIMIT
+from fastcaps.routing.conventions import Convention, plain_routing
 
 # --------------------------------------------------------------------------------------------- recognised and equal
 
@@ -248,7 +248,7 @@ def test_wrong_conventions_are_kept_with_a_warning_or_fixed(name):
 @pytest.mark.parametrize("squash", ["norm", "elementwise"])
 @pytest.mark.parametrize("detach", [False, True])
 def test_conventions_in_bounded_memory_equal_votes_in_memory(softmax, logits, squash, detach, monkeypatch):
-    monkeypatch.setattr("fastcaps.conventions.VOTES_AT_ONCE", 2 * I * J * D_OUT)  # two samples at a time
+    monkeypatch.setattr("fastcaps.routing.conventions.VOTES_AT_ONCE", 2 * I * J * D_OUT)  # two samples at a time
     x, w = torch.randn(5, I, D_IN).double().requires_grad_(), torch.randn(I, J, D_OUT, D_IN).double().requires_grad_()
     prior, bias = torch.randn(I, J).double().requires_grad_(), torch.randn(J, D_OUT).double().requires_grad_()
     convention = Convention(softmax, logits, squash)
@@ -495,7 +495,7 @@ def test_a_distributed_training_continues_across_the_swap(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
     run = subprocess.run(
         [*command, "--rdzv-endpoint=localhost:0", str(script)],
-        cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=240, check=False,
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stdout.count("equal") == 2, run.stdout

@@ -9,16 +9,16 @@ import threading
 import numpy as np
 import pytest
 import torch
-from layers_to_convert import BY_NAME, D_IN, D_OUT, LAYERS, WRONG, I, J, gradients, poses_for, quietly
 from peers import (
     seed,
     xifengguo,
 )
+from support.layers_to_convert import BY_NAME, D_IN, D_OUT, LAYERS, WRONG, I, J, gradients, poses_for, quietly
 from torch import nn
 
 import fastcaps
 from fastcaps.convert import RECIPES, ConvertedCapsules, Recipe, replace_capsules
-from fastcaps.recipes import variants
+from fastcaps.convert.recipes import variants
 
 # ------------------------------------------------------------------------------------------------------------ bad input
 
@@ -283,7 +283,7 @@ def test_no_cost_that_fails_loses_the_report(monkeypatch):
     def fail(*args):
         raise ValueError("no profiler here")
 
-    monkeypatch.setattr("fastcaps.convert.training_cost", fail)
+    monkeypatch.setattr("fastcaps.convert.replace.training_cost", fail)
     row = replace_capsules(LAYERS["capsule"](), torch.randn(4, I, D_IN)).layers[0]
     assert row.replaced
     assert row.before is row.after is None
@@ -316,7 +316,9 @@ def test_fix_reports_how_far_the_outputs_move(name, monkeypatch):
     assert row.output >= moved * (1 - 1e-9) > 0.01
     assert row.gradient > 0.01
     assert "from the paper's routing in plain PyTorch they are" in str(row.notes)
-    monkeypatch.setattr("fastcaps.recipes.dynamic_routing", lambda *a, **k: 1.001 * fastcaps.dynamic_routing(*a, **k))
+    monkeypatch.setattr(
+        "fastcaps.convert.recipes.dynamic_routing", lambda *a, **k: 1.001 * fastcaps.dynamic_routing(*a, **k)
+    )
     layer = LAYERS[name]()
     assert "fastcaps itself is wrong here" in quietly(layer, poses_for(name), fix=True).layers[0].reason
     assert not isinstance(layer, ConvertedCapsules)

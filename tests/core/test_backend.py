@@ -14,7 +14,7 @@ import fastcaps
 from fastcaps.routing import backend as backends
 from fastcaps.routing.backend import choose_backend, why_unavailable
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
 
@@ -177,7 +177,15 @@ def test_numbers_of_the_lesser_instruction_sets(capability):
     levels, best = ["default", "avx2", "avx512"], torch.backends.cpu.get_cpu_capability().lower()
     if best not in levels or levels.index(capability) > levels.index(best):
         pytest.skip(f"this processor has {best}")
-    command = [sys.executable, "-m", "pytest", "-x", "tests/test_dynamic_routing.py", "-k", "native and not gradgrad"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "tests/core/test_dynamic_routing.py",
+        "-k",
+        "native and not gradgrad",
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "ATEN_CPU_CAPABILITY": capability}
     result = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False

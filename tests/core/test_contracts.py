@@ -5,13 +5,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from numerics import Case, backend_op, make_inputs, run, small_inputs
+from support.numerics import Case, backend_op, make_inputs, run, small_inputs
 from torch import Tensor
 
-from fastcaps.ready import error_budget, relative_error
+from fastcaps.exactness import error_budget, relative_error
+from fastcaps.measure import saved_bytes
 from fastcaps.routing import dynamic_routing, route_votes
-from fastcaps.routing.dynamic_ops import op as compiled_op
-from fastcaps.timing import saved_bytes
+from fastcaps.routing.dynamic.ops import op as compiled_op
 
 
 @pytest.mark.parametrize("threads", [1, 2, 7, 8])

@@ -8,17 +8,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-import emulated_cuda
 import pytest
 import torch
-from numerics import EVERY_KERNEL, Case, backend_op, case_id, check, make_inputs, run
+from support import emulated_cuda
+from support.numerics import EVERY_KERNEL, Case, backend_op, case_id, check, make_inputs, run
 
-from fastcaps.ready import relative_error
+from fastcaps.exactness import relative_error
 from fastcaps.routing import backend as backends
-from fastcaps.routing import dynamic_ops
 from fastcaps.routing.backend import choose_backend, why_unavailable
+from fastcaps.routing.dynamic import ops
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 if emulated_cuda.WANTED:
     pytest.skip("about what runs without the emulation", allow_module_level=True)
 
@@ -43,14 +43,23 @@ def emulated(monkeypatch):
     """The native backend on CPU tensors is the CUDA kernels."""
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         pytest.skip("there is no C++ compiler")
-    monkeypatch.setattr(dynamic_ops, "op", lambda backend, direction: getattr(emulated_cuda, direction))
+    monkeypatch.setattr(ops, "op", lambda backend, direction: getattr(emulated_cuda, direction))
     return backend_op("native")
 
 
 @pytest.mark.timeout(900)
 def test_numbers_in_the_emulation(emulated):
     """The core's tests in a process of their own."""
-    command = [sys.executable, "-m", "pytest", "-W", "ignore", "tests/test_dynamic_routing.py", "-k", IN_THE_EMULATION]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-W",
+        "ignore",
+        "tests/core/test_dynamic_routing.py",
+        "-k",
+        IN_THE_EMULATION,
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "FASTCAPS_EMULATE_CUDA": "1"}
     result = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=880, check=False
@@ -105,12 +114,12 @@ def test_as_many_slices_as_on_a_large_gpu(emulated, monkeypatch, resident_blocks
 
 @pytest.mark.parametrize("sizes", [(9, 40, 10, 8, 16), (9, 12, 20, 12, 32)], ids=str)
 def test_tf32_is_rounded_and_as_exact_as_that_is(emulated, monkeypatch, sizes):
-    from fastcaps.routing import dynamic
+    from fastcaps.routing.dynamic import api
 
     case = Case(sizes=sizes)
     inputs = make_inputs(case, torch.float32)
     exact = run(backend_op("reference"), case, inputs, torch.float64, "cpu")
-    monkeypatch.setattr(dynamic, "allows_tf32", lambda poses: True)
+    monkeypatch.setattr(api, "allows_tf32", lambda poses: True)
     rounded = run(emulated, case, inputs, torch.float32, "cpu")
     for name, value in exact.items():
         assert 1e-5 < relative_error(rounded[name], value) < 5e-3, name

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from numerics import (
+from support.numerics import (
     REGIMES,
     SIZES,
     Case,
@@ -19,10 +19,10 @@ from numerics import (
 )
 from torch import Tensor
 
+from fastcaps.exactness import error_budget, relative_error
 from fastcaps.functional import squash
-from fastcaps.ready import error_budget, relative_error
 from fastcaps.routing import dynamic_routing, route_votes
-from fastcaps.routing.dynamic_reference import (
+from fastcaps.routing.dynamic.reference import (
     dynamic_routing_backward_reference,
     dynamic_routing_reference,
     output_capsules,

@@ -9,21 +9,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from numerics import Case, case_id, make_inputs
+from support.numerics import Case, case_id, make_inputs
 from test_dynamic_routing import TILES
 
 import fastcaps
 from fastcaps import cli
 from fastcaps.routing import backend as backends
 from fastcaps.routing.backend import choose_backend, why_unavailable
-from fastcaps.routing.dynamic_reference import output_capsules
+from fastcaps.routing.dynamic.reference import output_capsules
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 triton = pytest.importorskip("triton", reason="Triton is not installed: it is for Linux only")
 if backends.INTERPRET:
     pytest.skip("about what runs without the interpreter", allow_module_level=True)
-dynamic_triton = pytest.importorskip("fastcaps.routing.dynamic_triton")
-dynamic_triton_tuning = pytest.importorskip("fastcaps.routing.dynamic_triton_tuning")
+dynamic_triton = pytest.importorskip("fastcaps.routing.dynamic.triton.launch")
+dynamic_triton_tuning = pytest.importorskip("fastcaps.routing.dynamic.triton.tuning")
 
 # Not all: every option with every other in float32, the half type and the non-finite numbers with a part of them.
 IN_THE_INTERPRETER = " and not ".join(
@@ -49,8 +49,8 @@ def test_numbers_in_the_interpreter():
         "pytest",
         "-W",
         "ignore",
-        "tests/test_dynamic_routing.py",
-        "tests/test_contracts.py::test_opcheck",
+        "tests/core/test_dynamic_routing.py",
+        "tests/core/test_contracts.py::test_opcheck",
         "-k",
         IN_THE_INTERPRETER,
     ]

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from numerics import Case, case_id, check, pairwise_cases
+from support.numerics import Case, case_id, check, pairwise_cases
 from torch import Tensor
 
 from fastcaps.functional import compute_dtype, squash

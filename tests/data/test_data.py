@@ -16,11 +16,12 @@ import pytest
 import torch
 
 from fastcaps import data
-from fastcaps.batches import Batches, augment, random_integers
 from fastcaps.data import Dataset, MultiMNIST, cifar10, fashion_mnist, image_folder, mnist
-from fastcaps.sources import Source, read_idx
+from fastcaps.data.augment import augment, random_integers
+from fastcaps.data.sources import Source, read_idx
+from fastcaps.train.batches import Batches
 
-REAL = Path(__file__).parent.parent.parent / "shared" / "data" / "mnist"
+REAL = Path(__file__).parents[3] / "shared" / "data" / "mnist"
 NAMES = list(data.MNIST.files)
 
 

@@ -11,10 +11,10 @@ from torch import nn
 
 import fastcaps
 from fastcaps import cli
-from fastcaps.checkpoints import convert_checkpoint
 from fastcaps.convert import replace_capsules
+from fastcaps.convert.checkpoints import convert_checkpoint
 from fastcaps.doctor import FINE, SUSPICIOUS, UNKNOWN, WRONG, examine
-from fastcaps.doctor.losses import margin_reduction
+from fastcaps.doctor.loss_checks import margin_reduction
 from fastcaps.doctor.targets import random_sample
 from fastcaps.losses import margin_loss
 

@@ -6,16 +6,16 @@ import sys
 
 import pytest
 import torch
-from numerics import EVERY_KERNEL, backend_op, make_inputs, run
+from support.numerics import EVERY_KERNEL, backend_op, make_inputs, run
 from torch import Tensor
 
 import fastcaps
-from fastcaps.batches import augment
 from fastcaps.data import Dataset, MultiMNIST
-from fastcaps.ready import error_budget, relative_error
+from fastcaps.data.augment import augment
+from fastcaps.exactness import error_budget, relative_error
+from fastcaps.measure import saved_bytes
 from fastcaps.routing import dynamic_routing, route_votes
 from fastcaps.routing.backend import why_unavailable
-from fastcaps.timing import saved_bytes
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 GIB = 2**30
@@ -274,7 +274,7 @@ def test_a_training_run(backend, options, tmp_path, monkeypatch):
     """`fastcaps train`, made longer by --resume, with its report, and `fastcaps evaluate`."""
     pytest.importorskip("lightning")
     from fastcaps import cli
-    from fastcaps.report import read_log
+    from fastcaps.train.report import read_log
 
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     torch.use_deterministic_algorithms(False)

@@ -13,12 +13,12 @@ from torch.utils.cpp_extension import include_paths, library_paths
 from fastcaps import CapsNet
 from fastcaps.routing.backend import why_unavailable
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory) -> Path:
-    """tests/aoti_capsnet.cpp, compiled."""
+    """aoti_capsnet.cpp, compiled."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         pytest.skip("there is no C++ compiler")
@@ -26,7 +26,7 @@ def program(tmp_path_factory) -> Path:
     places = [f"-I{folder}" for folder in include_paths()]
     places += [flag for folder in library_paths() for flag in (f"-L{folder}", f"-Wl,-rpath,{folder}")]
     libraries = ["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10", "-ldl"]
-    source = ROOT / "tests" / "aoti_capsnet.cpp"
+    source = Path(__file__).parent / "aoti_capsnet.cpp"
     subprocess.run([compiler, "-std=c++20", "-O1", "-w", source, *places, *libraries, "-o", built], check=True)
     return built
 

@@ -1,7 +1,7 @@
 // The CUDA kernels compiled for the host (cuda_emulation.h), behind a function that tests call on CPU tensors.
 #define FASTCAPS_EMULATED
 #define FASTCAPS_TILE_FORM float, false  // and the others:
-#include "dynamic_routing_cuda.cu"
+#include "cuda/routing.cu"
 
 namespace fastcaps::cuda {
 FASTCAPS_INSTANTIATE(float, true)

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from fastcaps.functional import compute_dtype
-from fastcaps.routing.dynamic_reference import output_capsules
+from fastcaps.routing.dynamic.reference import output_capsules
 
-ROOT = Path(__file__).parent.parent
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 WANTED = os.environ.get("FASTCAPS_EMULATE_CUDA") == "1"
 STORED = {torch.float64: 0, torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -32,11 +33,11 @@ def library() -> ctypes.CDLL:
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     assert compiler is not None, "there is no C++ compiler"
     built = ROOT / "build" / "emulated_cuda.so"
-    sources = [*(ROOT / "csrc").glob("*cuda*"), ROOT / "csrc/dynamic_routing.h", *(ROOT / "tests").glob("*cuda*")]
+    sources = [*(ROOT / "csrc").glob("cuda/*"), *(ROOT / "csrc").glob("*.h"), *HERE.glob("*cuda*")]
     if not built.exists() or built.stat().st_mtime < max(source.stat().st_mtime for source in sources):
         built.parent.mkdir(exist_ok=True)
         flags = ["-std=c++20", "-O1", "-g1", "-shared", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
-        places = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests'}", ROOT / "tests/emulated_cuda.cpp"]
+        places = [f"-I{ROOT / 'csrc'}", f"-I{HERE}", HERE / "emulated_cuda.cpp"]
         temporary = built.with_suffix(f".{os.getpid()}")
         subprocess.run([compiler, *flags, "-Wno-clobbered", *places, "-o", temporary], check=True)
         temporary.replace(built)

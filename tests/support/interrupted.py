@@ -6,7 +6,8 @@ import signal
 import sys
 from pathlib import Path
 
-from fastcaps import callbacks, cli, files, training
+from fastcaps import _atomic, cli
+from fastcaps.train import callbacks, run
 
 
 def stop(number: int = signal.SIGKILL) -> None:
@@ -14,7 +15,7 @@ def stop(number: int = signal.SIGKILL) -> None:
 
 
 def at_step(at: int, *numbers: int) -> None:
-    original = training.Training.on_before_optimizer_step
+    original = run.Training.on_before_optimizer_step
 
     def hook(self, optimizer):
         original(self, optimizer)
@@ -22,7 +23,7 @@ def at_step(at: int, *numbers: int) -> None:
             for number in numbers:
                 stop(number)
 
-    training.Training.on_before_optimizer_step = hook
+    run.Training.on_before_optimizer_step = hook
 
 
 def at_checkpoint(at: int) -> None:
@@ -34,7 +35,7 @@ def at_checkpoint(at: int) -> None:
             stop()
         replace(before, after)
 
-    files.os.replace = hook
+    _atomic.os.replace = hook
 
 
 def at_pictures(at: int) -> None:
@@ -49,7 +50,7 @@ def at_pictures(at: int) -> None:
 
 def at_write(at: int) -> None:
     """In the middle of writing checkpoint number ``at``."""
-    write, count = files.write_whole, itertools.count(1)
+    write, count = _atomic.write_whole, itertools.count(1)
 
     def hook(path, content):
         if Path(path).name == "last.ckpt" and next(count) == at:
@@ -61,14 +62,14 @@ def at_write(at: int) -> None:
 
 
 def at_test(at: int) -> None:
-    original = training.Training.validation_step
+    original = run.Training.validation_step
 
     def hook(self, batch, batch_idx):
         if self.current_epoch == at:
             stop()
         original(self, batch, batch_idx)
 
-    training.Training.validation_step = hook
+    run.Training.validation_step = hook
 
 
 if __name__ == "__main__":

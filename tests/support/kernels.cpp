@@ -14,7 +14,7 @@
 #include <random>
 #include <vector>
 
-#include FASTCAPS_SOURCE  // "dynamic_routing_<isa>.cpp" or "emulated_cuda.cpp"
+#include FASTCAPS_SOURCE  // "cpu/<isa>.cpp" or "emulated_cuda.cpp"
 
 using namespace fastcaps;
 namespace isa = fastcaps::FASTCAPS_ISA;

@@ -1,6 +1,6 @@
 """How numbers are judged: cases, inputs, an independent oracle in numpy, and the comparison with float64.
 
-The error budgets themselves are those of ``fastcaps.selftest`` (``fastcaps.ready.error_budget``); no test has its own.
+The error budgets are those of ``fastcaps.selftest`` (``fastcaps.exactness.error_budget``); no test has its own.
 """
 
 import math
@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastcaps.exactness import error_budget
 from fastcaps.functional import compute_dtype
-from fastcaps.ready import error_budget
 from fastcaps.routing import dynamic_routing, route_votes
 from fastcaps.routing.backend import INTERPRET
 

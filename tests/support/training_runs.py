@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 
 from fastcaps import cli
-from fastcaps.report import read_log
+from fastcaps.train.report import read_log
 
 # A small network on 1,438 digits: 11 steps an epoch.
 SMALL = ["--stem", "8", "--types", "2", "--capsule-dim", "4", "--epochs", "3", "--accelerator", "cpu"]

@@ -12,21 +12,23 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.training_runs import SMALL, TINY, assert_same, course, train, weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training_runs import SMALL, TINY, assert_same, course, train, weights
 
-from fastcaps import CapsNet, callbacks, cli, training
-from fastcaps.evaluation import classification_loss, network_loss, routing_statistics, wrong_of
+from fastcaps import CapsNet, cli
 from fastcaps.losses import margin_loss, spread_loss
 from fastcaps.models import CNN
-from fastcaps.network import Network, describe
-from fastcaps.report import confusion_counts
-from fastcaps.samples import Samples, image_shape, load_data
-from fastcaps.settings import Settings, read_settings
-from fastcaps.training import build_network
+from fastcaps.models.network import Network, describe
+from fastcaps.train import callbacks
+from fastcaps.train import run as training
+from fastcaps.train.evaluation import classification_loss, network_loss, routing_statistics, wrong_of
+from fastcaps.train.report import confusion_counts
+from fastcaps.train.run import build_network
+from fastcaps.train.samples import Samples, image_shape, load_data
+from fastcaps.train.settings import Settings, read_settings
 
-MNIST = Path(__file__).parents[2] / "shared" / "data" / "mnist"
-TESTS = Path(__file__).parent
+MNIST = Path(__file__).parents[3] / "shared" / "data" / "mnist"
+SUPPORT = Path(__file__).parents[1] / "support"
 
 
 def counted_steps(monkeypatch) -> list[int]:
@@ -139,7 +141,7 @@ def test_another_model_or_data_set_than_the_configuration_s(whole):
 )
 @pytest.mark.usefixtures("no_report")
 def test_a_stopped_run_goes_on_as_if_nothing_had_been(whole, tmp_path, monkeypatch, moment, at, status, kept):
-    command = [sys.executable, TESTS / "interrupted.py", moment, str(at), *SMALL, "--out", tmp_path / "run"]
+    command = [sys.executable, SUPPORT / "interrupted.py", moment, str(at), *SMALL, "--out", tmp_path / "run"]
     stopped = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert stopped.returncode == status, stopped.stderr
     if status == 130:
@@ -239,7 +241,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path, capsys):
 
 def run(*command: str, status: int = 0) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", *command], capture_output=True, text=True, timeout=280, cwd=TESTS.parent,
+        [sys.executable, "-m", *command], capture_output=True, text=True, timeout=280, cwd=SUPPORT.parents[1],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == status, done.stderr
@@ -272,7 +274,7 @@ def test_two_processes_are_one(tmp_path):
     assert_same(tmp_path / "one", tmp_path / "slurm", 1e-9)
     torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
     half = tmp_path / "torchrun"
-    stopped = (*torchrun[:-1], str(TESTS / "interrupted.py"), "SIGTERM@1", "15")  # a signal to the second alone
+    stopped = (*torchrun[:-1], str(SUPPORT / "interrupted.py"), "SIGTERM@1", "15")  # a signal to the second alone
     run(*stopped, *options, "--accumulate", "2", "--out", str(half), status=1)
     assert torch.load(half / "last.ckpt", weights_only=True)["global_step"] == 16
     run(*torchrun, "fastcaps.cli", "train", "--resume", "--out", str(half))

@@ -12,12 +12,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from training_runs import SMALL, TINY, train
+from support.training_runs import SMALL, TINY, train
 
-from fastcaps import callbacks, cli, training
-from fastcaps.samples import fingerprint, load_data
-from fastcaps.settings import Settings, kind_of, option
-from fastcaps.training import check_devices
+from fastcaps import cli
+from fastcaps.train import callbacks, run
+from fastcaps.train.run import check_devices
+from fastcaps.train.samples import fingerprint, load_data
+from fastcaps.train.settings import Settings, kind_of, option
 
 
 @pytest.mark.parametrize(
@@ -153,7 +154,7 @@ def test_signals_mean_afterwards_what_they_meant_before(tmp_path):
 
 def test_every_setting_is_an_option(monkeypatch, tmp_path):
     given = []
-    monkeypatch.setattr(training, "train", lambda options, *_, **__: given.append(options))
+    monkeypatch.setattr(run, "train", lambda options, *_, **__: given.append(options))
     values = {"str": "text", "int": "3", "float": "0.5"}
     for field in dataclasses.fields(Settings):
         value = next(iter(field.metadata["choices"] or ["8x4" if field.name == "hidden_capsules" else None]))
@@ -223,7 +224,7 @@ def test_too_little_memory(tmp_path, monkeypatch, capsys, error):
     def build(*arguments):
         raise error
 
-    monkeypatch.setattr(training, "build_network", build)
+    monkeypatch.setattr(run, "build_network", build)
     assert train(tmp_path / "run") == 1
     assert f"fastcaps train: {str(error).splitlines()[0]} (" in capsys.readouterr().err
 
@@ -232,7 +233,7 @@ def test_ctrl_c_before_there_is_a_run(tmp_path, monkeypatch, capsys):
     def interrupted(settings):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "load_data", interrupted)
+    monkeypatch.setattr(run, "load_data", interrupted)
     assert train(tmp_path / "run") == 130
     assert capsys.readouterr().err == "fastcaps train: stopped\n"
 

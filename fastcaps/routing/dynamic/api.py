@@ -5,10 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcaps.functional import check_number, compute_dtype
+from fastcaps._checks import check_number
+from fastcaps.functional import compute_dtype
 from fastcaps.routing import backend as _backend
-from fastcaps.routing.dynamic_ops import compiled_dynamic_routing, upcast
-from fastcaps.routing.dynamic_reference import dynamic_routing_reference, masked, output_capsules
+from fastcaps.routing.dynamic.ops import compiled_dynamic_routing, upcast
+from fastcaps.routing.dynamic.reference import dynamic_routing_reference, masked, output_capsules
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

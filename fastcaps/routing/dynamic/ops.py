@@ -1,6 +1,6 @@
 """The compiled ops of dynamic routing as PyTorch sees them: derivatives, vmap, shapes for tracing, registration.
 
-Tensors are as in ``dynamic_reference.py``; checks and the choice of the backend are in ``dynamic.py``.
+Tensors are as in ``reference.py``; checks and the choice of the backend are in ``api.py``.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastcaps.functional import compute_dtype
 from fastcaps.routing.backend import EXTENSION_BUILD
-from fastcaps.routing.dynamic_reference import dynamic_routing_reference, masked, output_capsules
+from fastcaps.routing.dynamic.reference import dynamic_routing_reference, masked, output_capsules
 
 
 def upcast(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Any, ...]:
@@ -274,15 +274,15 @@ def _triton(direction: str) -> Callable[..., tuple[Tensor, ...]]:
     """A Triton op, whose kernels are imported with its first call."""
 
     def call(*arguments: Any) -> tuple[Tensor, ...]:
-        from fastcaps.routing import dynamic_triton
+        from fastcaps.routing.dynamic.triton import launch
 
         device = arguments[0].device
         if device.type != "cuda":  # the interpreter
-            return getattr(dynamic_triton, direction)(*arguments)
+            return getattr(launch, direction)(*arguments)
         with torch.cuda.device(device):
             capturing = torch.cuda.is_current_stream_capturing()
             try:
-                return getattr(dynamic_triton, direction)(*arguments)
+                return getattr(launch, direction)(*arguments)
             except Exception as error:
                 if capturing:
                     raise RuntimeError(

@@ -1,7 +1,7 @@
 """Dynamic routing in plain PyTorch: the definition of correct, and the twin of every kernel.
 
 Letters: B batch, I input capsules, J output capsules, D_in and D_out pose sizes, T iterations. Tensors have their
-compute dtype (float32 or float64); checks and half types are the business of ``dynamic.py``.
+compute dtype (float32 or float64); checks and half types are the business of ``api.py``.
 """
 
 import torch

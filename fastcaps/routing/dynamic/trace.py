@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from fastcaps.functional import compute_dtype, squash
-from fastcaps.routing.dynamic import _check_dynamic_routing
-from fastcaps.routing.dynamic_reference import coupling, masked, output_capsules, transform
+from fastcaps.routing.dynamic.api import _check_dynamic_routing
+from fastcaps.routing.dynamic.reference import coupling, masked, output_capsules, transform
 
 _VOTES_AT_ONCE = 4_000_000  # entries; 16 MB in float32
 

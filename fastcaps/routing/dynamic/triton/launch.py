@@ -20,15 +20,15 @@ from triton.runtime.errors import OutOfResources
 from triton.runtime.interpreter import InterpretedFunction
 
 from fastcaps.functional import squash
-from fastcaps.routing import dynamic_triton_kernels as kernels
-from fastcaps.routing import dynamic_triton_vectors as vectors
-from fastcaps.routing.dynamic_reference import dynamic_routing_backward_reference, output_capsules
+from fastcaps.routing.dynamic.reference import dynamic_routing_backward_reference, output_capsules
+from fastcaps.routing.dynamic.triton import sweeps as kernels
+from fastcaps.routing.dynamic.triton import vectors
 
 INTERPRETED = isinstance(kernels.sweep, InterpretedFunction)
 BB = 16  # samples of a tile: the rows of a tensor-core instruction
 SWEEPS = {"first sum": 2, "sum": 3, "dV": 4}  # tensors that live in registers
 REGISTERS = 160  # per thread, for the tensors that live through the loop over the input capsules
-TUNED = Path(__file__).with_name("dynamic_triton_tuned.json")  # {GPU: {key: parameters}}, by `fastcaps tune`
+TUNED = Path(__file__).with_name("tuned.json")  # {GPU: {key: parameters}}, by `fastcaps tune`
 
 
 # ----------------------------------------------------------------------------------------------- launch parameters

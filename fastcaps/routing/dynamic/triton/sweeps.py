@@ -1,6 +1,6 @@
-"""Triton kernels of dynamic routing; ``dynamic_triton.py`` launches them and says what each is for.
+"""Triton kernels of dynamic routing; ``launch.py`` launches them and says what each is for.
 
-The letters are those of ``dynamic_reference.py``. A tile is BB samples times JG x JT output capsules: capsule
+The letters are those of ``reference.py``. A tile is BB samples times JG x JT output capsules: capsule
 ``n * JG + g`` of a tile is entry g of the n-th of JT tensors ``[JG, BB, D]``, all of them in registers. The votes of
 one n are one batched ``tl.dot`` of poses ``[BB, K]`` and matrices ``[JG, K, D]``: the groups g lie in different warps
 and a vote's entries in four lanes, so only the softmax crosses warps, and J is not padded. D and K are D_out and D_in

@@ -1,4 +1,4 @@
-"""Finds launch parameters for the GPU at hand and writes them into the table that ``dynamic_triton.py`` reads.
+"""Finds launch parameters for the GPU at hand and writes them into the table that ``launch.py`` reads.
 
 Only ``fastcaps tune`` comes here: no call of the op measures anything.
 """
@@ -11,8 +11,8 @@ from typing import Any
 import torch
 import triton
 
-from fastcaps.routing import dynamic_triton
-from fastcaps.routing.dynamic_triton import TUNED, Call, Parameters, tuned
+from fastcaps.routing.dynamic.triton import launch
+from fastcaps.routing.dynamic.triton.launch import TUNED, Call, Parameters, tuned
 
 
 def candidates(start: Parameters, J: int) -> list[Parameters]:
@@ -58,9 +58,9 @@ def tune(
     grad = torch.randn(B, J, D_out, device="cuda").to(dtype)
 
     def step() -> None:
-        _, sums = dynamic_triton.forward(poses, weight, None, None, None, num_iterations, False, False, 0.0)
+        _, sums = launch.forward(poses, weight, None, None, None, num_iterations, False, False, 0.0)
         needed = (True, True, False, False)
-        dynamic_triton.backward(grad, poses, weight, None, None, None, sums, False, False, 0.0, *needed)
+        launch.backward(grad, poses, weight, None, None, None, sums, False, False, 0.0, *needed)
 
     call = Call(poses, weight, None, None, J, False)
     table, chosen = tuned(call.gpu), {}

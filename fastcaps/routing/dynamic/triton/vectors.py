@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from fastcaps.routing.dynamic_triton_kernels import LOG2E, dot
+from fastcaps.routing.dynamic.triton.sweeps import LOG2E, dot
 
 
 @triton.jit

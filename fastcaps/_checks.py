@@ -1,0 +1,59 @@
+"""Checks of arguments: numbers, sizes, dtypes, labels. Errors name the argument, what was wanted and what came."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raise unless ``value`` is a finite number that is not negative."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a float, got {value!r}")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be finite and not negative, got {value}")
+
+
+def check_positive(**sizes: Any) -> None:
+    """Raise where a size is not an int of at least 1."""
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise TypeError(f"{name} must be an int, got {size!r}")
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
+
+
+def check_floating(name: str, value: Any) -> None:
+    """Raise unless ``value`` is a floating-point tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}")
+
+
+def check_like(name: str, value: Any, wanted: str, parameter: Tensor) -> None:
+    """Raise unless ``value`` is a tensor of the dtype of ``parameter``, or any floating-point one under autocast."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be a floating-point tensor {wanted}, got {got}")
+    amp = not value.is_meta and torch.is_autocast_enabled(value.device.type)
+    if value.dtype != parameter.dtype and not amp:
+        raise TypeError(f"{name} must have the dtype of the parameters, {parameter.dtype}, got {value.dtype}")
+
+
+def check_labels(labels: Tensor, B: int, J: int) -> None:
+    """Raise unless ``labels`` are B class indices below J.
+
+    Values cannot be read, and are not checked, inside torch.compile, torch.func, a CUDA graph, or on the meta device.
+    """
+    if not isinstance(labels, Tensor) or labels.dtype not in (torch.int64, torch.int32, torch.uint8):
+        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(f"labels must be an int64, int32 or uint8 tensor [B], got {got}")
+    if labels.shape != (B,):
+        raise ValueError(f"labels must be [B] = [{B}], got {tuple(labels.shape)}")
+    unread = labels.is_meta or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if unread or (labels.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return
+    if B and not bool(((labels >= 0) & (labels < J)).all()):
+        raise ValueError(f"labels must lie in 0 .. {J - 1}, got {labels.min().item()} .. {labels.max().item()}")

@@ -1,0 +1,7 @@
+"""Whole networks: the capsule network and the baseline of Sabour et al. (2017)."""
+
+from fastcaps.models.capsnet import CapsNet, CapsNetOutput, Decoder
+from fastcaps.models.cnn import CNN
+from fastcaps.models.network import Network, describe
+
+__all__ = ["CNN", "CapsNet", "CapsNetOutput", "Decoder", "Network", "describe"]

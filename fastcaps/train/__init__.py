@@ -1,0 +1,1 @@
+"""Training runs on image data: ``fastcaps train``, ``evaluate`` and ``show``."""
