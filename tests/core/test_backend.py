@@ -15,6 +15,7 @@ from fastcaps.routing import backend as backends
 from fastcaps.routing.backend import choose_backend, why_unavailable
 
 ROOT = Path(__file__).parents[2]
+CORE = "tests/core/test_dynamic_routing.py"
 CPU = torch.device("cpu")
 
 

@@ -19,6 +19,7 @@ from fastcaps.routing.backend import choose_backend, why_unavailable
 from fastcaps.routing.dynamic import ops
 
 ROOT = Path(__file__).parents[2]
+CORE = "tests/core/test_dynamic_routing.py"
 if emulated_cuda.WANTED:
     pytest.skip("about what runs without the emulation", allow_module_level=True)
 
