@@ -2,39 +2,35 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import emulated_cuda
-
-from fastcaps.routing.backend import BACKENDS, why_unavailable
-from fastcaps.routing.dynamic import ops
-
-if emulated_cuda.WANTED:  # the native kernels are those for CUDA, on CPU tensors
-    ops.op = lambda backend, direction: getattr(emulated_cuda, direction)
-
-
-def why_not_tested(backend: str, device: str) -> str | None:
-    """Why a backend is not tested on a device here, or None where it is."""
-    if emulated_cuda.WANTED and (backend, device) != ("native", "cpu"):
-        return "only the emulated CUDA kernels are tested"
-    if device == "cuda" and not torch.cuda.is_available():
-        return "no CUDA device"
-    return why_unavailable(backend, device)
-
-
-IMPLEMENTATIONS = [(backend, device) for device in ("cpu", "cuda") for backend in BACKENDS]
+from support.implementations import IMPLEMENTATIONS, MODE, runs_in, why_not_tested
 
 
 @pytest.fixture(
-    params=[pair for pair in IMPLEMENTATIONS if why_not_tested(*pair) is None], ids=lambda pair: f"{pair[0]}-{pair[1]}"
+    params=[
+        pytest.param(pair, marks=getattr(pytest.mark, pair[0]))
+        for pair in IMPLEMENTATIONS
+        if why_not_tested(*pair) is None
+    ],
+    ids=lambda pair: f"{pair[0]}-{pair[1]}",
 )
 def implementation(request: pytest.FixtureRequest) -> tuple[str, str]:
     """(backend, device), every pair that can run here; test_backend.py reports the others."""
     return request.param
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """In the emulation and in the interpreter: only what is marked for it, without the cases it is too slow for."""
+    if MODE is None:
+        return
+    chosen = [item for item in items if runs_in(MODE, item)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
+    items[:] = chosen
+
+
 @pytest.fixture
 def wide(implementation: tuple[str, str]) -> torch.dtype:
     """The widest dtype that the implementation computes in; the CUDA kernels by tensor cores know no float64."""
-    return torch.float32 if implementation[0] == "triton" or emulated_cuda.WANTED else torch.float64
+    return torch.float32 if implementation[0] == "triton" or MODE == "emulated" else torch.float64
 
 
 @pytest.fixture(autouse=True)

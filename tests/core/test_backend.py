@@ -8,14 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import IMPLEMENTATIONS, why_not_tested
+from support.implementations import IMPLEMENTATIONS, why_not_tested
 
 import fastcaps
 from fastcaps.routing import backend as backends
 from fastcaps.routing.backend import choose_backend, why_unavailable
 
 ROOT = Path(__file__).parents[2]
-CORE = "tests/core/test_dynamic_routing.py"
 CPU = torch.device("cpu")
 
 
@@ -170,25 +169,3 @@ def test_extension_knows_no_particular_torch():
     assert not foreign
     assert "aoti_torch" in symbols.stdout
     assert fastcaps.routing.backend.EXTENSION_BUILD.startswith("CPU")
-
-
-@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
-def test_numbers_of_the_lesser_instruction_sets(capability):
-    """The best one that the processor has runs in all other tests; PyTorch's own variable asks for a lesser one."""
-    levels, best = ["default", "avx2", "avx512"], torch.backends.cpu.get_cpu_capability().lower()
-    if best not in levels or levels.index(capability) > levels.index(best):
-        pytest.skip(f"this processor has {best}")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-x",
-        "tests/core/test_dynamic_routing.py",
-        "-k",
-        "native and not gradgrad",
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "ATEN_CPU_CAPABILITY": capability}
-    result = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False
-    )
-    assert result.returncode == 0, result.stdout[-3000:]

@@ -310,6 +310,7 @@ def test_second_derivatives_are_not_lost_in_compilation(implementation, wide):
 # --------------------------------------------------------------------------------------------------------------- op
 
 
+@pytest.mark.runs_interpreted(unless=lambda given: given in ("weight", "votes"))
 @pytest.mark.parametrize("given", ["weight", "votes", "prior, bias and mask"])
 def test_opcheck(implementation, wide, given):
     backend, device = implementation

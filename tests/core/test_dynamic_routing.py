@@ -7,12 +7,14 @@ import torch
 from support.numerics import (
     REGIMES,
     SIZES,
+    TILES,
     Case,
     backend_op,
     case_id,
     check,
     make_inputs,
     oracle,
+    pairwise,
     pairwise_cases,
     require,
     small_inputs,
@@ -29,6 +31,9 @@ from fastcaps.routing.dynamic.reference import (
     transform,
 )
 
+# Also in the emulation of CUDA and in Triton's interpreter (conftest.py), there without the cases that take longest.
+pytestmark = [pytest.mark.runs_emulated, pytest.mark.runs_interpreted]
+
 CASES = pairwise_cases()
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -36,6 +41,12 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 # ---------------------------------------------------------------------------------------------------------- numbers
 
 
+def _unusual(case: Case) -> bool:
+    return case.sizes != Case().sizes or "expanded" in (case.layout, case.grad_layout)
+
+
+@pytest.mark.runs_emulated(unless=lambda case, dtype: dtype in (torch.float64, torch.float16) and _unusual(case))
+@pytest.mark.runs_interpreted(unless=lambda case, dtype: dtype == torch.float16 and case.sizes != Case().sizes)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_numbers(implementation, case, dtype):
@@ -44,6 +55,8 @@ def test_numbers(implementation, case, dtype):
     check(backend_op(backend), case, dtype, device)
 
 
+@pytest.mark.runs_emulated(unless=lambda num_iterations: num_iterations in (2, 4))
+@pytest.mark.runs_interpreted(unless=lambda num_iterations: num_iterations in (2, 4))
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("num_iterations", [1, 2, 3, 4, 5])
 def test_sizes_and_iterations(implementation, sizes, num_iterations):
@@ -65,28 +78,20 @@ LARGE = [
 ]
 
 
+@pytest.mark.runs_emulated(
+    unless=lambda case, dtype: (
+        dtype == torch.bfloat16
+        or case.share == "inputs"
+        or case.votes
+        or case.sizes[1] == max(c.sizes[1] for c in LARGE)
+    )
+)
+@pytest.mark.runs_interpreted(unless=lambda: True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", LARGE, ids=case_id)
 def test_large_sizes(implementation, case, dtype):
     backend, device = implementation
-    if implementation == ("triton", "cpu"):
-        pytest.skip("too large for Triton's interpreter")
     check(backend_op(backend), case, dtype, device)
-
-
-# Where the Triton kernels go other ways: output capsules in several tiles, poses in several pieces, entries of a vote
-# in several warps, each also without matrices and with one for all input capsules.
-TILES = [
-    Case(sizes=(2, 3, 60, 4, 16), prior="IJ", mask=True),
-    Case(sizes=(2, 3, 60, 4, 16), prior="BIJ", leaky=True, num_iterations=2),
-    Case(sizes=(2, 3, 50, 4, 16), prior="closed", detach=True),
-    Case(sizes=(3, 4, 5, 70, 6), bias="J"),
-    Case(sizes=(2, 3, 4, 5, 70)),
-    Case(sizes=(2, 3, 110, 5, 30), votes=True, prior="closed"),
-    Case(sizes=(2, 3, 4, 5, 70), votes=True, share="outputs", prior="IJ"),
-    Case(sizes=(2, 5, 12, 70, 9), share="inputs", prior="BIJ"),
-    Case(sizes=(2, 3, 50, 3, 16), share="outputs", prior="BIJ", bias="J"),
-]
 
 
 @pytest.mark.parametrize("case", TILES, ids=case_id)
@@ -148,6 +153,7 @@ def _sums(leaves, case: Case, T: int) -> Tensor:
 
 
 # No detach here: numerical differences see the coupling move. test_detached_gradient has a check of its own.
+@pytest.mark.runs_emulated(unless=lambda options: "leaky" in options)
 @pytest.mark.parametrize(
     "options", [{}, {"leaky": True, "num_iterations": 4}, {"eps": 0.1}, {"num_iterations": 1}], ids=str
 )
@@ -184,6 +190,7 @@ def test_gradcheck_votes(implementation):
     assert torch.autograd.gradcheck(lambda u: route_votes(u, backend=backend), votes)
 
 
+@pytest.mark.runs_emulated(unless=lambda: True)
 @pytest.mark.parametrize("options", [{}, {"leaky": True}, {"eps": 0.1}], ids=str)
 def test_gradgradcheck(implementation, options):
     require(implementation, torch.float64)
@@ -331,12 +338,20 @@ def test_what_a_masked_slot_holds_reaches_nothing(implementation, wide):
         assert torch.equal(clean, inf)
 
 
-@pytest.mark.parametrize("filler", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("where", ["poses", "weight", "prior", "bias"])
-@pytest.mark.parametrize("num_iterations", [1, 3])
-@pytest.mark.parametrize("leaky", [False, True])
-@pytest.mark.parametrize("regime", REGIMES)
-def test_non_finite_where_the_reference_is(implementation, wide, filler, where, num_iterations, leaky, regime):
+NON_FINITE = pairwise(
+    {
+        "filler": [math.nan, math.inf, -math.inf],
+        "where": ["poses", "weight", "prior", "bias"],
+        "num_iterations": [1, 3],
+        "leaky": [False, True],
+        "regime": REGIMES,
+    }
+)
+
+
+@pytest.mark.parametrize("choice", NON_FINITE, ids=lambda choice: "-".join(map(str, choice.values())))
+def test_non_finite_where_the_reference_is(implementation, wide, choice):
+    filler, where, num_iterations, leaky, regime = choice.values()
     backend, device = implementation
     inputs = small_inputs(device, wide, grad=False, regime=regime)
     inputs[where].view(-1)[4] = filler

@@ -1,4 +1,7 @@
-"""The Triton backend where there is no GPU: its numbers in Triton's interpreter, its kernels from the compiler."""
+"""The Triton backend where there is no GPU: its kernels from the compiler, launch parameters, the choice.
+
+Its numbers are those of test_dynamic_routing.py and test_contracts.py with TRITON_INTERPRET=1 in the environment.
+"""
 
 import json
 import math
@@ -9,8 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.numerics import Case, case_id, make_inputs
-from test_dynamic_routing import TILES
+from support.numerics import TILES, Case, case_id, make_inputs
 
 import fastcaps
 from fastcaps import cli
@@ -20,47 +22,8 @@ from fastcaps.routing.dynamic.reference import output_capsules
 
 ROOT = Path(__file__).parents[2]
 triton = pytest.importorskip("triton", reason="Triton is not installed: it is for Linux only")
-if backends.INTERPRET:
-    pytest.skip("about what runs without the interpreter", allow_module_level=True)
 dynamic_triton = pytest.importorskip("fastcaps.routing.dynamic.triton.launch")
 dynamic_triton_tuning = pytest.importorskip("fastcaps.routing.dynamic.triton.tuning")
-
-# Not all: every option with every other in float32, the half type and the non-finite numbers with a part of them.
-IN_THE_INTERPRETER = " and not ".join(
-    [
-        "triton",
-        "(float16 and sizes)",
-        "(non_finite and (True or 1-))",
-        "(sizes_and_iterations and (2- or 4-))",
-        "(opcheck and (votes or weight))",
-    ]
-)
-
-
-@pytest.mark.timeout(900)
-def test_numbers_in_the_interpreter():
-    """The core's tests, small sizes, in a process of their own: the interpreter is chosen before Triton is imported."""
-    numpy = tuple(int(n) for n in __import__("numpy").__version__.split(".")[:2])
-    if triton.__version__.startswith("3.6.") and numpy >= (2, 4):
-        pytest.skip("the interpreter of Triton 3.6 does not work with numpy 2.4 or later")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-W",
-        "ignore",
-        "tests/core/test_dynamic_routing.py",
-        "tests/core/test_contracts.py::test_opcheck",
-        "-k",
-        IN_THE_INTERPRETER,
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1"}
-    result = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=880, check=False
-    )
-    assert result.returncode == 0, result.stdout[-3000:]
-    assert int(result.stdout.split(" passed")[0].split()[-1]) > 100, result.stdout[-500:]
-
 
 # -------------------------------------------------------------------------------------------------------- the compiler
 

@@ -62,24 +62,29 @@ LEVELS: dict[str, list[Any]] = {
 }
 
 
-def pairwise_cases() -> list[Case]:
-    """Cases in which every pair of levels of any two options occurs: always the same ones, greedily chosen."""
-    counts = [len(levels) for levels in LEVELS.values()]
+def pairwise(levels: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    """Choices of one level for each option in which every pair of levels of any two occurs: the same ones each time."""
+    counts = [len(choices) for choices in levels.values()]
     options = range(len(counts))
     left = {(a, x, b, y) for b in options for a in range(b) for x in range(counts[a]) for y in range(counts[b])}
-    cases = []
+    found = []
     while left:
         a, x, b, y = min(left)
         chosen = {a: x, b: y}
         for option in options:
-            if option not in chosen:  # the level that makes most of the pairs still missing
+            if option not in chosen:  # greedily, the level that makes most of the pairs still missing
                 gain = [
                     sum(_pair(option, n, *other) in left for other in chosen.items()) for n in range(counts[option])
                 ]
                 chosen[option] = gain.index(max(gain))
         left -= {_pair(*one, *other) for one in chosen.items() for other in chosen.items() if one[0] != other[0]}
-        cases.append(Case(**{name: levels[chosen[n]] for n, (name, levels) in enumerate(LEVELS.items())}))
-    return cases
+        found.append({name: choices[chosen[n]] for n, (name, choices) in enumerate(levels.items())})
+    return found
+
+
+def pairwise_cases() -> list[Case]:
+    """Cases in which every pair of levels of any two options occurs."""
+    return [Case(**choice) for choice in pairwise(LEVELS)]
 
 
 def _pair(a: int, x: int, b: int, y: int) -> tuple[int, int, int, int]:
@@ -117,6 +122,20 @@ EVERY_KERNEL = {
         Case(sizes=(5, 6, 4, 20, 40), votes=True, leaky=True),
     ],
 }
+
+# Where the Triton kernels go other ways: output capsules in several tiles, poses in several pieces, entries of a vote
+# in several warps, each also without matrices and with one for all input capsules.
+TILES = [
+    Case(sizes=(2, 3, 60, 4, 16), prior="IJ", mask=True),
+    Case(sizes=(2, 3, 60, 4, 16), prior="BIJ", leaky=True, num_iterations=2),
+    Case(sizes=(2, 3, 50, 4, 16), prior="closed", detach=True),
+    Case(sizes=(3, 4, 5, 70, 6), bias="J"),
+    Case(sizes=(2, 3, 4, 5, 70)),
+    Case(sizes=(2, 3, 110, 5, 30), votes=True, prior="closed"),
+    Case(sizes=(2, 3, 4, 5, 70), votes=True, share="outputs", prior="IJ"),
+    Case(sizes=(2, 5, 12, 70, 9), share="inputs", prior="BIJ"),
+    Case(sizes=(2, 3, 50, 3, 16), share="outputs", prior="BIJ", bias="J"),
+]
 
 
 @dataclass
