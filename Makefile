@@ -1,5 +1,7 @@
-# make demo    set everything up and run the main job
-# make test    set everything up and run the tests
+# make demo      set everything up and run the main job
+# make test      set everything up and run the tests
+# make quick     linters and the tests that need no compiler, no further process and no training
+# make test-all  make test, and the GPU kernels without a GPU, lesser instruction sets, sanitizers
 # PYTHON=python3.12 chooses the Python that .venv is made with.
 
 PYTHON ?= python3
@@ -11,14 +13,32 @@ CXX ?= g++
 SANITIZE := build/sanitize
 INSTRUCTION_SETS := baseline $(if $(filter x86_64,$(shell uname -m)),avx2 avx512 avx512bf16)
 
-.PHONY: demo test lint format bench sanitize gpu-static gpu-probe gpu-test gpu-sanitize gpu-bench gpu-conversion gpu-tune clean
+.PHONY: demo quick test test-all test-kernels lint format bench sanitize gpu-static gpu-probe gpu-test gpu-sanitize gpu-bench gpu-conversion gpu-tune clean
 
 demo: $(READY)
 	$(BIN)/fastcaps demo
 
 # Two processes, whose threads wait asleep: on two cores they would otherwise take each other's time.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+ROUTING_TESTS := tests/core/test_dynamic_routing.py
+
+quick: lint
+	$(PYTEST) -m "not (compiler or process or train or emulated or static)"
+
 test: $(READY)
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(PYTEST) -m "not (emulated or static)"
+
+test-all: test test-kernels sanitize
+
+# The GPU kernels: their machine code, the CUDA ones in an emulation, the Triton ones in an interpreter. Then the CPU
+# kernels for each instruction set below the best one that the processor has.
+LESSER := default $(if $(shell grep -m1 avx512vl /proc/cpuinfo),avx2) $(if $(shell grep -m1 avx512_bf16 /proc/cpuinfo),avx512)
+
+test-kernels: $(READY)
+	$(PYTEST) -m "emulated or static"
+	FASTCAPS_EMULATE_CUDA=1 $(PYTEST) $(ROUTING_TESTS)
+	TRITON_INTERPRET=1 $(PYTEST) $(ROUTING_TESTS) tests/core/test_contracts.py
+	for level in $(LESSER); do ATEN_CPU_CAPABILITY=$$level $(PYTEST) -m native $(ROUTING_TESTS) || exit 1; done
 
 lint: $(READY)
 	$(BIN)/ruff check
