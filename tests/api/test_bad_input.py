@@ -144,7 +144,7 @@ LAYERS = [
     (lambda: PRIMARY(torch.zeros(1, 3, 5, 5)), ValueError, r"features must be \[B, C, H, W\] with C = 2, got"),
     (lambda: PRIMARY(torch.zeros(2, 5, 5)), ValueError, r"features must be .* got \(2, 5, 5\)"),
     (lambda: PRIMARY(torch.zeros(1, 2, 2, 5)), ValueError, "smaller than the kernel, 3x3"),
-    (lambda: PrimaryCapsules(2, 4, 8, 3, padding=-1), ValueError, "padding must not be negative, got -1"),
+    (lambda: PrimaryCapsules(2, 4, 8, 3, padding=-1), ValueError, "padding must be at least 0, got -1"),
     (lambda: PrimaryCapsules(2, 4, 8, 3, padding=1.5), TypeError, r"padding must be an int, got 1\.5"),
     (lambda: CapsuleLayer.from_weight(None, "I J D_out D_in"), TypeError, "weight must be .* got NoneType"),
     (lambda: CapsuleLayer.from_weight(torch.ones(2, 2, dtype=torch.int64), "D_out D_in"), TypeError, "got torch.int64"),
@@ -177,7 +177,7 @@ LAYERS = [
         ValueError,
         r"axis \(D_out\) of size 6 is not \[7\]",
     ),
-    (lambda: CapsuleLayer.from_weight(torch.randn(4, 6, 3), "J D_out D_in"), ValueError, "does not tell in_capsules"),
+    (lambda: CapsuleLayer.from_weight(torch.randn(4, 6, 3), "J D_out D_in"), ValueError, "do not tell in_capsules"),
     (
         lambda: CapsuleLayer.from_weight(torch.randn(5, 6, 3), "I D_out D_in", out_capsules=4),
         ValueError,
