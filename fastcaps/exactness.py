@@ -1,7 +1,8 @@
 """The error budget that counts as exact, and selftest(), which checks every backend on this machine against it."""
 
 import math
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,8 @@ def error_budget(dtype: torch.dtype, reference_error: float, gradient: bool) -> 
     return eps / 2
 
 
-class SelftestRow(NamedTuple):
+@dataclass(frozen=True)
+class SelftestRow:
     """The worst tensor of one case: its relative error against float64 and the budget that it must keep."""
 
     backend: str

@@ -92,5 +92,8 @@ def test_a_layers_trace_takes_iterations_by_position_as_in_0_1():
         trace = layer.trace(poses, 5)
     assert warned[0].filename == __file__
     assert torch.equal(trace.coupling, layer.trace(poses, num_iterations=5).coupling)
-    with pytest.warns(DeprecationWarning), pytest.raises(TypeError, match="positional argument"):
+    with (
+        pytest.warns(DeprecationWarning, match="is now"),
+        pytest.raises(TypeError, match="positional argument"),
+    ):
         layer.trace(poses, 5, None)
