@@ -118,8 +118,11 @@ def once_positional(*names: str | tuple[str, ...]) -> Callable[[F], F]:
         def call(*args: Any, **kwargs: Any) -> Any:
             for name, value in zip(names, args[positional:], strict=False):
                 named = {name: value} if isinstance(name, str) else dict(zip(name, value, strict=True))
-                warn_renamed(f"{function.__qualname__}: an argument by position", ", ".join(f"{n}=" for n in named))
-                kwargs = {**named, **kwargs}
+                new = ", ".join(f"{name}=" for name in named)
+                if both := named.keys() & kwargs.keys():
+                    raise TypeError(f"{function.__qualname__} got multiple values for {', '.join(both)}")
+                warn_renamed(f"{function.__qualname__}: an argument by position", new)
+                kwargs |= named
             return function(*args[:positional], *args[positional + len(names) :], **kwargs)
 
         return call  # type: ignore[return-value]

@@ -1,8 +1,8 @@
-"""Timing one routing layer beside the best that plain PyTorch can do, correctness first.
+"""A benchmark of one routing layer beside routing in plain PyTorch; what computes wrong numbers is not timed.
 
-The alternatives are three forms of routing in plain PyTorch (votes by broadcasting, as most tutorials write it, votes
-by einsum, and no votes at all), run eager, in chunks of the batch (the votes then stay in the cache), compiled, and
-both.
+The alternatives are three forms of routing in plain PyTorch: votes by broadcasting, as most tutorials write it, votes
+by einsum, and no votes at all. Each runs eager and compiled; einsum also in chunks of the batch, whose votes stay in
+the cache.
 """
 
 import dataclasses
@@ -22,8 +22,7 @@ from fastcaps.measure import reset_peak
 from fastcaps.routing import dynamic_routing
 
 CHUNK = 8  # samples
-TOLERANCE = 1e-4  # relative, float32 against float64: who is further off is not timed
-
+TOLERANCE = 1e-4  # relative, float32 against float64: a contestant with a larger error is not timed
 SHORT = 5.0  # milliseconds that one measurement lasts at least
 HALF = "fastcaps, bfloat16"
 HALF_TOLERANCE = 2e-2  # against float64 on inputs that were not rounded
@@ -43,12 +42,12 @@ class Sizes(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """One contestant: times in milliseconds (None: not timed), the error that it was admitted with.
+    """The times and the errors of one contestant.
 
     Attributes:
-        name: who.
-        forward: the times of the rounds, without gradient.
-        training: the times of the rounds, forward and backward.
+        name: the contestant.
+        forward: milliseconds of each round, without gradient; None: not timed.
+        training: milliseconds of each round, forward and backward; None: not timed.
         error: relative L2 error of the output against float64.
         gradient_error: the larger one of poses' and weight's gradients.
         peak: largest memory beyond inputs in one training step, in bytes (CUDA only, else None).

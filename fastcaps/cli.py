@@ -306,8 +306,8 @@ def _add_conversion(commands: Any) -> None:
     parser = _add_command(commands, doctor, "known mistakes of capsule networks, looked for in yours", refused=2)
     parser.add_argument(
         "target",
-        help="FILE.py:FUNCTION that returns the model, (model, sample), or a dict with model, sample, margin and "
-        "reconstruction (its losses); or a checkpoint",
+        help="FILE.py:FUNCTION that returns the model, (model, sample), or a dict with model, sample, margin_loss and "
+        "reconstruction_loss; or a checkpoint",
     )
     parser.add_argument("--image-shape", type=_at_least(1), nargs=3, metavar=("C", "H", "W"))
 

@@ -34,7 +34,17 @@ def error_budget(dtype: torch.dtype, reference_error: float, gradient: bool) -> 
 
 @dataclass(frozen=True)
 class SelftestRow:
-    """The worst tensor of one case: its relative error against float64 and the budget that it must keep."""
+    """The worst tensor of one case of :func:`selftest`.
+
+    Attributes:
+        backend: ``"native"``, ``"triton"`` or ``"reference"``.
+        device: ``"cpu"`` or ``"cuda"``.
+        dtype: of the inputs, without ``torch.``.
+        case: the options.
+        tensor: ``"output"``, or the input whose gradient it is.
+        error: relative L2 error against float64.
+        budget: the largest error allowed, see :func:`error_budget`.
+    """
 
     backend: str
     device: str

@@ -1,7 +1,7 @@
-"""Losses of capsule networks. J capsules (classes), B samples.
+"""Losses of capsule networks, for B samples and J capsules (classes).
 
-``reduction`` speaks PyTorch's language: ``"batchmean"`` sums over classes and averages over samples (the paper and most
-code), ``"mean"`` averages over both, ``"sum"`` sums over both, ``"none"`` returns ``[B, J]``.
+``reduction`` is PyTorch's: ``"batchmean"`` sums over classes and averages over samples (the paper and most code),
+``"mean"`` averages over both, ``"sum"`` sums over both, ``"none"`` returns ``[B, J]``.
 """
 
 import torch

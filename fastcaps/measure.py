@@ -36,7 +36,12 @@ def saved_bytes(routing: Callable[[Tensor, Tensor], Tensor], poses: Tensor, weig
 
 @dataclass(frozen=True)
 class Cost:
-    """What a step costs: milliseconds (median), and bytes of tensors at the peak beyond what was there before."""
+    """Time and memory of a step.
+
+    Attributes:
+        milliseconds: the median time.
+        peak: bytes of tensors at the peak, beyond those before the step.
+    """
 
     milliseconds: float
     peak: int

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 
-import fastcaps
 from fastcaps import CapsNet, CapsuleLayer, Decoder, PrimaryCapsules, dynamic_routing, route_votes, routing_trace
 
 # B=2, I=5, J=4, D_in=3, D_out=6
@@ -255,7 +254,3 @@ def test_compiled_calls_are_refused_too():
         compiled(**GOOD, num_iterations=0)
     with pytest.raises(ValueError, match="weight must have D_in = 8"):
         compiled(torch.randn(2, 5, 8), GOOD["weight"])
-
-
-def test_public_names_exist():
-    assert all(hasattr(fastcaps, name) for name in fastcaps.__all__)
