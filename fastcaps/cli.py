@@ -363,7 +363,7 @@ class _OldOption(argparse.Action):
         values: Any,
         option_string: str | None = None,
     ) -> None:
-        print(f"{parser.prog}: {option_string} is now {option(self.dest)}", file=sys.stderr)
+        print(f"{parser.prog}: note: {option_string} is now {option(self.dest)}", file=sys.stderr)
         setattr(namespace, self.dest, values)
 
 

@@ -94,7 +94,7 @@ def test_iterations_is_the_old_name_of_num_iterations(arguments, capsys):
     assert parse(arguments).num_iterations == 3
     assert not capsys.readouterr().err
     assert parse([*arguments, "--iterations", "7"]).num_iterations == 7
-    assert capsys.readouterr().err == f"fastcaps {arguments[0]}: --iterations is now --num-iterations\n"
+    assert capsys.readouterr().err == f"fastcaps {arguments[0]}: note: --iterations is now --num-iterations\n"
 
 
 def test_refusals_are_one_line_and_mistakes_keep_their_traceback(capsys):
