@@ -94,7 +94,7 @@ gpu-probe:
 # Twelve processes compile kernels at the same time, where pytest-xdist is installed.
 gpu-test:
 	CUBLAS_WORKSPACE_CONFIG=:4096:8 $(GPU_PYTHON) -m pytest $(call IF_THERE,xdist,-n 12) tests/gpu \
-	  tests/core/test_dynamic_routing.py tests/core/test_contracts.py tests/api/test_layers.py -k "cuda or gpu"
+	  tests/core/test_dynamic_routing.py tests/core/test_contracts.py tests/api/test_layers.py tests/api/test_trace.py -k "cuda or gpu"
 
 gpu-sanitize:
 	$(GPU_PYTHON) benchmarks/gpu_sanitize.py

@@ -24,20 +24,20 @@ from typing import Any
 import torch
 
 from fastcaps import benchmarking
+from fastcaps.benchmarking import Sizes
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 
 FIRST_USE = "capture_on_first_use_here"
 
-# B, I, J, D_in, D_out
-SHAPES = {
-    "paper": (128, 1152, 10, 8, 16),
-    "paper, B=1024": (1024, 1152, 10, 8, 16),
-    "CIFAR-100": (128, 1152, 100, 8, 16),
-    "DeepCaps class capsules": (128, 2560, 10, 8, 32),
-    "convolutional capsules": (4608, 288, 32, 8, 16),  # 3x3, 32 -> 32 types, 14x14 stride 2: batch 128 * 6 * 6
-    "ImageNet classes": (128, 2048, 1000, 8, 16),
+SHAPES = {  # B, I, J, D_in, D_out
+    "paper": Sizes(128, 1152, 10, 8, 16),
+    "paper, B=1024": Sizes(1024, 1152, 10, 8, 16),
+    "CIFAR-100": Sizes(128, 1152, 100, 8, 16),
+    "DeepCaps class capsules": Sizes(128, 2560, 10, 8, 32),
+    "convolutional capsules": Sizes(4608, 288, 32, 8, 16),  # 3x3, 32 -> 32 types, 14x14 stride 2: batch 128 * 6 * 6
+    "ImageNet classes": Sizes(128, 2048, 1000, 8, 16),
 }
 
 
@@ -299,7 +299,7 @@ def baseline(name: str, contestant: str, device: str, rounds: int = 7) -> dict[s
     torch._dynamo.reset()
     if device == "cuda":
         torch.cuda.empty_cache()
-    (t,) = benchmarking.compare(SHAPES[name], device=device, rounds=rounds, names=[contestant])
+    (t,) = benchmarking.compare(**SHAPES[name]._asdict(), device=device, rounds=rounds, names=[contestant])
     if t.refused:
         return {"sizes": SHAPES[name], "refused": t.refused}
     result: dict[str, Any] = {"sizes": SHAPES[name], "error": t.error, "gradient_error": t.gradient_error}

@@ -23,19 +23,18 @@ import pytest
 import torch
 from machine import fma_peak
 
-from fastcaps.benchmarking import FORMS, HALF, Timing, compare, median_and_p20
+from fastcaps.benchmarking import FORMS, HALF, Sizes, Timing, compare, median_and_p20
 from fastcaps.routing import dynamic_routing
 
-# B, I, J, D_in, D_out
-ROWS: dict[str, tuple[tuple[int, int, int, int, int], dict[str, Any]]] = {
-    "paper": ((128, 1152, 10, 8, 16), {"half": True}),
-    "one_sample": ((1, 1152, 10, 8, 16), {}),
-    "four_samples": ((4, 1152, 10, 8, 16), {}),
-    "odd_sizes": ((100, 1000, 11, 12, 20), {}),
-    "hundred_classes": ((32, 1152, 100, 8, 16), {}),
-    "wide_outputs": ((32, 2560, 10, 8, 32), {}),
-    "shared_matrix": ((256, 200, 4, 64, 64), {"shared": True, "prior": True, "mask": True}),
-    "tiny": ((8, 10, 10, 16, 16), {}),
+ROWS: dict[str, tuple[Sizes, dict[str, Any]]] = {  # B, I, J, D_in, D_out
+    "paper": (Sizes(128, 1152, 10, 8, 16), {"half": True}),
+    "one_sample": (Sizes(1, 1152, 10, 8, 16), {}),
+    "four_samples": (Sizes(4, 1152, 10, 8, 16), {}),
+    "odd_sizes": (Sizes(100, 1000, 11, 12, 20), {}),
+    "hundred_classes": (Sizes(32, 1152, 100, 8, 16), {}),
+    "wide_outputs": (Sizes(32, 2560, 10, 8, 32), {}),
+    "shared_matrix": (Sizes(256, 200, 4, 64, 64), {"shared": True, "prior": True, "mask": True}),
+    "tiny": (Sizes(8, 10, 10, 16, 16), {}),
 }
 T = 3
 CONTESTANTS = [
@@ -47,7 +46,7 @@ CONTESTANTS = [
 ]
 
 
-def flop(sizes: tuple[int, int, int, int, int], mode: str) -> float:
+def flop(sizes: Sizes, mode: str) -> float:
     """Multiplications and additions that the algorithm without stored votes cannot do without."""
     B, I, J, D_in, D_out = sizes
     pairs = B * I * J
@@ -65,7 +64,8 @@ def measured(row: str, rounds: int) -> tuple[dict[str, Timing], int, float]:
     if sizes[0] > 4:
         tried = {}
         for n in (n for n in (4, 8, 16, 32) if n < sizes[0]):
-            (t,) = compare(sizes, rounds=1, names=[f"einsum, chunks of {n}"], **{**options, "chunk": n, "half": False})
+            chunked = {**options, "chunk": n, "half": False, "names": [f"einsum, chunks of {n}"]}
+            (t,) = compare(**sizes._asdict(), rounds=1, **chunked)
             if t.training:
                 tried[min(t.training)] = n
         chunk = tried[min(tried)]
@@ -73,7 +73,8 @@ def measured(row: str, rounds: int) -> tuple[dict[str, Timing], int, float]:
     peak = fma_peak()
     torch._dynamo.reset()
     names = [c.replace("best chunk", f"chunks of {chunk}") for c in CONTESTANTS if chunk > 1 or "chunk" not in c]
-    found = compare(sizes, rounds=rounds * (3 if quick else 1), forms=list(FORMS), chunk=chunk, names=names, **options)
+    options = {**options, "forms": list(FORMS), "chunk": chunk, "names": names}
+    found = compare(**sizes._asdict(), rounds=rounds * (3 if quick else 1), **options)
     peak = max(peak, fma_peak())
     gc.collect()
     return {t.name.replace(f"chunks of {chunk}", "best chunk"): t for t in found}, chunk, peak

@@ -1,6 +1,7 @@
 """Checks of arguments: numbers, sizes, dtypes, labels. Errors name the argument, what was wanted and what came."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,28 +16,37 @@ def check_number(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be finite and not negative, got {value}")
 
 
+def check_int(name: str, value: Any, least: int) -> None:
+    """Raise unless ``value`` is an int of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
 def check_positive(**sizes: Any) -> None:
     """Raise where a size is not an int of at least 1."""
     for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int):
-            raise TypeError(f"{name} must be an int, got {size!r}")
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}")
+        check_int(name, size, 1)
 
 
-def check_floating(name: str, value: Any) -> None:
-    """Raise unless ``value`` is a floating-point tensor."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    if not value.is_floating_point():
-        raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}")
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Raise unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def check_like(name: str, value: Any, wanted: str, parameter: Tensor) -> None:
-    """Raise unless ``value`` is a tensor of the dtype of ``parameter``, or any floating-point one under autocast."""
+def check_floating(name: str, value: Any, shape: str = "") -> None:
+    """Raise unless ``value`` is a floating-point tensor; the message has ``shape``, which is not checked."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"{name} must be a floating-point tensor {wanted}, got {got}")
+        wanted = f"a floating-point tensor {shape}".rstrip()
+        raise TypeError(f"{name} must be {wanted}, got {got}")
+
+
+def check_like(name: str, value: Any, shape: str, parameter: Tensor) -> None:
+    """Raise unless ``value`` is a tensor of the dtype of ``parameter``, or any floating-point one under autocast."""
+    check_floating(name, value, shape)
     amp = not value.is_meta and torch.is_autocast_enabled(value.device.type)
     if value.dtype != parameter.dtype and not amp:
         raise TypeError(f"{name} must have the dtype of the parameters, {parameter.dtype}, got {value.dtype}")

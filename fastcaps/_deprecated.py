@@ -1,10 +1,11 @@
-"""Module paths and argument names of version 0.1, which work until 0.3 with a DeprecationWarning."""
+"""Module paths and arguments of version 0.1, which work until 0.3 with a DeprecationWarning."""
 
 import functools
 import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import inspect
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -86,12 +87,16 @@ def renamed_arguments(**names: str) -> Callable[[F], F]:
     """Let a function take keyword arguments under their old names, too: ``@renamed_arguments(old="new")``."""
 
     def decorate(function: F) -> F:
+        what = function.__qualname__.removesuffix(".__init__")
+
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
-            for old, new in names.items():
-                if old in kwargs:
-                    warn_renamed(f"{function.__qualname__}: {old}=", f"{new}=", stacklevel=3)
-                    kwargs[new] = kwargs.pop(old)
+            for old in names.keys() & kwargs.keys():
+                new = names[old]
+                if new in kwargs:
+                    raise TypeError(f"{what} was given {new}= and, under its old name, {old}=")
+                warn_renamed(f"{what}: {old}=", f"{new}=")
+                kwargs[new] = kwargs.pop(old)
             return function(*args, **kwargs)
 
         return call  # type: ignore[return-value]
@@ -99,8 +104,34 @@ def renamed_arguments(**names: str) -> Callable[[F], F]:
     return decorate
 
 
+def once_positional(*names: str | tuple[str, ...]) -> Callable[[F], F]:
+    """Let a function take keyword-only arguments by position, too, in the order of ``names``.
+
+    Several names in a tuple stand for one argument, a tuple of their values.
+    """
+
+    def decorate(function: F) -> F:
+        kinds = [parameter.kind for parameter in inspect.signature(function).parameters.values()]
+        positional = kinds.count(inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            for name, value in zip(names, args[positional:], strict=False):
+                named = {name: value} if isinstance(name, str) else dict(zip(name, value, strict=True))
+                new = ", ".join(f"{name}=" for name in named)
+                if both := named.keys() & kwargs.keys():
+                    raise TypeError(f"{function.__qualname__} got multiple values for {', '.join(both)}")
+                warn_renamed(f"{function.__qualname__}: an argument by position", new)
+                kwargs |= named
+            return function(*args[:positional], *args[positional + len(names) :], **kwargs)
+
+        return call  # type: ignore[return-value]
+
+    return decorate
+
+
 def warn_renamed(old: str, new: str, stacklevel: int = 2) -> None:
-    """Say once a place that ``old`` is now ``new``; ``stacklevel`` 2 is the caller of this function's caller."""
+    """Warn that ``old`` is now ``new``; ``stacklevel`` 2 is the caller of this function's caller."""
     warnings.warn(
         f"{old} is now {new}; the old name works until fastcaps 0.3", DeprecationWarning, stacklevel=stacklevel + 1
     )

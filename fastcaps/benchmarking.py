@@ -1,10 +1,11 @@
-"""Timing one routing layer beside the best that plain PyTorch can do, correctness first.
+"""A benchmark of one routing layer beside routing in plain PyTorch; what computes wrong numbers is not timed.
 
-The alternatives are three forms of routing in plain PyTorch (votes by broadcasting, as most tutorials write it, votes
-by einsum, and no votes at all), run eager, in chunks of the batch (the votes then stay in the cache), compiled, and
-both.
+The alternatives are three forms of routing in plain PyTorch: votes by broadcasting, as most tutorials write it, votes
+by einsum, and no votes at all. Each runs eager and compiled; einsum also in chunks of the batch, whose votes stay in
+the cache.
 """
 
+import dataclasses
 import math
 import statistics
 import time
@@ -14,14 +15,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastcaps._deprecated import once_positional
 from fastcaps.exactness import relative_error
 from fastcaps.functional import squash
 from fastcaps.measure import reset_peak
 from fastcaps.routing import dynamic_routing
 
 CHUNK = 8  # samples
-TOLERANCE = 1e-4  # relative, float32 against float64: who is further off is not timed
-
+TOLERANCE = 1e-4  # relative, float32 against float64: a contestant with a larger error is not timed
 SHORT = 5.0  # milliseconds that one measurement lasts at least
 HALF = "fastcaps, bfloat16"
 HALF_TOLERANCE = 2e-2  # against float64 on inputs that were not rounded
@@ -29,13 +30,24 @@ HALF_TOLERANCE = 2e-2  # against float64 on inputs that were not rounded
 Step = Callable[..., Tensor]
 
 
-class Timing(NamedTuple):
-    """One contestant: times in milliseconds (None: not timed), the error that it was admitted with.
+class Sizes(NamedTuple):
+    """The sizes of one routing layer: samples, input and output capsules, and their pose sizes."""
+
+    B: int
+    I: int
+    J: int
+    D_in: int
+    D_out: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """The times and the errors of one contestant.
 
     Attributes:
-        name: who.
-        forward: the times of the rounds, without gradient.
-        training: the times of the rounds, forward and backward.
+        name: the contestant.
+        forward: milliseconds of each round, without gradient; None: not timed.
+        training: milliseconds of each round, forward and backward; None: not timed.
         error: relative L2 error of the output against float64.
         gradient_error: the larger one of poses' and weight's gradients.
         peak: largest memory beyond inputs in one training step, in bytes (CUDA only, else None).
@@ -183,10 +195,15 @@ def contestants(
 
 
 # Past the limit a frame runs eager without a word.
+@once_positional(("B", "I", "J", "D_in", "D_out"))
 @torch._dynamo.config.patch(recompile_limit=64)
 def compare(
-    sizes: tuple[int, int, int, int, int],
     *,
+    B: int,
+    I: int,
+    J: int,
+    D_in: int,
+    D_out: int,
     num_iterations: int = 3,
     device: str = "cpu",
     rounds: int = 7,
@@ -202,7 +219,11 @@ def compare(
     """Time the contestants round by round, so that a slow minute of a shared machine hits all alike.
 
     Args:
-        sizes: ``(B, I, J, D_in, D_out)``.
+        B: samples.
+        I: input capsules.
+        J: output capsules.
+        D_in: pose size of the input capsules.
+        D_out: pose size of the output capsules.
         num_iterations: T.
         device: ``"cpu"`` or ``"cuda"``.
         rounds: rounds of one forward and one training step for each contestant; the poses change between rounds.
@@ -219,10 +240,10 @@ def compare(
         One :class:`Timing` per contestant, float32 but for the last.
 
     Example:
-        >>> [timing.name for timing in compare((2, 6, 3, 4, 8), rounds=1, names=["einsum", "fastcaps"])]
+        >>> timings = compare(B=2, I=6, J=3, D_in=4, D_out=8, rounds=1, names=["einsum", "fastcaps"])
+        >>> [timing.name for timing in timings]
         ['einsum', 'fastcaps']
     """
-    B, I, J, D_in, D_out = sizes
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randn(B, I, D_in, generator=generator).to(device) / D_in**0.5 for _ in range(4)]
     weight = (torch.randn(1 if shared else I, J, D_out, D_in, generator=generator) / 2).to(device)
@@ -236,29 +257,45 @@ def compare(
     steps = {n: s for n, s in steps.items() if names is None or n in names}
 
     few = min(B, 16)  # samples are independent, so a few of them tell whether a contestant is right
-    exact = _gradients(
-        contestants(num_iterations, **extras)["einsum"], batches[0][:few], weight, grad[:few], torch.float64
-    )
-    timings = {}
-    for name, step in steps.items():
-        dtype = torch.bfloat16 if name == HALF else torch.float32
-        try:
-            result = _gradients(step, batches[0], weight, torch.cat([grad[:few], torch.zeros_like(grad[few:])]), dtype)
-        except Exception as error:  # torch.compile without a C++ compiler, votes that do not fit: the others still run
-            timings[name] = Timing(name, None, None, math.inf, math.inf, None, f"{type(error).__name__}: {error}"[:200])
-            continue
-        errors = [relative_error(r[: len(e)], e) for r, e in zip(result, exact, strict=True)]
-        allowed = TOLERANCE if dtype == torch.float32 else HALF_TOLERANCE
-        wrong = [e for e in errors if not e <= allowed]  # NaN is wrong too
-        refused = f"its error is {wrong[0]:.1e}" if wrong else None
-        times: list[list[float] | None] = [None, None] if refused else [[], []]
-        timings[name] = Timing(name, times[0], times[1], errors[0], max(errors[1:]), None, refused)
-    repeats: dict[str, tuple[int, ...]] = dict.fromkeys(steps, (1, 1))
+    einsum = contestants(num_iterations, **extras)["einsum"]
+    exact = _gradients(einsum, batches[0][:few], weight, grad[:few], torch.float64)
+    timings = {name: _admit(name, step, batches[0], weight, grad, exact) for name, step in steps.items()}
+    _take_turns(steps, timings, batches, weight, grad, rounds)
+    return list(timings.values())
+
+
+def _dtype(name: str) -> torch.dtype:
+    return torch.bfloat16 if name == HALF else torch.float32
+
+
+def _admit(name: str, step: Step, poses: Tensor, weight: Tensor, grad: Tensor, exact: list[Tensor]) -> Timing:
+    """A contestant's errors against ``exact``, of the first samples; with room for its times where they are small."""
+    few = len(exact[0])
+    grad = torch.cat([grad[:few], torch.zeros_like(grad[few:])])
+    try:
+        result = _gradients(step, poses, weight, grad, _dtype(name))
+    except Exception as error:  # torch.compile without a C++ compiler, votes that do not fit: the others still run
+        return Timing(name, None, None, math.inf, math.inf, None, f"{type(error).__name__}: {error}"[:200])
+    errors = [relative_error(r[: len(e)], e) for r, e in zip(result, exact, strict=True)]
+    allowed = HALF_TOLERANCE if name == HALF else TOLERANCE
+    wrong = [e for e in errors if not e <= allowed]  # NaN is wrong too
+    if wrong:
+        return Timing(name, None, None, errors[0], max(errors[1:]), None, f"its error is {wrong[0]:.1e}")
+    return Timing(name, [], [], errors[0], max(errors[1:]), None, None)
+
+
+def _take_turns(
+    steps: dict[str, Step], timings: dict[str, Timing], batches: list[Tensor], weight: Tensor, grad: Tensor, rounds: int
+) -> None:
+    """Time the admitted contestants round by round, and write into ``timings``."""
+    device = weight.device.type
+    repeats = dict.fromkeys(steps, (1, 1))
     for n in range(rounds + 2):  # the first round only warms up, the second finds out how long a call takes
         for name, step in steps.items():
-            if timings[name].forward is None:
+            timing = timings[name]
+            if timing.forward is None or timing.training is None:
                 continue
-            dtype = torch.bfloat16 if name == HALF else torch.float32
+            dtype = _dtype(name)
             poses = [batches[(n + m) % len(batches)].to(dtype, copy=True) for m in range(min(4, max(repeats[name])))]
             leaf, incoming = weight.to(dtype, copy=True), grad.to(dtype)
             with torch.no_grad():
@@ -268,13 +305,12 @@ def compare(
             before = reset_peak(device)
             training = _milliseconds(step, poses, leaf, incoming, repeats[name][1])
             if device == "cuda":
-                timings[name] = timings[name]._replace(peak=torch.cuda.max_memory_allocated() - before)
+                timings[name] = dataclasses.replace(timing, peak=torch.cuda.max_memory_allocated() - before)
             if n == 1:  # short calls are repeated: each alone would mostly wait for what the others left in the caches
-                repeats[name] = tuple(max(1, int(SHORT / t)) for t in (forward, training))
+                repeats[name] = max(1, int(SHORT / forward)), max(1, int(SHORT / training))
             if n > 1:
-                timings[name].forward.append(forward)  # type: ignore[union-attr]
-                timings[name].training.append(training)  # type: ignore[union-attr]
-    return list(timings.values())
+                timing.forward.append(forward)
+                timing.training.append(training)
 
 
 def _gradients(

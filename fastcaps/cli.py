@@ -1,20 +1,27 @@
-"""The ``fastcaps`` command."""
+"""The ``fastcaps`` command: its options, its subcommands, and what it says where it cannot go on."""
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.metadata
 import platform
 import shlex
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastcaps._version import __version__
 from fastcaps.train.settings import Settings, hint, kind_of, known_settings, option, read_settings
+
+OLD_OPTIONS = {"--iterations": "num_iterations"}  # of version 0.1, until 0.3: where their values go
+
+# --------------------------------------------------------------------------------------------------------- subcommands
+# Each takes its options by name and returns the exit status.
 
 
 def info() -> int:
@@ -59,46 +66,39 @@ def selftest() -> int:
 
 def demo(out: Path, epochs: int, rounds: int) -> int:
     """Train on real digits, draw pictures, and time the paper's layer beside plain PyTorch."""
-    try:
-        from fastcaps.demo import run
-    except ModuleNotFoundError as error:
-        return _lacks("demo", error)
+    from fastcaps.demo import run
+
     run(out, epochs=epochs, rounds=rounds)
     return 0
 
 
-def tune(sizes: list[int], dtype: str, iterations: int) -> int:
-    """Find launch parameters of the Triton kernels for the GPU at hand."""
+def tune(B: int, I: int, J: int, D_in: int, D_out: int, dtype: str, num_iterations: int) -> int:
+    """Find launch parameters of the Triton kernels for the GPU at hand, and keep them."""
     from fastcaps.routing.backend import why_unavailable
 
     reason = why_unavailable("triton", "cuda") if torch.cuda.is_available() else "torch sees no CUDA device"
     if reason is not None:
-        print(f"fastcaps tune: {reason}", file=sys.stderr)
-        return 1
+        return refuse("tune", reason)
     from fastcaps.routing.dynamic.triton import tuning
 
-    B, I, J, D_in, D_out = sizes
-    for key, parameters in tuning.tune((B, I, J, D_in, D_out), getattr(torch, dtype), iterations).items():
+    options = {"dtype": getattr(torch, dtype), "num_iterations": num_iterations}
+    found = tuning.tune(B=B, I=I, J=J, D_in=D_in, D_out=D_out, **options)
+    for key, parameters in found.items():
         print(f"kept: {key}: {parameters}")
     return 0
 
 
-def convert(checkpoint: Path, recipe: str, out: Path, iterations: int, image_shape: list[int] | None, fix: bool) -> int:
+def convert(
+    checkpoint: Path, recipe: str, out: Path, num_iterations: int, image_shape: list[int] | None, fix: bool
+) -> int:
     """Convert a checkpoint of a public capsule network into a fastcaps.CapsNet."""
     from fastcaps.convert.checkpoints import convert_checkpoint, read_state_dict, what_fix_changes
 
-    try:
-        state = read_state_dict(checkpoint)
-        with warnings.catch_warnings(record=True) as notes:
-            warnings.simplefilter("always", UserWarning)
-            network = convert_checkpoint(state, recipe, num_iterations=iterations, image_shape=image_shape, fix=fix)
-        network.save(out)
-    except (OSError, ValueError) as error:
-        print(f"fastcaps convert: {error}", file=sys.stderr)
-        return 1
-    except ModuleNotFoundError as error:
-        print(f"fastcaps convert needs {error.name}: pip install {error.name}", file=sys.stderr)
-        return 1
+    state = read_state_dict(checkpoint)
+    with warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter("always", UserWarning)
+        network = convert_checkpoint(state, recipe, num_iterations=num_iterations, image_shape=image_shape, fix=fix)
+    network.save(out)
     C, H, W = network.image_shape
     print(f"{out}: {network.num_classes} classes, images of {C} x {H} x {W}, {network.capsules}")
     for note in notes:
@@ -111,23 +111,19 @@ def convert(checkpoint: Path, recipe: str, out: Path, iterations: int, image_sha
 
 
 def doctor(target: str, image_shape: list[int] | None) -> int:
-    """Look for the known mistakes in a capsule model or a checkpoint; 1 where something is wrong."""
+    """Look for the known mistakes in a capsule model or a checkpoint; exit status 1 where something is wrong."""
     from fastcaps.doctor import FINE, WRONG, examine
     from fastcaps.doctor.targets import examine_checkpoint, load_target, random_sample
 
-    try:
-        if ":" in Path(target).name:
-            arguments = load_target(target)
-            if "sample" in arguments and image_shape:
-                raise ValueError("--image-shape has nothing to say where the function gives a sample")
-            if "sample" not in arguments:
-                arguments["sample"] = random_sample(arguments["model"], image_shape)
-            what, findings = target, examine(**arguments)
-        else:
-            what, findings = examine_checkpoint(Path(target), image_shape)
-    except (OSError, ValueError) as error:
-        print(f"fastcaps doctor: {error}", file=sys.stderr)
-        return 2
+    if ":" in Path(target).name:
+        arguments = load_target(target)
+        if "sample" in arguments and image_shape:
+            raise ValueError("--image-shape has nothing to say where the function gives a sample")
+        if "sample" not in arguments:
+            arguments["sample"] = random_sample(arguments["model"], image_shape)
+        what, findings = target, examine(**arguments)
+    else:
+        what, findings = examine_checkpoint(Path(target), image_shape)
     wrong = [finding for finding in findings if finding.verdict == WRONG]
     print(f"{what}: {len(wrong)} of {len(findings)} checks found something wrong")
     for finding in sorted(findings, key=lambda finding: finding.verdict == FINE):
@@ -135,94 +131,211 @@ def doctor(target: str, image_shape: list[int] | None) -> int:
     return 1 if wrong else 0
 
 
-def train(options: dict[str, Any], out: Path | None, config: Path | None, resume: bool, overwrite: bool) -> int:
-    """Train a network on a data set; 1 where it cannot go on, 130 where it was interrupted."""
-    try:
-        given = read_settings(config, options) if config else options
-        settings = Settings(**given)
-        folder = out or Path("runs") / f"{settings.data}-{settings.model}"
-        from fastcaps.train import run as training
-        from fastcaps.train.callbacks import Interrupted
-    except (OSError, ValueError) as error:
-        print(f"fastcaps train: {error}", file=sys.stderr)
-        return 1
-    except ModuleNotFoundError as error:
-        return _lacks("train", error)
+def train(out: Path | None, config: Path | None, resume: bool, overwrite: bool, **options: Any) -> int:
+    """Train a network on a data set; exit status 1 where it cannot go on, 130 where it was interrupted."""
+    given = read_settings(config, options) if config else options
+    settings = Settings(**given)
+    folder = out or Path("runs") / f"{settings.data}-{settings.model}"
+    from fastcaps.train import run as training
+    from fastcaps.train.callbacks import Interrupted
+
     try:
         training.train(given, folder, resume=resume, overwrite=overwrite)
     except (KeyboardInterrupt, Interrupted) as stop:
         begun = (folder / "config.json").exists()
         advice = f"; to go on: fastcaps train --resume --out {shlex.quote(str(folder))}" if begun else ""
-        print(f"fastcaps train: {str(stop) or 'stopped'}{advice}", file=sys.stderr)
-        return 130
-    except (OSError, ValueError, training.Diverged) as error:
-        print(f"fastcaps train: {error}", file=sys.stderr)
-        return 1
+        return refuse("train", f"{str(stop) or 'stopped'}{advice}", status=130)
+    except training.Diverged as error:
+        return refuse("train", error)
     except RuntimeError as error:
-        if "allocate memory" not in str(error) and not isinstance(error, torch.OutOfMemoryError):
+        if not out_of_memory(error):
             raise
-        reason = str(error).splitlines()[0]
-        print(f"fastcaps train: {reason} (--accumulate and a smaller network take less)", file=sys.stderr)
-        return 1
-    except ModuleNotFoundError as error:
-        return _lacks("train", error)
+        return refuse("train", f"{str(error).splitlines()[0]} (--accumulate and a smaller network take less)")
     return 0
 
 
-def evaluate(model: Path, data: str | None, root: str | None, download: bool, backend: str | None) -> int:
+def evaluate(model: Path, data: str | None, root: str | None, download: bool | None, backend: str | None) -> int:
     """Test a model that ``fastcaps train`` wrote."""
     from fastcaps.models.network import describe
+    from fastcaps.train.evaluation import evaluate as tested
+    from fastcaps.train.evaluation import load_for
 
-    try:
-        from fastcaps.train.evaluation import evaluate as tested
-        from fastcaps.train.evaluation import load_for
-        from fastcaps.train.report import confusion_counts
-
-        run = describe(model).get("run", {})
-        changed = {"data": data, "root": root, "download": download}
-        given = {name: value for name, value in changed.items() if value is not None} | {"backend": backend}
-        settings = Settings(**(known_settings(run.get("settings", {}), str(model)) | given))
-        network, samples = load_for(model, settings)
-        found = tested(network, settings, samples)
-    except (OSError, ValueError, RuntimeError) as error:
-        print(f"fastcaps evaluate: {error}", file=sys.stderr)
-        return 1
-    except ModuleNotFoundError as error:
-        return _lacks("evaluate", error)
+    run = describe(model).get("run", {})
+    changed = {"data": data, "root": root, "download": download}
+    given = {name: value for name, value in changed.items() if value is not None} | {"backend": backend}
+    settings = Settings(**(known_settings(run.get("settings", {}), str(model)) | given))
+    network, samples = load_for(model, settings)
+    found = tested(network, settings, samples)
     wrong = round(found.error * len(found.labels) / 100)
     print(f"{settings.data}: test error {found.error:.2f} % ({wrong} of {len(found.labels)}), loss {found.loss:.4f}")
+    _print_confusions(found.scores, found.labels, samples.single.class_names)
+    return 0
+
+
+def _print_confusions(scores: Tensor, labels: Tensor, class_names: Sequence[str]) -> None:
+    from fastcaps.train.report import confusion_counts
+
+    counts = confusion_counts(scores, labels)
+    names = [*class_names, *map(str, range(len(class_names), len(counts)))]
     print("class      images   right  most often taken for")
-    counts = confusion_counts(found.scores, found.labels)
-    names = [*samples.single.class_names, *map(str, range(len(samples.single.class_names), len(counts)))]
     for n, row in enumerate(counts):
         mistaken = row.clone()
         mistaken[n] = 0
         other = f"{names[int(mistaken.argmax())]} ({int(mistaken.max())} times)" if mistaken.any() else ""
         print(f"{names[n]:<10} {int(row.sum()):>6}  {int(row[n]):>6}  {other}")
-    return 0
 
 
 def show(model: Path, images: list[Path], out: Path) -> int:
     """Draw what a network makes of one's own images."""
-    try:
-        from fastcaps.train.report import show as drawn
+    from fastcaps.train.report import show as drawn
 
-        for line in drawn(model, images, out):
-            print(line)
-    except (OSError, ValueError) as error:
-        print(f"fastcaps show: {error}", file=sys.stderr)
-        return 1
-    except ModuleNotFoundError as error:
-        return _lacks("show", error)
+    for line in drawn(model, images, out):
+        print(line)
     return 0
 
 
-def _lacks(command: str, error: ModuleNotFoundError) -> int:
-    print(
-        f"fastcaps {command} needs {error.name}: pip install --no-build-isolation '.[train]' in a checkout of fastcaps",
-        file=sys.stderr,
+# ------------------------------------------------------------------------------------------------------------- refusals
+
+
+def refuse(command: str, reason: object, status: int = 1) -> int:
+    """Say why a command ends here; returns the exit status."""
+    print(f"fastcaps {command}: {reason}", file=sys.stderr)
+    return status
+
+
+@contextlib.contextmanager
+def refusals(command: str, expected: tuple[type[Exception], ...]) -> Iterator[None]:
+    """One line on stderr instead of a traceback for what input, machine or installation can cause.
+
+    Args:
+        command: the subcommand.
+        expected: these exceptions; all others but a missing module are passed on.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        extra = command in ("demo", "train", "evaluate", "show")
+        cure = "--no-build-isolation '.[train]' in a checkout of fastcaps" if extra else error.name
+        refuse(command, f"{error.name} is missing: pip install {cure}" if error.name else error)
+    except expected as error:
+        refuse(command, error)
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device has no more memory.
+
+    A GPU's allocator raises a type of its own. The CPU's raises a plain RuntimeError, which only its text, with the
+    allocator's name in it, tells from others.
+    """
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: " in str(error)
+
+
+# -------------------------------------------------------------------------------------------------------------- options
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the command line; what a subcommand sets beside its options is in :func:`_add_command`."""
+    parser = argparse.ArgumentParser(prog="fastcaps", description="Fused, exact routing for capsule networks.")
+    parser.add_argument("--version", action="version", version=f"fastcaps {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    _add_installation(commands)
+    _add_conversion(commands)
+    _add_training(commands)
+    for command in commands.choices.values():
+        _accept_old_options(command)
+    return parser
+
+
+def _add_command(
+    commands: Any,
+    run: Callable[..., int],
+    summary: str,
+    *,
+    expected: tuple[type[Exception], ...] = (OSError, ValueError),
+    refused: int = 1,
+    allow_abbrev: bool = True,
+) -> argparse.ArgumentParser:
+    """A subcommand with the name of the function that it runs.
+
+    Args:
+        commands: what ``add_subparsers`` returned.
+        run: called with the subcommand's options by name; returns the exit status.
+        summary: a line for ``fastcaps --help``.
+        expected: exceptions of ``run`` that are no mistake of the program.
+        refused: the exit status after one of them.
+        allow_abbrev: whether the beginning of an option's name will do.
+    """
+    parser = commands.add_parser(run.__name__, help=summary, description=run.__doc__, allow_abbrev=allow_abbrev)
+    parser.set_defaults(run=run, parser=parser, expected=expected, refused=refused)
+    return parser
+
+
+def _add_installation(commands: Any) -> None:
+    _add_command(commands, info, "versions, what was compiled, which backends can run here and why others cannot")
+    _add_command(
+        commands, selftest, "every backend that can run here against float64, in seconds", expected=(RuntimeError,)
     )
-    return 1
+    parser = _add_command(commands, demo, "train on 1,797 real digits, draw pictures, time the paper's layer")
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for the pictures (default: demo)")
+    parser.add_argument("--epochs", type=_at_least(1), default=30, help="passes over the digits (default: 30)")
+    parser.add_argument("--rounds", type=_at_least(0), default=7, help="timing rounds (default: 7; 0: no timing)")
+    parser = _add_command(commands, tune, "find and keep launch parameters of the GPU kernels for these sizes")
+    # One argument each: with one of five names many versions of Python fail to print the help.
+    for size, text in (
+        ("B", "samples"),
+        ("I", "input capsules"),
+        ("J", "output capsules"),
+        ("D_in", "pose size of the input capsules"),
+        ("D_out", "pose size of the output capsules"),
+    ):
+        parser.add_argument(size, type=_at_least(1), help=text)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument("--num-iterations", type=_at_least(1), default=3, help="routing iterations (default: 3)")
+
+
+def _add_conversion(commands: Any) -> None:
+    parser = _add_command(commands, convert, "a checkpoint of a public capsule network as a CapsNet file")
+    parser.add_argument("checkpoint", type=Path, help="a state dict: .safetensors, or what torch.save wrote")
+    parser.add_argument("--recipe", required=True, help="whose network it is: xifengguo, gram-ai, ...")
+    parser.add_argument("-o", "--out", type=Path, required=True, help="the .safetensors file to write")
+    parser.add_argument(
+        "--num-iterations", type=_at_least(0), default=3, help="as its own constructor counts them (default: 3)"
+    )
+    parser.add_argument("--image-shape", type=_at_least(1), nargs=3, metavar=("C", "H", "W"))
+    parser.add_argument("--fix", action="store_true", help="route as in the paper where the network does not")
+    parser = _add_command(commands, doctor, "known mistakes of capsule networks, looked for in yours", refused=2)
+    parser.add_argument(
+        "target",
+        help="FILE.py:FUNCTION that returns the model, (model, sample), or a dict with model, sample, margin_loss and "
+        "reconstruction_loss; or a checkpoint",
+    )
+    parser.add_argument("--image-shape", type=_at_least(1), nargs=3, metavar=("C", "H", "W"))
+
+
+def _add_training(commands: Any) -> None:
+    parser = _add_command(commands, train, "train a capsule network or the paper's baseline", allow_abbrev=False)
+    parser.add_argument("--out", type=Path, help="folder of the run (default: runs/DATA-MODEL)")
+    parser.add_argument("--config", type=Path, help="settings in JSON, as a run's config.json; options go first")
+    before = parser.add_mutually_exclusive_group()
+    before.add_argument("--resume", action="store_true", help="go on with the run in --out if there is one")
+    before.add_argument("--overwrite", action="store_true", help="delete the run in --out")
+    _add_settings(parser)
+    parser = _add_command(
+        commands,
+        evaluate,
+        "test a model that train wrote",
+        expected=(OSError, ValueError, RuntimeError),
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", type=Path, help="model.safetensors of a run, or what convert wrote")
+    parser.add_argument("--data", help="the data set (default: that of the run)")
+    parser.add_argument("--root", help="folder with its files (default: that of the run)")
+    parser.add_argument("--download", action="store_true", default=None, help="fetch what is missing there")
+    parser.add_argument("--backend", help="of the routing (default: the fastest that can run)")
+    parser = _add_command(commands, show, "what a network makes of your images, as a page", allow_abbrev=False)
+    parser.add_argument("model", type=Path, help="model.safetensors of a run, or what convert wrote")
+    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="png, jpg, ...")
+    parser.add_argument("--out", type=Path, default=Path("show.html"), help="the page (default: show.html)")
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
@@ -240,13 +353,29 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(option(field.name), default=argparse.SUPPRESS, help=text, **how)
 
 
-def _refuse_unknown(parser: argparse.ArgumentParser, unknown: list[str]) -> None:
-    known = [name for action in parser._actions for name in action.option_strings]
-    for text in unknown:
-        parser.error(f"unknown argument {text}{hint(text.split('=')[0], known)}")
+class _OldOption(argparse.Action):
+    """Takes an option under its old name, and says the new one."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        print(f"{parser.prog}: note: {option_string} is now {option(self.dest)}", file=sys.stderr)
+        setattr(namespace, self.dest, values)
 
 
-def _at_least(least: int):  # type: ignore[no-untyped-def]
+def _accept_old_options(parser: argparse.ArgumentParser) -> None:
+    actions = {action.dest: action for action in parser._actions}
+    for old, dest in OLD_OPTIONS.items():
+        if dest in actions:
+            how: dict[str, Any] = {"type": actions[dest].type, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+            parser.add_argument(old, dest=dest, action=_OldOption, **how)
+
+
+def _at_least(least: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         if int(text) < least:
             raise argparse.ArgumentTypeError(f"must be at least {least}, got {text}")
@@ -256,78 +385,22 @@ def _at_least(least: int):  # type: ignore[no-untyped-def]
     return parse
 
 
+def _refuse_unknown(parser: argparse.ArgumentParser, unknown: list[str]) -> None:
+    known = [name for action in parser._actions for name in action.option_strings]
+    for text in unknown:
+        parser.error(f"unknown argument {text}{hint(text.split('=')[0], known)}")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="fastcaps", description="Fused, exact routing for capsule networks.")
-    parser.add_argument("--version", action="version", version=f"fastcaps {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("info", help="versions, what was compiled, which backends can run here and why others cannot")
-    commands.add_parser("selftest", help="every backend that can run here against float64, in seconds")
-    demo_parser = commands.add_parser("demo", help="train on 1,797 real digits, draw pictures, time the paper's layer")
-    demo_parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for the pictures (default: demo)")
-    demo_parser.add_argument("--epochs", type=_at_least(1), default=30, help="passes over the digits (default: 30)")
-    demo_parser.add_argument("--rounds", type=_at_least(0), default=7, help="timing rounds (default: 7; 0: no timing)")
-    tune_parser = commands.add_parser("tune", help="find and keep launch parameters of the GPU kernels for these sizes")
-    tune_parser.add_argument("sizes", type=_at_least(1), nargs=5, metavar=("B", "I", "J", "D_in", "D_out"))
-    tune_parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    tune_parser.add_argument("--iterations", type=_at_least(1), default=3, help="routing iterations (default: 3)")
-    convert_parser = commands.add_parser("convert", help="a checkpoint of a public capsule network as a CapsNet file")
-    convert_parser.add_argument("checkpoint", type=Path, help="a state dict: .safetensors, or what torch.save wrote")
-    convert_parser.add_argument("--recipe", required=True, help="whose network it is: xifengguo, gram-ai, ...")
-    convert_parser.add_argument("-o", "--out", type=Path, required=True, help="the .safetensors file to write")
-    convert_parser.add_argument(
-        "--iterations", type=_at_least(0), default=3, help="as its own constructor counts them (default: 3)"
-    )
-    convert_parser.add_argument("--image-shape", type=_at_least(1), nargs=3, metavar=("C", "H", "W"))
-    convert_parser.add_argument("--fix", action="store_true", help="route as in the paper where the network does not")
-    doctor_parser = commands.add_parser("doctor", help="known mistakes of capsule networks, looked for in yours")
-    doctor_parser.add_argument(
-        "target",
-        help="FILE.py:FUNCTION that returns the model, (model, sample), or a dict with model, sample, margin and "
-        "reconstruction (its losses); or a checkpoint",
-    )
-    doctor_parser.add_argument("--image-shape", type=_at_least(1), nargs=3, metavar=("C", "H", "W"))
-    train_parser = commands.add_parser(
-        "train", help="train a capsule network or the paper's baseline", allow_abbrev=False
-    )
-    train_parser.add_argument("--out", type=Path, help="folder of the run (default: runs/DATA-MODEL)")
-    train_parser.add_argument("--config", type=Path, help="settings in JSON, as a run's config.json; options go first")
-    before = train_parser.add_mutually_exclusive_group()
-    before.add_argument("--resume", action="store_true", help="go on with the run in --out if there is one")
-    before.add_argument("--overwrite", action="store_true", help="delete the run in --out")
-    _add_settings(train_parser)
-    evaluate_parser = commands.add_parser("evaluate", help="test a model that train wrote", allow_abbrev=False)
-    evaluate_parser.add_argument("model", type=Path, help="model.safetensors of a run, or what convert wrote")
-    evaluate_parser.add_argument("--data", help="the data set (default: that of the run)")
-    evaluate_parser.add_argument("--root", help="folder with its files (default: that of the run)")
-    evaluate_parser.add_argument("--download", action="store_true", default=None, help="fetch what is missing there")
-    evaluate_parser.add_argument("--backend", help="of the routing (default: the fastest that can run)")
-    show_parser = commands.add_parser("show", help="what a network makes of your images, as a page", allow_abbrev=False)
-    show_parser.add_argument("model", type=Path, help="model.safetensors of a run, or what convert wrote")
-    show_parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="png, jpg, ...")
-    show_parser.add_argument("--out", type=Path, default=Path("show.html"), help="the page (default: show.html)")
-    parsed, unknown = parser.parse_known_args(arguments)
-    _refuse_unknown(commands.choices[parsed.command], unknown)
-    if parsed.command == "train":
-        given = vars(parsed)
-        names = ("out", "config", "resume", "overwrite")
-        options = {name: value for name, value in given.items() if name not in (*names, "command")}
-        return train(options, *(given[name] for name in names))
-    if parsed.command == "evaluate":
-        return evaluate(parsed.model, parsed.data, parsed.root, parsed.download, parsed.backend)
-    if parsed.command == "show":
-        return show(parsed.model, parsed.images, parsed.out)
-    if parsed.command == "info":
-        return info()
-    if parsed.command == "selftest":
-        return selftest()
-    if parsed.command == "doctor":
-        return doctor(parsed.target, parsed.image_shape)
-    if parsed.command == "convert":
-        return convert(parsed.checkpoint, parsed.recipe, parsed.out, parsed.iterations, parsed.image_shape, parsed.fix)
-    if parsed.command == "tune":
-        return tune(parsed.sizes, parsed.dtype, parsed.iterations)
-    return demo(parsed.out, parsed.epochs, parsed.rounds)
+    parsed, unknown = build_parser().parse_known_args(arguments)
+    given = vars(parsed)
+    command, run, parser = given.pop("command"), given.pop("run"), given.pop("parser")
+    expected, refused = given.pop("expected"), given.pop("refused")
+    _refuse_unknown(parser, unknown)
+    with refusals(command, expected):
+        return run(**given)
+    return refused
 
 
 if __name__ == "__main__":

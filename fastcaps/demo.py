@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fastcaps.benchmarking import Timing, compare, einsum_routing, median_and_p20
+from fastcaps.benchmarking import Sizes, Timing, compare, einsum_routing, median_and_p20
 from fastcaps.data import Dataset, digits
 from fastcaps.measure import saved_bytes
 from fastcaps.models import CapsNet
@@ -19,7 +19,7 @@ from fastcaps.routing import dynamic_routing
 from fastcaps.train import figures
 
 BATCH_SIZE = 64
-PAPER = (128, 1152, 10, 8, 16)  # B, I, J, D_in, D_out of Sabour et al. (2017) on MNIST
+PAPER = Sizes(B=128, I=1152, J=10, D_in=8, D_out=16)  # Sabour et al. (2017) on MNIST
 
 
 def run(out: Path, *, epochs: int, rounds: int) -> None:
@@ -55,7 +55,7 @@ def run(out: Path, *, epochs: int, rounds: int) -> None:
     if rounds:
         B, I, J, D_in, D_out = PAPER
         console.print(f"timing the paper's layer: B={B}, {I} -> {J} capsules, {D_in} -> {D_out}, 3 iterations, float32")
-        print_timings(compare(PAPER, rounds=rounds), console)
+        print_timings(compare(**PAPER._asdict(), rounds=rounds), console)
         poses, weight = torch.randn(B, I, D_in, requires_grad=True), torch.randn(I, J, D_out, D_in, requires_grad=True)
         kept = [saved_bytes(f, poses, weight) / 1e6 for f in (lambda x, w: einsum_routing(x, w, 3), dynamic_routing)]
         console.print(f"kept for the backward beside the inputs: einsum {kept[0]:.1f} MB, fastcaps {kept[1]:.2f} MB")

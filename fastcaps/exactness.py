@@ -1,7 +1,8 @@
 """The error budget that counts as exact, and selftest(), which checks every backend on this machine against it."""
 
 import math
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,8 +32,19 @@ def error_budget(dtype: torch.dtype, reference_error: float, gradient: bool) -> 
     return eps / 2
 
 
-class SelftestRow(NamedTuple):
-    """The worst tensor of one case: its relative error against float64 and the budget that it must keep."""
+@dataclass(frozen=True)
+class SelftestRow:
+    """The worst tensor of one case of :func:`selftest`.
+
+    Attributes:
+        backend: ``"native"``, ``"triton"`` or ``"reference"``.
+        device: ``"cpu"`` or ``"cuda"``.
+        dtype: of the inputs, without ``torch.``.
+        case: the options.
+        tensor: ``"output"``, or the input whose gradient it is.
+        error: relative L2 error against float64.
+        budget: the largest error allowed, see :func:`error_budget`.
+    """
 
     backend: str
     device: str

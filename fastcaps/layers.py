@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fastcaps._axes import Layout
-from fastcaps._checks import check_like, check_number, check_positive
+from fastcaps._checks import check_choice, check_floating, check_int, check_like, check_number, check_positive
+from fastcaps._deprecated import once_positional, renamed_arguments, warn_renamed
 from fastcaps.functional import squash
 from fastcaps.routing import RoutingTrace, dynamic_routing, routing_trace
 from fastcaps.routing.dynamic.api import check_prior
@@ -24,13 +25,13 @@ class PrimaryCapsules(nn.Module):
     Args:
         in_channels: channels of the feature map.
         types: capsule types, 32 in the paper.
-        dim: pose size, 8 in the paper.
+        pose_dim: pose size, 8 in the paper.
         kernel_size: of the convolution, in pixels.
         stride: of the convolution, in pixels.
         padding: of the convolution, in pixels.
-        layout: which channels form a capsule. ``"capsule-major"``: channel ``type * dim + k`` is entry k of a pose;
-            ``"dimension-major"``: channel ``k * types + type`` is; ``"flat"``: a pose is ``dim`` consecutive values of
-            the flattened feature map, as many public repositories do by mistake: for their checkpoints only.
+        layout: which channels form a capsule. ``"capsule-major"``: channel ``type * pose_dim + k`` is entry k of a
+            pose. ``"dimension-major"``: channel ``k * types + type`` is. ``"flat"``: a pose is ``pose_dim`` consecutive
+            values of the flattened feature map, a mistake of many public repositories: for their checkpoints only.
         eps: as in :func:`fastcaps.squash`.
 
     Raises:
@@ -38,15 +39,16 @@ class PrimaryCapsules(nn.Module):
         ValueError: a size is below 1, or the layout is unknown.
 
     Example:
-        >>> PrimaryCapsules(256, types=32, dim=8, kernel_size=9, stride=2)(torch.randn(2, 256, 20, 20)).shape
+        >>> PrimaryCapsules(256, types=32, pose_dim=8, kernel_size=9, stride=2)(torch.randn(2, 256, 20, 20)).shape
         torch.Size([2, 1152, 8])
     """
 
+    @renamed_arguments(dim="pose_dim")
     def __init__(
         self,
         in_channels: int,
         types: int,
-        dim: int,
+        pose_dim: int,
         kernel_size: int,
         stride: int = 1,
         padding: int = 0,
@@ -54,26 +56,22 @@ class PrimaryCapsules(nn.Module):
         eps: float = 0.0,
     ) -> None:
         super().__init__()
-        check_positive(in_channels=in_channels, types=types, dim=dim, kernel_size=kernel_size, stride=stride)
-        if isinstance(padding, bool) or not isinstance(padding, int):
-            raise TypeError(f"padding must be an int, got {padding!r}")
-        if padding < 0:
-            raise ValueError(f"padding must not be negative, got {padding}")
-        if layout not in PRIMARY_LAYOUTS:
-            raise ValueError(f"layout must be one of {', '.join(map(repr, PRIMARY_LAYOUTS))}, got {layout!r}")
+        check_positive(in_channels=in_channels, types=types, pose_dim=pose_dim, kernel_size=kernel_size, stride=stride)
+        check_int("padding", padding, 0)
+        check_choice("layout", layout, PRIMARY_LAYOUTS)
         check_number("eps", eps)
-        self.types, self.dim, self.layout, self.eps = types, dim, layout, eps
-        self.conv = nn.Conv2d(in_channels, types * dim, kernel_size, stride, padding)
+        self.types, self.pose_dim, self.layout, self.eps = types, pose_dim, layout, eps
+        self.conv = nn.Conv2d(in_channels, types * pose_dim, kernel_size, stride, padding)
 
     def forward(self, features: Tensor) -> Tensor:
-        """From feature maps ``[B, in_channels, H, W]`` to squashed poses ``[B, types * H_out * W_out, dim]``.
+        """From feature maps ``[B, in_channels, H, W]`` to squashed poses ``[B, types * H_out * W_out, pose_dim]``.
 
         Raises:
             TypeError: features have another dtype than the parameters (outside autocast).
             ValueError: the number of channels is wrong, or the map is smaller than the kernel.
 
         Example:
-            >>> PrimaryCapsules(4, types=2, dim=8, kernel_size=3)(torch.randn(1, 4, 5, 5)).shape
+            >>> PrimaryCapsules(4, types=2, pose_dim=8, kernel_size=3)(torch.randn(1, 4, 5, 5)).shape
             torch.Size([1, 18, 8])
         """
         check_like("features", features, "[B, C, H, W]", self.conv.weight)
@@ -82,19 +80,30 @@ class PrimaryCapsules(nn.Module):
             raise ValueError(f"features must be [B, C, H, W] with C = {C}, got {tuple(features.shape)}")
         if min(features.shape[2:]) + 2 * padding < size:  # type: ignore[operator]
             raise ValueError(f"features {tuple(features.shape)} are smaller than the kernel, {size}x{size}")
-        x = self.conv(features)  # [B, types * dim, H_out, W_out]
+        x = self.conv(features)  # [B, types * pose_dim, H_out, W_out]
         if self.layout == "capsule-major":
-            x = x.unflatten(1, (self.types, self.dim)).movedim(2, -1).flatten(1, 3)
+            x = x.unflatten(1, (self.types, self.pose_dim)).movedim(2, -1).flatten(1, 3)
         elif self.layout == "dimension-major":
-            x = x.unflatten(1, (self.dim, self.types)).movedim(1, -1).flatten(1, 3)
+            x = x.unflatten(1, (self.pose_dim, self.types)).movedim(1, -1).flatten(1, 3)
         else:
-            x = x.flatten(1).unflatten(1, (-1, self.dim))
-        return squash(x, eps=self.eps)  # [B, types * H_out * W_out, dim]
+            x = x.flatten(1).unflatten(1, (-1, self.pose_dim))
+        return squash(x, eps=self.eps)  # [B, types * H_out * W_out, pose_dim]
 
     def extra_repr(self) -> str:
         """What ``repr`` shows beside the convolution."""
         eps = f", eps={self.eps!r}" if self.eps else ""
-        return f"types={self.types}, dim={self.dim}, layout={self.layout!r}{eps}"
+        return f"types={self.types}, pose_dim={self.pose_dim}, layout={self.layout!r}{eps}"
+
+    @property
+    def dim(self) -> int:
+        """The old name of ``pose_dim``."""
+        warn_renamed("PrimaryCapsules.dim", "PrimaryCapsules.pose_dim")
+        return self.pose_dim
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "dim" in state:  # pickled by fastcaps 0.1
+            state["pose_dim"] = state.pop("dim")
+        super().__setstate__(state)
 
 
 class CapsuleLayer(nn.Module):
@@ -154,8 +163,7 @@ class CapsuleLayer(nn.Module):
             out_dim=out_dim,
             num_iterations=num_iterations,
         )
-        if share_weight not in SHARE_WEIGHT:
-            raise ValueError(f"share_weight must be one of {', '.join(map(repr, SHARE_WEIGHT))}, got {share_weight!r}")
+        check_choice("share_weight", share_weight, SHARE_WEIGHT)
         if not callable(routing):
             raise TypeError(f"routing must be a function, got {routing!r}")
         if routing is dynamic_routing:
@@ -218,49 +226,59 @@ class CapsuleLayer(nn.Module):
             >>> layer(torch.randn(1, 6, 4), mask=mask, num_iterations=5).shape
             torch.Size([1, 3, 8])
         """
-        if prior is not None and self.prior is not None:
-            B, I, J = (*poses.shape[:2], self.out_capsules)
-            check_prior(prior, B, I, J)
-            prior = prior + self.prior
-        given = {"prior": self.prior if prior is None else prior, "bias": self.bias, "mask": mask}
-        weight = self.weight.expand(-1, self.out_capsules, -1, -1)  # an output per capsule even where one serves all
-        return self.routing(
-            poses,
-            weight,
-            num_iterations=self.num_iterations if num_iterations is None else num_iterations,
-            **{name: value for name, value in given.items() if value is not None},
-            **self.routing_options,
-        )
+        arguments = self._arguments(poses, mask, prior, num_iterations)
+        return self.routing(poses, self._full_weight(), **arguments, **self.routing_options)
 
-    def trace(self, poses: Tensor, num_iterations: int | None = None) -> RoutingTrace:
-        """What the routing of these poses does in every iteration, with this layer's weight, bias, prior and options.
+    @once_positional("num_iterations")
+    def trace(
+        self,
+        poses: Tensor,
+        *,
+        mask: Tensor | None = None,
+        prior: Tensor | None = None,
+        num_iterations: int | None = None,
+    ) -> RoutingTrace:
+        """Route poses as :meth:`forward` does, and record every iteration.
 
         Args:
-            poses: ``[B, I, D_in]``.
-            num_iterations: T for this call; None: the layer's own.
+            poses: as in :meth:`forward`.
+            mask: as in :meth:`forward`.
+            prior: as in :meth:`forward`.
+            num_iterations: as in :meth:`forward`.
 
         Returns:
             A :class:`fastcaps.routing.RoutingTrace`, without gradient.
 
         Raises:
-            TypeError: poses have the wrong dtype, or the layer routes by a function of one's own.
-            ValueError: sizes or devices do not fit.
+            TypeError: as :meth:`forward`, or the layer routes by another function than :func:`dynamic_routing`.
+            ValueError: as :meth:`forward`.
 
         Example:
-            >>> CapsuleLayer(6, 4, 3, 8).trace(torch.randn(2, 6, 4)).entropy.shape
-            torch.Size([3, 2, 6])
+            >>> CapsuleLayer(6, 4, 3, 8).trace(torch.randn(2, 6, 4), num_iterations=5).entropy.shape
+            torch.Size([5, 2, 6])
         """
         if self.routing is not dynamic_routing:
             raise TypeError(f"only dynamic_routing can be traced, and this layer routes by {self.routing}")
-        return routing_trace(
-            poses,
-            self.weight.expand(-1, self.out_capsules, -1, -1),
-            num_iterations=self.num_iterations if num_iterations is None else num_iterations,
-            prior=self.prior,
-            bias=self.bias,
-            leaky=self.routing_options.get("leaky", False),
-            eps=self.routing_options.get("eps", 0.0),
-        )
+        # The other options, detach and backend, change the gradient or the speed, not the output.
+        options = {name: value for name, value in self.routing_options.items() if name in ("leaky", "eps")}
+        arguments = self._arguments(poses, mask, prior, num_iterations)
+        return routing_trace(poses, self._full_weight(), **arguments, **options)
+
+    def _full_weight(self) -> Tensor:
+        """A view of the weight with all J output capsules, even where they share a matrix."""
+        return self.weight.expand(-1, self.out_capsules, -1, -1)
+
+    def _arguments(
+        self, poses: Tensor, mask: Tensor | None, prior: Tensor | None, num_iterations: int | None
+    ) -> dict[str, Any]:
+        """The keyword arguments of one call of the routing function, without the layer's options."""
+        if prior is not None and self.prior is not None:
+            B, I, J = (*poses.shape[:2], self.out_capsules)
+            check_prior(prior, B, I, J)
+            prior = prior + self.prior
+        optional = {"prior": self.prior if prior is None else prior, "bias": self.bias, "mask": mask}
+        given = {name: value for name, value in optional.items() if value is not None}
+        return {"num_iterations": self.num_iterations if num_iterations is None else num_iterations, **given}
 
     def extra_repr(self) -> str:
         """What ``repr`` shows."""
@@ -282,12 +300,13 @@ class CapsuleLayer(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @classmethod
-    def from_weight(cls, weight: Tensor, layout: str, **options: Any) -> "CapsuleLayer":
+    @renamed_arguments(layout="axes")
+    def from_weight(cls, weight: Tensor, axes: str, **options: Any) -> "CapsuleLayer":
         """A layer with a copy of somebody else's weight.
 
         Args:
             weight: the transformation matrices in any order of axes; its dtype and device become the layer's.
-            layout: the order of the axes ``I``, ``J``, ``D_out`` and ``D_in``, as einops writes it:
+            axes: the order of the axes ``I``, ``J``, ``D_out`` and ``D_in``, as einops writes it:
                 ``"J I D_in D_out"``, or ``"I D_in (J D_out)"`` where one axis holds two; ``1`` for an axis of size 1.
                 Without ``I``, or without ``I`` and ``J``, the weight is shared over these.
             **options: of :class:`CapsuleLayer`. ``in_capsules``, ``in_dim``, ``out_capsules`` and ``out_dim`` are
@@ -297,28 +316,26 @@ class CapsuleLayer(nn.Module):
             A new layer.
 
         Raises:
-            TypeError: the weight is no floating-point tensor, or the layout no string.
-            ValueError: the layout does not fit the weight, or a size is missing or contradicts it.
+            TypeError: the weight is no floating-point tensor, or ``axes`` no string.
+            ValueError: ``axes`` do not fit the weight, or a size is missing or contradicts it.
 
         Example:
             >>> CapsuleLayer.from_weight(torch.randn(1152, 8, 10 * 16), "I D_in (J D_out)", out_capsules=10)
             CapsuleLayer(1152, 8, 10, 16, 3)
         """
         names = {"I": "in_capsules", "J": "out_capsules", "D_in": "in_dim", "D_out": "out_dim"}
-        if not isinstance(weight, Tensor) or not weight.is_floating_point():
-            got = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
-            raise TypeError(f"weight must be a floating-point tensor, got {got}")
+        check_floating("weight", weight)
         check_positive(**{name: options[name] for name in names.values() if name in options})
         sizes = {axis: options.pop(name) for axis, name in names.items() if name in options}
-        axes = Layout.parse(layout, WEIGHT_AXES, ("D_in", "D_out"))
-        canonical = axes.canonical(weight, sizes)  # fills in what sizes lacks
+        parsed = Layout.parse(axes, WEIGHT_AXES, ("D_in", "D_out"))
+        canonical = parsed.canonical(weight, sizes)  # fills in what sizes lacks
         missing = [names[axis] for axis in names if axis not in sizes]
         if missing:
-            raise ValueError(f"layout {layout!r} does not tell {' and '.join(missing)}: pass it as a keyword")
+            raise ValueError(f"axes {axes!r} do not tell {' and '.join(missing)}: pass it as a keyword")
         share = {(False, False): "none", (True, False): "inputs", (True, True): "both"}
-        shared = ("I" not in axes.axes, "J" not in axes.axes)
+        shared = ("I" not in parsed.axes, "J" not in parsed.axes)
         if shared not in share:
-            raise ValueError(f"layout {layout!r}: a weight shared over J only is not a CapsuleLayer's")
+            raise ValueError(f"axes {axes!r}: a weight shared over J only is not a CapsuleLayer's")
         options = {"share_weight": share[shared], "device": weight.device, "dtype": weight.dtype, **options}
         layer = cls(**{names[axis]: size for axis, size in sizes.items()}, **options)
         with torch.no_grad():

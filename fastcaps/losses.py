@@ -1,35 +1,30 @@
-"""Losses of capsule networks. J capsules (classes), B samples.
+"""Losses of capsule networks, for B samples and J capsules (classes).
 
-``reduction`` speaks PyTorch's language: ``"batchmean"`` sums over classes and averages over samples (the paper and most
-code), ``"mean"`` averages over both, ``"sum"`` sums over both, ``"none"`` returns ``[B, J]``.
+``reduction`` is PyTorch's: ``"batchmean"`` sums over classes and averages over samples (the paper and most code),
+``"mean"`` averages over both, ``"sum"`` sums over both, ``"none"`` returns ``[B, J]``.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastcaps._checks import check_labels, check_number
+from fastcaps._checks import check_choice, check_floating, check_labels, check_number
 
 REDUCTIONS = ("batchmean", "mean", "sum", "none")
 
 
 def _reduce(loss: Tensor, reduction: str) -> Tensor:
     """Reduce ``[B, ...]`` as named; an empty batch has a loss of 0, not NaN."""
+    check_choice("reduction", reduction, REDUCTIONS)
     if reduction == "none":
         return loss
     if reduction == "sum":
         return loss.sum()
-    if reduction == "mean":
-        return loss.sum() / max(loss.numel(), 1)
-    if reduction == "batchmean":
-        return loss.sum() / max(loss.shape[0], 1)
-    raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
+    return loss.sum() / max(loss.numel() if reduction == "mean" else loss.shape[0], 1)
 
 
 def _check_lengths(lengths: Tensor) -> None:
-    if not isinstance(lengths, Tensor) or not lengths.is_floating_point():
-        got = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
-        raise TypeError(f"lengths must be a floating-point tensor [B, J], got {got}")
+    check_floating("lengths", lengths, "[B, J]")
     if lengths.dim() != 2 or lengths.shape[1] == 0:
         raise ValueError(f"lengths must be [B, J] with J at least 1, got {tuple(lengths.shape)}")
 
@@ -214,9 +209,7 @@ def reconstruction_loss(
         tensor(0.3920)
     """
     for name, value in (("reconstruction", reconstruction), ("images", images)):
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            raise TypeError(f"{name} must be a floating-point tensor [B, C, H, W], got {got}")
+        check_floating(name, value, "[B, C, H, W]")
         if value.dim() < 1:
             raise ValueError(f"{name} must be [B, ...], got a scalar")
     if reconstruction.shape != images.shape:

@@ -5,7 +5,8 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,8 +34,14 @@ def saved_bytes(routing: Callable[[Tensor, Tensor], Tensor], poses: Tensor, weig
     return sum(storages.values())
 
 
-class Cost(NamedTuple):
-    """What a step costs: milliseconds (median), and bytes of tensors at the peak beyond what was there before."""
+@dataclass(frozen=True)
+class Cost:
+    """Time and memory of a step.
+
+    Attributes:
+        milliseconds: the median time.
+        peak: bytes of tensors at the peak, beyond those before the step.
+    """
 
     milliseconds: float
     peak: int

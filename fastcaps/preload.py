@@ -1,4 +1,4 @@
-"""warmup(): everything that a model or a shape needs is loaded before it is needed."""
+"""The warmup: code and memory that a model or a shape needs, loaded before its first use."""
 
 import copy
 import functools

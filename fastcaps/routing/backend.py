@@ -2,8 +2,11 @@
 
 import functools
 import importlib
+import importlib.machinery
 import os
+import sys
 import warnings
+from pathlib import Path
 
 import torch
 
@@ -20,11 +23,30 @@ CUDA_D = 4096  # in shared memory
 _REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps . (in a checkout of fastcaps)"
 
 
+_SOURCES = Path(__file__).resolve().parents[2]  # what lies beside the package
+
+
+def _shadowed_installation() -> Path | None:
+    """The folder of a compiled fastcaps that is not imported, as these sources come first on Python's path."""
+    if not ((_SOURCES / "csrc").is_dir() and (_SOURCES / "setup.py").is_file()):
+        return None
+    for folder in map(Path, sys.path):
+        compiled = any((folder / f"fastcaps/_C{suffix}").is_file() for suffix in importlib.machinery.EXTENSION_SUFFIXES)
+        if compiled and folder.resolve() != _SOURCES:
+            return folder
+    return None
+
+
 def _load_extension() -> tuple[str | None, str]:
     """Load the compiled ops: (how they were built, "") or (None, the reason and the cure)."""
     try:
         return importlib.import_module("fastcaps._C").__doc__, ""
     except ModuleNotFoundError:
+        if (installed := _shadowed_installation()) is not None:
+            return None, (
+                f"Python found the uncompiled sources in {_SOURCES} before the installed package in {installed}. Run "
+                f"from another folder, or compile the sources: pip install --no-build-isolation --editable {_SOURCES}"
+            )
         return None, (
             "the compiled extension is missing: fastcaps was installed without a C++ compiler or Python's headers, or "
             "where torch was not visible to the build. Install a C++20 compiler (Debian: apt-get install g++ "

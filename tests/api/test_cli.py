@@ -1,8 +1,7 @@
-"""The command line, the demo, the digits and the timing."""
+"""The command line, the demo and the digits."""
 
-import json
+import argparse
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +9,32 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastcaps import benchmarking, cli
+import fastcaps
+from fastcaps import cli
 from fastcaps.data import digits
 
 ROOT = Path(__file__).parents[2]
+
+
+def subcommands() -> dict[str, argparse.ArgumentParser]:
+    (action,) = [action for action in cli.build_parser()._actions if action.dest == "command"]
+    return action.choices
+
+
+@pytest.mark.parametrize("command", [None, *subcommands()])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--help"] if command is None else [command, "--help"])
+    assert stop.value.code == 0
+    assert f"usage: fastcaps {command or '[-h]'}" in capsys.readouterr().out
+
+
+def test_it_is_a_module():
+    result = subprocess.run(
+        [sys.executable, "-m", "fastcaps", "--version"],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert result.stdout == f"fastcaps {fastcaps.__version__}\n", result.stderr
 
 
 def test_info_names_versions_and_reasons(capsys):
@@ -66,76 +87,56 @@ def test_digits():
     assert len(everything.unique(dim=0)) == 1797  # no test digit is among the training digits
 
 
-@pytest.mark.parametrize("shared", [False, True])
-def test_contestants_agree(shared):
-    names = ["broadcast", "einsum", "einsum, chunks of 4", "absorbed", "fastcaps", "fastcaps, bfloat16"]
-    options = {"shared": shared, "prior": shared, "mask": shared, "half": True, "chunk": 4}
-    timings = benchmarking.compare((11, 9, 3, 4, 5), rounds=1, names=names, forms=list(benchmarking.FORMS), **options)
-    assert [t.name for t in timings] == names
-    for t in timings:
-        assert len(t.forward) == len(t.training) == 1
-        assert t.refused is None
+@pytest.mark.parametrize("arguments", [["tune", *"12345"], ["convert", "a.pt", "--recipe", "r", "--out", "b"]], ids=str)
+def test_iterations_is_the_old_name_of_num_iterations(arguments, capsys):
+    parse = cli.build_parser().parse_args
+    assert parse([*arguments, "--num-iterations", "7"]).num_iterations == 7
+    assert parse(arguments).num_iterations == 3
+    assert not capsys.readouterr().err
+    assert parse([*arguments, "--iterations", "7"]).num_iterations == 7
+    assert capsys.readouterr().err == f"fastcaps {arguments[0]}: note: --iterations is now --num-iterations\n"
 
 
-def test_a_wrong_contestant_is_not_timed(monkeypatch):
-    def wrong(num_iterations, backend=None, **options):
-        steps = right(num_iterations, backend, **options)
-        return {**steps, "fastcaps": lambda x, w, g: 1.01 * steps["fastcaps"](x, w, g)}
-
-    right = benchmarking.contestants
-    monkeypatch.setattr(benchmarking, "contestants", wrong)
-    refused, admitted = benchmarking.compare((4, 6, 3, 4, 8), rounds=1, names=["einsum", "fastcaps"])[::-1]
-    assert refused.forward is None
-    assert refused.error == pytest.approx(0.01, rel=0.01)
-    assert len(admitted.forward) == 1
+def test_refusals_are_one_line_and_mistakes_keep_their_traceback(capsys):
+    with cli.refusals("doctor", (OSError, ValueError)):
+        raise FileNotFoundError("there is no file 'a'")
+    assert capsys.readouterr().err == "fastcaps doctor: there is no file 'a'\n"
+    with pytest.raises(RuntimeError, match="a mistake"), cli.refusals("doctor", (OSError, ValueError)):
+        raise RuntimeError("a mistake")
 
 
-def test_table_of_timings(capsys):
-    from rich.console import Console
+def test_every_command_has_its_status_of_refusal(monkeypatch, capsys):
+    assert cli.main(["doctor", "nowhere.pt"]) == 2
+    assert cli.main(["evaluate", "nowhere.safetensors"]) == 1
 
-    from fastcaps.demo import print_timings
+    def wrong():
+        raise RuntimeError("wrong numbers")
 
-    slow = benchmarking.Timing("einsum, chunks of 8", [4000.0] * 5, [9000.0] * 5, 1e-7, 2e-7, None, None)
-    ours = benchmarking.Timing("fastcaps", [1000.0] * 5, [3000.0] * 5, 1e-7, 3e-7, None, None)
-    wrong = benchmarking.Timing("compiled", None, None, 0.01, 0.02, None, "its error is 2.0e-02")
-    print_timings([slow, wrong, ours], Console(width=80))
-    rows = {line.split("  ")[0].strip(): line.split() for line in capsys.readouterr().out.splitlines() if line.strip()}
-    assert rows["fastcaps"] == ["fastcaps", "3e-07", "1000.0", "(1000.0)", "4.00", "3000.0", "(3000.0)", "3.00"]
-    assert rows["einsum, chunks of 8"][-4:] == ["1.00", "9000.0", "(9000.0)", "1.00"]
-    assert rows["compiled"] == ["compiled", "2e-02", "refused", "refused"]
-    assert "not timed: compiled: its error is 2.0e-02" in rows
+    monkeypatch.setattr(fastcaps, "selftest", wrong)
+    assert cli.main(["selftest"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "fastcaps selftest: wrong numbers"
 
 
-def test_median_and_percentile():
-    assert benchmarking.median_and_p20([5.0, 1.0, 2.0, 4.0, 3.0]) == (3.0, 2.0)
+def test_a_missing_package_is_named_with_its_cure(monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "fastcaps.demo", raising=False)
+    monkeypatch.setitem(sys.modules, "rich.box", None)
+    assert cli.main(["demo"]) == 1
+    assert "fastcaps demo: rich.box is missing: pip install --no-build-isolation '.[train]'" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "fastcaps.doctor.targets", None)
+    assert cli.main(["doctor", "a.pt"]) == 2
+    assert capsys.readouterr().err == (
+        "fastcaps doctor: fastcaps.doctor.targets is missing: pip install fastcaps.doctor.targets\n"
+    )
+    with cli.refusals("demo", ()):
+        raise ModuleNotFoundError("the digits come with scikit-learn")
+    assert capsys.readouterr().err == "fastcaps demo: the digits come with scikit-learn\n"
 
 
-def run_probe(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "benchmarks/gpu_probe.py", *arguments],
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-
-
-def test_gpu_probe_writes_its_file_and_refuses_to_speak_without_a_gpu(tmp_path):
-    out = tmp_path / "probe.json"
-    result = run_probe("--device", "cpu", "--only", "machine", "--out", str(out))
-    assert result.returncode == 0, result.stderr
-    assert json.loads(out.read_text())["cases"]["machine"]["torch"] == torch.__version__
-    assert run_probe("--device", "cpu", "--only", "nothing").returncode == 2
-    if not torch.cuda.is_available():
-        result = run_probe()
-        assert result.returncode == 1
-        assert "no CUDA device here; nothing was measured" in result.stderr
-
-
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc: the probe's kernels are not compiled")
-def test_gpu_probe_kernels_compile(tmp_path):
-    for arch in ("sm_80", "sm_90", "sm_100"):
-        command = ["nvcc", f"-arch={arch}", "-cubin", "-Werror", "all-warnings", "-Xptxas", "-v", "-o"]
-        built = subprocess.run(
-            [*command, str(tmp_path / "probe.cubin"), str(ROOT / "benchmarks" / "gpu_probe.cu")],
-            capture_output=True, text=True, timeout=120, check=False,
-        )  # fmt: skip
-        assert built.returncode == 0, built.stderr
-        assert "0 bytes spill stores" in built.stderr
+def test_memory_that_runs_out_is_told_from_a_mistake():
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert cli.out_of_memory(raised.value)
+    assert cli.out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(RuntimeError) as raised:
+        torch.zeros(2, 3) @ torch.zeros(2, 3)
+    assert not cli.out_of_memory(raised.value)

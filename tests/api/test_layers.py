@@ -6,7 +6,6 @@ import pickle
 
 import pytest
 import torch
-from support.numerics import Case, backend_op, make_inputs
 from torch import nn
 
 import fastcaps
@@ -38,6 +37,24 @@ def test_primary_layouts(layout):
                     else:
                         expected = maps[b].flatten()[capsule * dim : (capsule + 1) * dim]
                     torch.testing.assert_close(poses[b, capsule], squash(expected))
+
+
+def test_primary_pose_dim_was_dim_in_0_1():
+    features = torch.randn(2, 2, 7, 9)
+    layer = PrimaryCapsules(2, 3, pose_dim=4, kernel_size=3)
+    with pytest.warns(DeprecationWarning, match="PrimaryCapsules: dim= is now pose_dim=") as warned:
+        old = PrimaryCapsules(2, 3, dim=4, kernel_size=3)
+    assert warned[0].filename == __file__
+    with pytest.warns(DeprecationWarning, match="PrimaryCapsules.dim is now PrimaryCapsules.pose_dim") as warned:
+        assert old.dim == layer.pose_dim == 4
+    assert warned[0].filename == __file__
+    with pytest.raises(TypeError, match="pose_dim= and, under its old name, dim="):
+        PrimaryCapsules(2, 3, pose_dim=4, dim=4, kernel_size=3)
+    state = {name: value for name, value in vars(layer).items() if name != "pose_dim"} | {"dim": 4}  # a pickle of 0.1
+    unpickled = PrimaryCapsules.__new__(PrimaryCapsules)
+    unpickled.__setstate__(state)
+    assert torch.equal(unpickled(features), layer(features))
+    assert torch.equal(copy.deepcopy(layer)(features), layer(features))
 
 
 # ------------------------------------------------------------------------------------------------------ capsule layer
@@ -132,7 +149,7 @@ def test_initial_weight_has_the_documented_deviation():
     assert (layer.prior == 0).all()
 
 
-LAYOUTS = {
+AXES = {
     "I J D_out D_in": ((0, 1, 2, 3), {}),
     "1 I J D_out D_in": ((0, 1, 2, 3), {}),
     "J I D_in D_out": ((1, 0, 3, 2), {}),
@@ -143,20 +160,20 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_from_weight(layout):
-    axes, options = LAYOUTS[layout]
+@pytest.mark.parametrize("axes", AXES)
+def test_from_weight(axes):
+    order, options = AXES[axes]
     canonical = torch.randn(7, 5, 4, 3, dtype=torch.float64)
-    foreign = canonical.permute(axes).contiguous()
+    foreign = canonical.permute(order).contiguous()
     sizes = {"I": 7, "J": 5, "D_out": 4, "D_in": 3, "1": 1}
-    shape = [sizes[name] for name in layout.replace("(", "").replace(")", "").split()]
+    shape = [sizes[name] for name in axes.replace("(", "").replace(")", "").split()]
     foreign = foreign.reshape(shape)
-    for group in layout.split("("):  # merge what stands in parentheses
+    for group in axes.split("("):  # merge what stands in parentheses
         if ")" in group:
-            first = layout.replace("(", "").replace(")", "").split().index(group.split()[0])
+            first = axes.replace("(", "").replace(")", "").split().index(group.split()[0])
             position = foreign.dim() - len(shape) + first if foreign.dim() < len(shape) else first
             foreign = foreign.flatten(position, position + 1)
-    layer = CapsuleLayer.from_weight(foreign, layout, num_iterations=2, **options)
+    layer = CapsuleLayer.from_weight(foreign, axes, num_iterations=2, **options)
     assert torch.equal(layer.weight, canonical)
     assert (layer.in_capsules, layer.in_dim, layer.out_capsules, layer.out_dim) == (7, 3, 5, 4)
     assert layer.num_iterations == 2
@@ -171,6 +188,14 @@ def test_from_a_shared_weight():
     layer = CapsuleLayer.from_weight(torch.randn(3, 4), "D_in D_out", in_capsules=7, out_capsules=5, bias=True)
     assert layer.share_weight == "both"
     assert layer(torch.randn(2, 7, 3)).shape == (2, 5, 4)
+
+
+def test_from_weight_axes_were_layout_in_0_1():
+    weight = torch.randn(5, 7, 3, 4)
+    with pytest.warns(DeprecationWarning, match=r"CapsuleLayer\.from_weight: layout= is now axes=") as warned:
+        old = CapsuleLayer.from_weight(weight, layout="J I D_in D_out")
+    assert warned[0].filename == __file__
+    assert torch.equal(old.weight, CapsuleLayer.from_weight(weight, axes="J I D_in D_out").weight)
 
 
 # -------------------------------------------------------------------------------------------------------------- models
@@ -320,86 +345,3 @@ def test_trained_copy_moves_between_backends():
     twin.load_state_dict(network.state_dict())
     images = torch.rand(3, 1, 8, 8)
     torch.testing.assert_close(network(images), twin(images))
-
-
-# --------------------------------------------------------------------------------------------- trace, warmup, selftest
-
-
-def test_trace_records_what_the_op_does(implementation):
-    backend, device = implementation
-    for options in ({}, {"leaky": True}, {"mask": True, "bias": "J"}, {"prior": "BIJ"}, {"eps": 0.1}):
-        case = Case(sizes=(5, 20, 6, 4, 8), num_iterations=4, **options)
-        inputs = make_inputs(case, torch.float64)
-        tensors = {name: x.to(device) for name, x in inputs.tensors.items()}
-        mask = None if inputs.mask is None else inputs.mask.to(device)
-        keep = {"leaky": case.leaky, "eps": case.eps}
-        trace = fastcaps.routing_trace(**tensors, mask=mask, num_iterations=4, **keep)
-        outputs = [
-            backend_op(backend)(**tensors, mask=mask, num_iterations=t, **keep) for t in range(1, 5)
-        ]  # v of every iteration
-        torch.testing.assert_close(trace.poses, outputs[-1])
-        torch.testing.assert_close(trace.change[0], outputs[0].norm(dim=-1))
-        for t in range(1, 4):
-            torch.testing.assert_close(trace.change[t], (outputs[t] - outputs[t - 1]).norm(dim=-1))
-        assert trace.coupling.shape == trace.agreement.shape == (4, 5, 20, 6)
-        assert trace.entropy.shape == (4, 5, 20)
-        prior = tensors.get("prior", torch.zeros((), dtype=torch.float64, device=device))
-        for t in range(4):
-            logits = prior + trace.agreement[:t].sum(0)
-            shares = logits.exp() / (logits.exp().sum(-1, keepdim=True) + case.leaky)
-            torch.testing.assert_close(trace.coupling[t], shares)
-            torch.testing.assert_close(trace.entropy[t], -(shares * shares.log()).sum(-1))
-        assert not trace.coupling.requires_grad
-
-
-def test_trace_in_parts_is_the_whole(monkeypatch):
-    inputs = make_inputs(Case(sizes=(5, 20, 6, 4, 8), prior="BIJ"), torch.float64)
-    whole = fastcaps.routing_trace(**inputs.tensors)
-    monkeypatch.setattr("fastcaps.routing.dynamic.trace._VOTES_AT_ONCE", 2 * 20 * 6 * 8)
-    parts = fastcaps.routing_trace(**inputs.tensors)
-    for name in ("poses", "coupling", "entropy", "agreement", "change"):
-        torch.testing.assert_close(getattr(parts, name), getattr(whole, name))
-
-
-def test_warmup_runs_every_layer_and_leaves_nothing_behind():
-    ran = []
-
-    def counting(poses, weight, **options):
-        ran.append((poses.shape, poses.dtype))
-        return dynamic_routing(poses, weight, **options)
-
-    network = nn.Sequential(
-        CapsuleLayer(7, 3, 5, 4, routing=counting), CapsuleLayer(5, 4, 2, 6, routing=counting, dtype=torch.float64)
-    )
-    with torch.no_grad():
-        fastcaps.warmup(network, batch_size=3)
-    assert ran == [((3, 7, 3), torch.float32), ((3, 5, 4), torch.float64)]
-    assert all(p.grad is None for p in network.parameters())
-    fastcaps.warmup((2, 7, 5, 3, 4), device="cpu", dtype=torch.bfloat16, num_iterations=2)
-    fastcaps.warmup(CapsuleLayer(7, 3, 5, 4), dtype=torch.bfloat16)
-    with torch.inference_mode():
-        fastcaps.warmup((2, 7, 5, 3, 4), device="cpu")
-        fastcaps.selftest()
-    with pytest.raises(TypeError, match="a module has its own options; not wanted: num_iterations"):
-        fastcaps.warmup(network, num_iterations=2)
-    with pytest.raises(ValueError, match="J must be at least 1, got 0"):
-        fastcaps.warmup((2, 7, 0, 3, 4))
-    with pytest.raises(ValueError, match="no CapsuleLayer"):
-        fastcaps.warmup(nn.Linear(2, 2))
-    with pytest.raises(TypeError, match=r"\(B, I, J, D_in, D_out\)"):
-        fastcaps.warmup((2, 7, 5))
-
-
-def test_selftest_covers_all_backends_and_can_fail(monkeypatch):
-    rows = fastcaps.selftest()
-    assert {"native", "reference"} <= {row.backend for row in rows}
-    assert all(row.error <= row.budget for row in rows)
-    original = fastcaps.exactness.dynamic_routing
-
-    def wrong(*arguments, backend, **options):
-        out = original(*arguments, backend=backend, **options)
-        return out * 1.0001 if backend == "native" else out
-
-    monkeypatch.setattr(fastcaps.exactness, "dynamic_routing", wrong)
-    with pytest.raises(RuntimeError, match=r"wrong numbers.*\n.*backend='native'"):
-        fastcaps.selftest()

@@ -166,7 +166,7 @@ def test_squash_and_length_refuse():
     for function in (squash, length):
         with pytest.raises(TypeError, match="must be a floating-point tensor, got torch"):
             function(torch.arange(3))
-        with pytest.raises(TypeError, match="must be a tensor, got list"):
+        with pytest.raises(TypeError, match="must be a floating-point tensor, got list"):
             function([1.0])
     for eps in (-1.0, math.inf, math.nan):
         with pytest.raises(ValueError, match="eps must be finite and not negative"):

@@ -218,7 +218,7 @@ def test_all_processes_need_the_same_folder_and_settings(whole, tmp_path):
 
 @pytest.mark.parametrize(
     "error",
-    [torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), RuntimeError("can't allocate memory: you tried")],
+    [torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), RuntimeError("DefaultCPUAllocator: can't allocate")],
 )
 def test_too_little_memory(tmp_path, monkeypatch, capsys, error):
     def build(*arguments):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import triton
 
+from fastcaps._deprecated import once_positional
 from fastcaps.routing.dynamic.triton import launch
 from fastcaps.routing.dynamic.triton.launch import TUNED, Call, Parameters, tuned
 
@@ -29,8 +30,14 @@ def candidates(start: Parameters, J: int) -> list[Parameters]:
     return list(dict.fromkeys(found))
 
 
+@once_positional(("B", "I", "J", "D_in", "D_out"), "dtype", "num_iterations", "report")
 def tune(
-    sizes: tuple[int, int, int, int, int],
+    *,
+    B: int,
+    I: int,
+    J: int,
+    D_in: int,
+    D_out: int,
     dtype: torch.dtype = torch.float32,
     num_iterations: int = 3,
     report: Callable[[str], None] = print,
@@ -38,7 +45,11 @@ def tune(
     """Time the candidates of each kernel in turn, in a training step, and keep the best in the table.
 
     Args:
-        sizes: ``(B, I, J, D_in, D_out)``.
+        B: samples.
+        I: input capsules.
+        J: output capsules.
+        D_in: pose size of the input capsules.
+        D_out: pose size of the output capsules.
         dtype: of poses and weight; float32 is tuned as PyTorch's matmul setting is: exact, or tf32.
         num_iterations: T.
         report: takes a line for every candidate.
@@ -52,7 +63,6 @@ def tune(
     """
     if not torch.cuda.is_available():
         raise RuntimeError("fastcaps tune measures on a GPU, and torch sees no CUDA device")
-    B, I, J, D_in, D_out = sizes
     poses = torch.randn(B, I, D_in, device="cuda").to(dtype)
     weight = (torch.randn(I, J, D_out, D_in, device="cuda") / D_in**0.5).to(dtype)
     grad = torch.randn(B, J, D_out, device="cuda").to(dtype)
