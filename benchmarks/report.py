@@ -55,7 +55,7 @@ def table(machine: dict[str, Any], timed: dict[tuple[str, str, str], dict[str, A
     """A row for each size: times of the best alternative and of fastcaps, their ratio, the distance from the floor."""
     lines = [
         f"{machine['processor']}, {machine['instruction_set']}, {machine['threads']} threads, torch {machine['torch']},"
-        f" commit {machine['commit']}; float32, T = 3; ms, median (20th percentile) of rounds that take turns:",
+        f" commit {machine['commit']}. float32, T = 3. Times are ms, median (20th percentile) of rounds that take turns.",
         "",
         "| | | best plain PyTorch | fastcaps | ratio | of the floor |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -112,8 +112,9 @@ def conversion(path: Path) -> str:
     content = json.loads(path.read_text())
     B, I, J, D_in, D_out, T = content["sizes"]
     lines = [
-        f"{conditions(content)}; float32, B={B}, {I} -> {J}, {D_in} -> {D_out}, T = {T}; ms, median (20th percentile) "
-        "of rounds in which old and new take turns, and the peak of PyTorch's allocations in MB:",
+        f"{conditions(content)}. float32, B={B}, {I} -> {J}, {D_in} -> {D_out}, T = {T}.",
+        "Times are ms, median (20th percentile) of rounds in which old and new take turns.",
+        "Memory is the peak of PyTorch's allocations in MB.",
         "",
         "| recipe | before | after | ratio | MB before | MB after |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -138,8 +139,8 @@ def gpu(path: Path) -> str:
                 times.setdefault((shape, precision, mode), {})[contestant] = case[mode]
     versions = f"torch {machine['torch']}, Triton {machine['triton']}, CUDA {machine['cuda']}"
     lines = [
-        f"{machine['gpu']}, {versions}, commit {content['commit'][:7]}; us in a CUDA graph; "
-        f"[all numbers]({link(path)}):",
+        f"{machine['gpu']}, {versions}, commit {content['commit'][:7]}. Times are us in a CUDA graph: "
+        f"[all numbers]({link(path)}).",
         "",
         "| layer | precision | | best eager PyTorch | native | ratio | of the bound | Triton | ratio |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -161,9 +162,10 @@ def share(path: Path) -> str:
     """The table of what routing costs in a training step."""
     content = json.loads(path.read_text())
     lines = [
-        f"{conditions(content)}; the paper's network, batch {content['batch']}, T = 3: forward, loss with "
-        f"reconstruction, backward and Adam; median of {content['rounds']} rounds that take turns; routing by "
-        "PyTorch's profiler, forward and backward:",
+        f"{conditions(content)}. The paper's network, batch {content['batch']}, T = 3.",
+        "A step is forward, loss with reconstruction, backward and Adam.",
+        f"Times are the median of {content['rounds']} rounds that take turns.",
+        "Routing is timed by PyTorch's profiler, forward and backward.",
         "",
         "| precision | routing | ms a step | images/s | profiled: ms a step | of these in routing | share |",
         "| --- | --- | --- | --- | --- | --- | --- |",

@@ -12,6 +12,7 @@ from fastcaps.train.settings import Settings, kind_of, option
 
 PAGE = Path(__file__).parent / "train.md"
 BEGIN, END = "<!-- written by docs/settings_table.py -->\n", "<!-- end -->\n"
+WORDS = {bool: "", int: "integer", float: "number", str: "text"}
 
 
 def table() -> str:
@@ -22,7 +23,7 @@ def table() -> str:
         if kind is bool:
             name += f"`, `--no-{option(field.name)[2:]}"
         choices = field.metadata["choices"]
-        value = ", ".join(f"`{choice}`" for choice in choices) if choices else "" if kind is bool else kind.__name__
+        value = ", ".join(f"`{choice}`" for choice in choices) if choices else WORDS[kind]
         default = "" if field.default in (None, "") else f"`{str(field.default).lower()}`"
         lines.append(f"| `{name}` | {value} | {default} | {field.metadata['help']} |")
     return "\n".join(lines) + "\n"
