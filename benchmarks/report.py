@@ -55,7 +55,8 @@ def table(machine: dict[str, Any], timed: dict[tuple[str, str, str], dict[str, A
     """A row for each size: times of the best alternative and of fastcaps, their ratio, the distance from the floor."""
     lines = [
         f"{machine['processor']}, {machine['instruction_set']}, {machine['threads']} threads, torch {machine['torch']},"
-        f" commit {machine['commit']}. float32, T = 3. Times are ms, median (20th percentile) of rounds that take turns.",
+        f" commit {machine['commit']}.",
+        "float32, T = 3. Times are ms, median (20th percentile) of rounds that take turns.",
         "",
         "| | | best plain PyTorch | fastcaps | ratio | of the floor |",
         "| --- | --- | --- | --- | --- | --- |",
