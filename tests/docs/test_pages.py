@@ -83,6 +83,14 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in anchors(there), f"{page} links to {target}, which has no such heading"
 
 
+@pytest.mark.parametrize("page", PAGES[:2] + [page for page in PAGES if page.startswith("docs/")])
+def test_source_files_that_are_named_exist(page):
+    folders = ("fastcaps", "csrc", "tests", "benchmarks", "docs")
+    there = [path.as_posix() for folder in folders for path in (ROOT / folder).rglob("*.*")]
+    for name in re.findall(r"`([\w/.]+\.(?:py|h|cpp|cu))`", text_of(page)):
+        assert any(path.endswith(f"/{name}") for path in there), f"{page} names {name}, which is not there"
+
+
 def test_readme_is_short():
     assert len(text_of("README.md").splitlines()) <= 150
 
