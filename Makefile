@@ -13,7 +13,7 @@ CXX ?= g++
 SANITIZE := build/sanitize
 INSTRUCTION_SETS := baseline $(if $(filter x86_64,$(shell uname -m)),avx2 avx512 avx512bf16)
 
-.PHONY: demo quick test test-all test-kernels lint format bench sanitize gpu-static gpu-probe gpu-test gpu-sanitize gpu-bench gpu-conversion gpu-tune clean
+.PHONY: demo quick test test-all test-kernels lint format docs bench sanitize gpu-static gpu-probe gpu-test gpu-sanitize gpu-bench gpu-conversion gpu-tune clean
 
 demo: $(READY)
 	$(BIN)/fastcaps demo
@@ -45,10 +45,19 @@ lint: $(READY)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/python benchmarks/report.py --check
+	$(BIN)/python docs/settings_table.py --check
 
 format: $(READY)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+# The site, in build/site; a warning is an error.
+docs: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+$(VENV)/docs: requirements-docs.txt $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
+	touch $@
 
 # Every contestant at every size: about half an hour, on a machine that does nothing else.
 bench: $(READY)

@@ -1,7 +1,7 @@
 """Published capsule layers before and after replace_capsules: a training step of each at the paper's size.
 
 python benchmarks/conversion.py            # about 4 minutes on 2 cores; writes results/conversion-*.json
-python benchmarks/report.py                # the README's table of it
+python benchmarks/report.py                # the table of it in docs/benchmarks.md
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The README's tables and pictures, from the committed results of ``pytest benchmarks/`` and the scripts here.
+"""The tables and the chart of README.md and docs/benchmarks.md, from the committed results in benchmarks/results.
 
 python benchmarks/report.py           # writes them
 python benchmarks/report.py --check   # exits 1 where they are not what the results say
@@ -19,13 +19,12 @@ from fastcaps.train.settings import FREE, Settings
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 FILES = sorted(RESULTS.glob("cpu-*.json"), key=lambda path: "avx512" not in path.name)  # the widest vectors first
-README = ROOT / "README.md"
-BEGIN, END = "<!-- written by benchmarks/report.py: begin -->\n", "<!-- end -->\n"
-BEGIN_CONVERSION = BEGIN.replace("begin", "conversion")
 CONVERSION = sorted(RESULTS.glob("conversion-*.json"))
-BEGIN_TRAINING, BEGIN_GPU = BEGIN.replace("begin", "training"), BEGIN.replace("begin", "gpu")
 GPUS = sorted(RESULTS.glob("gpu-nvidia-*.json"), reverse=True)  # the last run first
 SHARES, RUNS = sorted(RESULTS.glob("share-*.json")), sorted(RESULTS.glob("run-*.json"))
+README, PAGE, IMAGES = ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "images"
+BEGIN, END = "<!-- written by benchmarks/report.py: {} -->\n", "<!-- end -->\n"
+SEEDS = [path for path in RUNS if path.stem.startswith("run-mnist-gpu-seed")]  # of one command
 
 TITLES = {
     "paper": "the paper's layer",
@@ -56,7 +55,8 @@ def table(machine: dict[str, Any], timed: dict[tuple[str, str, str], dict[str, A
     """A row for each size: times of the best alternative and of fastcaps, their ratio, the distance from the floor."""
     lines = [
         f"{machine['processor']}, {machine['instruction_set']}, {machine['threads']} threads, torch {machine['torch']},"
-        f" commit {machine['commit']}; float32, T = 3; ms, median (20th percentile) of rounds that take turns:",
+        f" commit {machine['commit']}.",
+        "float32, T = 3. Times are ms, median (20th percentile) of rounds that take turns.",
         "",
         "| | | best plain PyTorch | fastcaps | ratio | of the floor |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -77,12 +77,12 @@ def table(machine: dict[str, Any], timed: dict[tuple[str, str, str], dict[str, A
     return lines
 
 
-def text(path: Path) -> str:
-    """What the README says of one result file."""
+def layers(path: Path) -> str:
+    """What one result file of ``pytest benchmarks/`` says."""
     machine, timed, others = load(path)
     lines = table(machine, timed)
     if len(rows_of(timed)) > 1:
-        lines += ["", f"![speed against the best plain PyTorch]({path.with_suffix('.svg').relative_to(ROOT)})"]
+        lines += ["", f"![speed against the best plain PyTorch]({chart_of(path).relative_to(PAGE.parent)})"]
     half = {mode: timed["paper", mode, "fastcaps, bfloat16"] for mode in ("forward", "training")}
     lines += [
         "",
@@ -113,8 +113,9 @@ def conversion(path: Path) -> str:
     content = json.loads(path.read_text())
     B, I, J, D_in, D_out, T = content["sizes"]
     lines = [
-        f"{conditions(content)}; float32, B={B}, {I} -> {J}, {D_in} -> {D_out}, T = {T}; ms, median (20th percentile) "
-        "of rounds in which old and new take turns, and the peak of PyTorch's allocations in MB:",
+        f"{conditions(content)}. float32, B={B}, {I} -> {J}, {D_in} -> {D_out}, T = {T}.",
+        "Times are ms, median (20th percentile) of rounds in which old and new take turns.",
+        "Memory is the peak of PyTorch's allocations in MB.",
         "",
         "| recipe | before | after | ratio | MB before | MB after |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -139,8 +140,8 @@ def gpu(path: Path) -> str:
                 times.setdefault((shape, precision, mode), {})[contestant] = case[mode]
     versions = f"torch {machine['torch']}, Triton {machine['triton']}, CUDA {machine['cuda']}"
     lines = [
-        f"{machine['gpu']}, {versions}, commit {content['commit'][:7]}; us in a CUDA graph; "
-        f"[all numbers]({path.relative_to(ROOT)}):",
+        f"{machine['gpu']}, {versions}, commit {content['commit'][:7]}. Times are us in a CUDA graph: "
+        f"[all numbers]({link(path)}).",
         "",
         "| layer | precision | | best eager PyTorch | native | ratio | of the bound | Triton | ratio |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -162,9 +163,10 @@ def share(path: Path) -> str:
     """The table of what routing costs in a training step."""
     content = json.loads(path.read_text())
     lines = [
-        f"{conditions(content)}; the paper's network, batch {content['batch']}, T = 3: forward, loss with "
-        f"reconstruction, backward and Adam; median of {content['rounds']} rounds that take turns; routing by "
-        "PyTorch's profiler, forward and backward:",
+        f"{conditions(content)}. The paper's network, batch {content['batch']}, T = 3.",
+        "A step is forward, loss with reconstruction, backward and Adam.",
+        f"Times are the median of {content['rounds']} rounds that take turns.",
+        "Routing is timed by PyTorch's profiler, forward and backward.",
         "",
         "| precision | routing | ms a step | images/s | profiled: ms a step | of these in routing | share |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -178,6 +180,7 @@ def share(path: Path) -> str:
 
 def command(settings: dict[str, Any]) -> str:
     """The options of ``fastcaps train`` that decide what is computed and that data and model do not decide."""
+    settings = {"num_iterations" if name == "iterations" else name: value for name, value in settings.items()}  # 0.1's
     data, model = settings["data"], settings["model"]
     shape = (3, 32, 32) if data == "cifar10" else (1, 8, 8) if data == "digits" else (1, 28, 28)
     default = dataclasses.asdict(Settings(data=data, model=model).resolved(shape)) | {"model": "capsnet"}
@@ -208,15 +211,62 @@ def runs(paths: list[Path]) -> str:
             last += f", stopped after {done} of {wanted} epochs"
         seeds = ", ".join(str(content["settings"]["seed"]) for _, content in group)
         shown = command(group[0][1]["settings"] | {"seed": 0}) + (f" --seed {seeds}" if seeds != "0" else "")
-        links = " ".join(f"[{path.stem}](benchmarks/results/{path.name})" for path, _ in group)
+        links = " ".join(f"[{path.stem}]({link(path)})" for path, _ in group)
         lines.append(f"| `{shown}` | {course} | {last} | {conditions(group[0][1])}: {links} |")
     return "\n".join(lines) + "\n"
 
 
-def between(text: str, begin: str, content: str) -> str:
-    """The text with what stands between a mark and the next end replaced."""
-    before, rest = text.split(begin)
-    return before + begin + "\n" + content + "\n" + END + rest.split(END, 1)[1]
+def summary() -> str:
+    """The README's table: one number of each kind with its conditions."""
+    machine, timed, others = load(FILES[0])
+    ours, memory = timed["paper", "training", "fastcaps"], {}
+    for b in others:
+        if "peak_beyond_tensors_MB" in b:
+            memory[b["contestant"]] = b["peak_beyond_tensors_MB"]
+    cpu = f"{machine['processor']}, {machine['instruction_set']}, {machine['threads']} threads"
+    content = json.loads(GPUS[0].read_text())
+    times = {name: case["training"] for name, case in content["cases"].items() if name.startswith("paper | float32 |")}
+    us = {name.split(" | ")[2]: result["graph_us"]["median"] for name, result in times.items() if "graph_us" in result}
+    plain = min(time for name, time in us.items() if not name.startswith("fastcaps"))
+    runs_ = [json.loads(path.read_text()) for path in SEEDS]
+    done = min(len(run["epochs"]) for run in runs_)
+    error = sum(run["epochs"][done - 1]["test_error"] for run in runs_) / len(runs_)
+    gpu_name, wanted = content["machine"]["gpu"], runs_[0]["settings"]["epochs"]
+    return "\n".join(
+        [
+            "| what | fastcaps | compared with | where |",
+            "| --- | --- | --- | --- |",
+            f"| CPU: time of a training step | **{ours['ratio']:.1f} times as fast** "
+            f"| the fastest plain PyTorch form ({ours['best_alternative'].replace(', best chunk', ', in chunks')}) "
+            f"| {cpu}, commit {machine['commit']} |",
+            f"| CPU: memory of a training step | **{memory['fastcaps']:.1f} MB** "
+            f"| {memory['einsum']:.0f} MB (einsum, eager) | the same run |",
+            f"| GPU: time of a training step | **{plain / us['fastcaps native']:.1f} times as fast** "
+            f"| the fastest eager PyTorch form, both in CUDA graphs | {gpu_name}, commit {content['commit'][:7]} |",
+            f"| MNIST: test error after {done} of {wanted} epochs | **{error:.2f} %** "
+            f"| mean of {len(runs_)} seeds | {runs_[0]['machine']['gpu']}, commit {runs_[0]['commit'][:7]} |",
+            "",
+        ]
+    )
+
+
+def link(path: Path) -> str:
+    """A result file, as docs/benchmarks.md links to it."""
+    return f"../{path.relative_to(ROOT)}"
+
+
+def chart_of(path: Path) -> Path:
+    """The chart of a result file."""
+    return IMAGES / f"{path.stem}.svg"
+
+
+def filled(page: Path, parts: dict[str, str]) -> str:
+    """The text of a page with what stands between each mark and the next end replaced."""
+    text = page.read_text()
+    for name, content in parts.items():
+        before, rest = text.split(BEGIN.format(name))
+        text = before + BEGIN.format(name) + "\n" + content + "\n" + END + rest.split(END, 1)[1]
+    return text
 
 
 def rows_of(timed: dict[tuple[str, str, str], dict[str, Any]]) -> list[str]:
@@ -224,7 +274,7 @@ def rows_of(timed: dict[tuple[str, str, str], dict[str, Any]]) -> list[str]:
     return [row for row in TITLES if (row, "forward", "fastcaps") in timed]
 
 
-def picture(path: Path) -> str:
+def chart(path: Path) -> str:
     """Speed against the best plain PyTorch, forward and training, as SVG."""
     _, timed, _ = load(path)
     rows = rows_of(timed)
@@ -249,12 +299,16 @@ def picture(path: Path) -> str:
 
 
 def main() -> int:
-    """Write the README's part and the picture, or check them."""
-    wanted = {path.with_suffix(".svg"): picture(path) for path in FILES if len(rows_of(load(path)[1])) > 1}
-    readme = between(README.read_text(), BEGIN, "\n".join(text(path) for path in FILES))
-    readme = between(readme, BEGIN_CONVERSION, "\n".join(conversion(path) for path in CONVERSION))
-    readme = between(readme, BEGIN_GPU, "\n".join(map(gpu, GPUS)))
-    wanted[README] = between(readme, BEGIN_TRAINING, "\n".join([*map(share, SHARES), runs(RUNS)]))
+    """Write the tables and charts, or check them."""
+    wanted = {chart_of(path): chart(path) for path in FILES if len(rows_of(load(path)[1])) > 1}
+    wanted[README] = filled(README, {"summary": summary()})
+    parts = {
+        "layers": "\n".join(map(layers, FILES)),
+        "conversion": "\n".join(map(conversion, CONVERSION)),
+        "training": "\n".join([*map(share, SHARES), runs(RUNS)]),
+        "gpu": "\n".join(map(gpu, GPUS)),
+    }
+    wanted[PAGE] = filled(PAGE, parts)
     if "--check" not in sys.argv:
         for path, content in wanted.items():
             path.write_text(content)

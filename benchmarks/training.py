@@ -2,7 +2,7 @@
 
 python benchmarks/training.py share             # 3 minutes on 2 cores; writes results/share-*.json
 python benchmarks/training.py keep runs/mnist   # the course of a run, without weights: results/run-*.json
-python benchmarks/report.py                     # the README's tables of both
+python benchmarks/report.py                     # the tables of both in docs/benchmarks.md
 """
 
 import argparse
