@@ -174,9 +174,8 @@ def evaluate(model: Path, data: str | None, root: str | None, download: bool, ba
     from fastcaps.models.network import describe
 
     try:
+        from fastcaps.train.evaluation import confusion_counts, load_for
         from fastcaps.train.evaluation import evaluate as tested
-        from fastcaps.train.evaluation import load_for
-        from fastcaps.train.report import confusion_counts
 
         run = describe(model).get("run", {})
         changed = {"data": data, "root": root, "download": download}
@@ -193,7 +192,7 @@ def evaluate(model: Path, data: str | None, root: str | None, download: bool, ba
     print(f"{settings.data}: test error {found.error:.2f} % ({wrong} of {len(found.labels)}), loss {found.loss:.4f}")
     print("class      images   right  most often taken for")
     counts = confusion_counts(found.scores, found.labels)
-    names = [*samples.single.class_names, *map(str, range(len(samples.single.class_names), len(counts)))]
+    names = [*samples.data.class_names, *map(str, range(len(samples.data.class_names), len(counts)))]
     for n, row in enumerate(counts):
         mistaken = row.clone()
         mistaken[n] = 0
@@ -205,7 +204,7 @@ def evaluate(model: Path, data: str | None, root: str | None, download: bool, ba
 def show(model: Path, images: list[Path], out: Path) -> int:
     """Draw what a network makes of one's own images."""
     try:
-        from fastcaps.train.report import show as drawn
+        from fastcaps.train.show import show as drawn
 
         for line in drawn(model, images, out):
             print(line)

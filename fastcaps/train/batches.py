@@ -1,4 +1,4 @@
-"""Training batches whose order is a pure function of seed and epoch, resumable at any of them."""
+"""Training batches in an order that depends on seed and epoch alone."""
 
 from collections.abc import Callable, Iterator
 

@@ -1,4 +1,4 @@
-"""What a training run can be told, and the file in its folder that keeps it."""
+"""Settings of a training run and the file that keeps them."""
 
 import dataclasses
 import difflib
@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastcaps._deprecated import renamed_arguments
 from fastcaps.routing.backend import BACKENDS
 
 DATA = ("digits", "mnist", "fashion-mnist", "cifar10", "multi-mnist", "image-folder")
@@ -20,6 +21,8 @@ ACCELERATORS = ("auto", "cpu", "gpu")
 
 # What a run may change when it goes on; everything else decides what is computed.
 FREE = {"root", "download", "epochs", "checkpoint_seconds", "accelerator", "devices", "nodes", "compile", "backend"}
+# Names of version 0.1; its files are read for good, its option and its argument until 0.3.
+RENAMED = {"iterations": "num_iterations"}
 # What the images decide where nobody else does.
 BY_IMAGES = {"kernel_size", "primary_stride", "shift", "flip"}
 
@@ -43,7 +46,7 @@ class Settings:
     primary_dim: int = _setting(8, "pose size of the primary capsules")
     hidden_capsules: str = _setting("", "capsule layers in between, as COUNTxPOSE-SIZE: 64x8,32x16")
     capsule_dim: int = _setting(16, "pose size of the class capsules")
-    iterations: int = _setting(3, "routing iterations")
+    num_iterations: int = _setting(3, "routing iterations")
     loss: str | None = _setting(None, "margin for a capsule network, cross-entropy for the baseline", LOSSES)
     reconstruction: float | None = _setting(
         None, "weight of the summed squared error of the decoder; 0.0005 for a capsule network; 0: no decoder"
@@ -66,15 +69,23 @@ class Settings:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if type(value) is int and kind_of(field) is float:
-                setattr(self, field.name, value := float(value))
-            if value is None and type(None) in typing.get_args(field.type):
-                continue
-            if type(value) is not kind_of(field):
-                raise ValueError(f"{option(field.name)} must be {_KINDS[kind_of(field)]}, got {value!r}")
-            if field.metadata["choices"]:
-                nearest(str(value), field.metadata["choices"], option(field.name))
+            self._check_kind(field)
+        self._check_ranges()
+        self.capsule_layers()
+        self._check_combinations()
+
+    def _check_kind(self, field: "dataclasses.Field[Any]") -> None:
+        value, kind = getattr(self, field.name), kind_of(field)
+        if type(value) is int and kind is float:
+            setattr(self, field.name, value := float(value))
+        if value is None and type(None) in typing.get_args(field.type):
+            return
+        if type(value) is not kind:
+            raise ValueError(f"{option(field.name)} must be {_KINDS[kind]}, got {value!r}")
+        if field.metadata["choices"]:
+            nearest(str(value), field.metadata["choices"], option(field.name))
+
+    def _check_ranges(self) -> None:
         least = {"shift": 0, "seed": 0} | dict.fromkeys(_COUNTS, 1)
         for name, smallest in least.items():
             value = getattr(self, name)
@@ -86,7 +97,8 @@ class Settings:
             raise ValueError(f"--lr must be positive, got {self.lr}")
         if self.reconstruction is not None and not 0 <= self.reconstruction < float("inf"):
             raise ValueError(f"--reconstruction must not be negative, got {self.reconstruction}")
-        self.capsule_layers()
+
+    def _check_combinations(self) -> None:
         cnn = self.model == "cnn"
         for field in dataclasses.fields(self):
             if cnn and field.name in _CAPSNET and getattr(self, field.name) != field.default:
@@ -126,9 +138,15 @@ class Settings:
         unset = {name: value for name, value in defaults.items() if getattr(self, name) is None}
         return dataclasses.replace(self, **unset)
 
+    def loss_options(self) -> dict[str, Any]:
+        """What :meth:`fastcaps.models.Network.training_loss` is told beside the batch."""
+        return {"loss": self.loss, "reconstruction_weight": self.reconstruction or 0.0}
+
+
+Settings.__init__ = renamed_arguments(**RENAMED)(Settings.__init__)  # type: ignore[method-assign]
 
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
-_SIZES = ("stem", "kernel_size", "primary_stride", "types", "primary_dim", "capsule_dim", "iterations")
+_SIZES = ("stem", "kernel_size", "primary_stride", "types", "primary_dim", "capsule_dim", "num_iterations")
 _CAPSNET = (*_SIZES, "hidden_capsules", "backend")
 _COUNTS = (*_SIZES, "epochs", "batch_size", "accumulate", "devices", "nodes")
 
@@ -178,16 +196,17 @@ def read_settings(path: str | os.PathLike[str], options: Mapping[str, Any]) -> d
 
 
 def known_settings(given: Any, where: str) -> dict[str, Any]:
-    """Settings that something else says: their names are checked here, their values by :class:`Settings`.
+    """Settings from a file, under their names of today. Names are checked here, values by :class:`Settings`.
 
     Raises:
         ValueError: it is no mapping, or names what is no setting.
     """
     if not isinstance(given, dict):
         raise ValueError(f"{where} is not a JSON object of settings: {given!r}")
-    for name in given:
+    settings = {RENAMED.get(str(name), str(name)): value for name, value in given.items()}
+    for name in settings:
         nearest(name, [field.name for field in dataclasses.fields(Settings)], f"{where}: setting")
-    return dict(given)
+    return settings
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any], free: Iterable[str] = ()) -> list[str]:
