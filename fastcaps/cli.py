@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from fastcaps._version import __version__
-from fastcaps.train.settings import Settings, hint, kind_of, known_settings, option, read_settings
+from fastcaps.train.settings import RENAMED, Settings, hint, kind_of, known_settings, option, read_settings
 
 
 def info() -> int:
@@ -237,6 +237,18 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         if kind is bool:
             how = {"action": argparse.BooleanOptionalAction}
         parser.add_argument(option(field.name), default=argparse.SUPPRESS, help=text, **how)
+    kinds = {field.name: kind_of(field) for field in dataclasses.fields(Settings)}
+    for old, new in RENAMED.items():
+        how = {"dest": new, "type": kinds[new], "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+        parser.add_argument(option(old), action=_RenamedOption, **how)
+
+
+class _RenamedOption(argparse.Action):
+    """An option under its old name, which works until fastcaps 0.3."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        print(f"{parser.prog}: note: {option_string} is now {option(self.dest)}", file=sys.stderr)
+        setattr(namespace, self.dest, values)
 
 
 def _refuse_unknown(parser: argparse.ArgumentParser, unknown: list[str]) -> None:
