@@ -68,3 +68,41 @@ def test_pairs_of_digits():
     assert all(torch.equal(a, b[[7, 3]]) for a, b in zip(again, (x, alone, y), strict=True))
     assert not torch.equal(pairs.batch(index, seed=1, epoch=3)[0], x)
     assert pairs.batch(index, seed=1, epoch=2, train=False)[0].shape == (500, 1, 36, 36)
+
+
+def small_set() -> Dataset:
+    images = torch.rand(20, 1, 28, 28)
+    return Dataset(images, torch.arange(20) % 10, images[:6], torch.arange(6), 10)
+
+
+def test_samples_of_a_data_set():
+    data, index = small_set(), torch.tensor([3, 17, 4])
+    assert (data.image_shape, data.num_train, data.num_test) == ((1, 28, 28), 20, 6)
+    images, labels, targets = data.train(index, seed=1, epoch=2)
+    assert images.equal(data.train_images[index])
+    assert labels.tolist() == [[3], [7], [4]]
+    images, _, targets = data.train(index, seed=1, epoch=2, shift=2, flip=True)
+    assert images.equal(augment(data.train_images[index], index, seed=1, epoch=2, shift=2, flip=True))
+    assert targets.equal(images[:, None])
+    images, labels, targets = data.test(torch.tensor([5]))
+    assert images.equal(data.test_images[5:])
+    assert targets.equal(images[:, None])
+    assert labels.tolist() == [[5]]
+    assert data.to("meta").test_images.is_meta
+    assert data.to("meta").num_classes == 10
+
+
+def test_samples_of_pairs():
+    pairs, index = MultiMNIST(small_set()), torch.tensor([3, 17, 4])
+    assert (pairs.image_shape, pairs.num_train, pairs.num_test) == ((1, 36, 36), 20, 6)
+    assert pairs.class_names == ()
+    made = (pairs.train(index, seed=1, epoch=2), pairs.batch(index, seed=1, epoch=2))
+    made += (pairs.test(index[[0, 2]]), pairs.batch(index[[0, 2]], seed=0, epoch=0, train=False))
+    for (images, labels, targets), (both, alone, classes) in (made[:2], made[2:]):
+        assert images.equal(both)
+        assert labels.equal(classes)
+        assert targets.equal(alone[:, :, None])
+    for options in ({"shift": 1}, {"flip": True}):
+        with pytest.raises(ValueError, match="shifted already"):
+            pairs.train(index, seed=1, epoch=2, **options)
+    assert pairs.to("meta").device.type == "meta"

@@ -10,6 +10,7 @@ import pytest
 import torch
 from support.image_files import NAMES, small_mnist
 
+from fastcaps._atomic import whole_file, write_whole
 from fastcaps.data import datasets, mnist
 from fastcaps.data.sources import Source
 
@@ -102,3 +103,39 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
     root.mkdir(mode=0o500)
     with pytest.raises(OSError, match="ermission denied"):
         mnist(root, download=True)
+
+
+def test_a_file_is_there_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a"
+
+    def stop_halfway():
+        with whole_file(path, suffix=".own") as file:
+            file.write(b"half of it")
+            assert sorted(there.name for there in tmp_path.iterdir()) == ["a", "a.own"]
+            raise KeyError
+
+    write_whole(path, b"first")
+    with pytest.raises(KeyError):
+        stop_halfway()
+    assert path.read_bytes() == b"first"
+    with whole_file(path) as file:
+        file.write(b"sec")
+        file.write(b"ond")
+    assert path.read_bytes() == b"second"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_processes_that_fetch_at_the_same_time(server, tmp_path, monkeypatch):
+    """Another process is in the middle of the same file."""
+    folder, address = server
+    made = tmp_path / "made"
+    made.mkdir()
+    contents = small_mnist(made)
+    served(monkeypatch, folder, address, contents)
+    root = tmp_path / "root" / "mnist"
+    root.mkdir(parents=True)
+    theirs = root / f"{NAMES[0]}.{os.getpid() + 1}.partial"
+    theirs.write_bytes(b"half")
+    mnist(tmp_path / "root", download=True)
+    assert (root / NAMES[0]).read_bytes() == contents[NAMES[0]]
+    assert theirs.read_bytes() == b"half"
