@@ -28,6 +28,17 @@ def image_folder(root: str | os.PathLike[str], *, channels: int | None = None) -
         FileNotFoundError: a folder or its images are missing.
         ValueError: images have different sizes, or a class of ``test`` is not in ``train``.
         ModuleNotFoundError: Pillow is missing.
+
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> with tempfile.TemporaryDirectory() as root:
+        ...     for file in ("train/ant/1.png", "train/bee/1.png", "test/bee/2.png"):
+        ...         Path(root, file).parent.mkdir(parents=True)
+        ...         Image.new("L", (8, 8)).save(Path(root, file))
+        ...     data = image_folder(root)
+        >>> data.train_images.shape, data.class_names
+        (torch.Size([2, 1, 8, 8]), ('ant', 'bee'))
     """
     root = Path(root)
     classes = _class_names(root)
@@ -95,6 +106,14 @@ def read_image(
     Raises:
         ValueError: it cannot be read.
         ModuleNotFoundError: Pillow is missing.
+
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     Image.new("RGB", (6, 4), "red").save(f"{folder}/a.png")
+        ...     read_image(f"{folder}/a.png").shape
+        torch.Size([3, 4, 6])
     """
     try:
         from PIL import Image, ImageOps, UnidentifiedImageError

@@ -22,7 +22,7 @@ from fastcaps.train.module import Training
 
 
 class Interrupted(Exception):
-    """Ctrl-C or SIGTERM came, and the checkpoint is written."""
+    """A stop by Ctrl-C or SIGTERM, after the checkpoint is written."""
 
     def __init__(self, step: int) -> None:
         super().__init__(f"stopped at step {step}")
@@ -53,7 +53,9 @@ class WholeFiles(TorchCheckpointIO):
 
 
 class Keeper(L.Callback):
-    """Writes ``last.ckpt`` now and then and after each epoch, and ``best.safetensors``; stops cleanly on Ctrl-C.
+    """Writes ``last.ckpt`` at intervals and after each epoch, and ``best.safetensors``; stops cleanly on Ctrl-C.
+
+    Lightning keeps its state under the name of this class: a new name would lose that of older checkpoints.
 
     Args:
         out: folder of the run.
@@ -67,15 +69,15 @@ class Keeper(L.Callback):
         self.handlers: dict[int, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """What goes into a checkpoint."""
+        """The lowest test error, for a checkpoint."""
         return {"best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """What comes from a checkpoint."""
+        """Take the lowest test error from a checkpoint."""
         self.best = state_dict["best"]
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """All processes must see what the first has written: else some would go on while others begin.
+        """Check that all processes see what the first has written: else some would go on while others begin.
 
         Raises:
             ValueError: ``out`` is not one folder for all, or not all were told the same.
@@ -86,7 +88,7 @@ class Keeper(L.Callback):
             raise ValueError(f"{file} must be the same for all processes: one folder, on all machines, and one command")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """From here on a signal asks for a checkpoint; a second one is obeyed at once."""
+        """Take signals: the first asks for a checkpoint, a second one is obeyed at once."""
         self.saved = monotonic()
 
         def asked(number: int, frame: Any) -> None:
@@ -98,11 +100,11 @@ class Keeper(L.Callback):
                 self.handlers[number] = signal.signal(number, asked)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Signals mean again what they meant before."""
+        """Give signals their former handlers back."""
         self.on_train_end(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Signals mean again what they meant before."""
+        """Give signals their former handlers back."""
         while self.handlers:
             signal.signal(*self.handlers.popitem())
 

@@ -28,6 +28,11 @@ class Diverged(RuntimeError):
 def build_network(settings: Settings, shape: tuple[int, int, int], num_classes: int) -> Network:
     """The network of resolved settings, with weights drawn from their seed.
 
+    Args:
+        settings: resolved.
+        shape: ``(C, H, W)`` of the images.
+        num_classes: J.
+
     Raises:
         ValueError: the images are too small for the kernels.
     """
@@ -103,7 +108,7 @@ class Training(L.LightningModule):
         return self.batches
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Where the next batch stands: by itself Lightning keeps it only in the middle of an epoch."""
+        """Add the position of the next batch, which Lightning keeps only in the middle of an epoch, and the run."""
         checkpoint["batches"] = self.batches.state_dict()
         checkpoint["fastcaps"] = self.config
 

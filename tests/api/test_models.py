@@ -81,6 +81,14 @@ def test_a_trace_is_of_the_class_capsules():
     assert cnn().trace(IMAGES) is None
 
 
+def test_a_summary_says_the_sizes():
+    network = capsnet(hidden_capsules=[(6, 4)], num_iterations=2)
+    assert network.summary() == "CapsNet, 6 -> 4 capsules, 2 routing iterations"
+    assert cnn().summary() == "CNN"
+    assert network.num_parameters() == sum(p.numel() for p in network.parameters())
+    assert network.double().dtype == torch.float64
+
+
 def test_a_decoder_takes_the_order_of_0_1():
     torch.manual_seed(0)
     new = Decoder((1, 8, 8), 4, 6, (10,))
