@@ -1,4 +1,4 @@
-"""Which deviation of the initial weight trains: test error on the 8x8 digits after 8 epochs, three seeds each.
+"""Comparison of initial weights: test error on the 8x8 digits after 8 epochs, three seeds each.
 
 python benchmarks/initialisation.py    # about 4 minutes on 2 cores
 """

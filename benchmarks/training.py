@@ -1,4 +1,4 @@
-"""What routing costs in a training step, and what training runs came to.
+"""Benchmarks of training: the share of routing in a step, and the course of runs.
 
 python benchmarks/training.py share             # 3 minutes on 2 cores; writes results/share-*.json
 python benchmarks/training.py keep runs/mnist   # the course of a run, without weights: results/run-*.json
@@ -20,7 +20,6 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from fastcaps import CapsNet
 from fastcaps.benchmarking import FORMS
-from fastcaps.train.evaluation import network_loss
 from fastcaps.train.report import read_log
 from fastcaps.train.settings import Settings
 
@@ -34,7 +33,7 @@ ROUTINGS: dict[str, Callable[..., Tensor] | None] = {"einsum, eager": FORMS["ein
 def training_step(routing: Callable[..., Tensor] | None, precision: str) -> Callable[[], None]:
     """A whole step of the paper's network: forward, loss with reconstruction, backward, Adam."""
     torch.manual_seed(0)
-    settings = Settings(data="mnist").resolved((1, 28, 28))
+    options = Settings(data="mnist").resolved((1, 28, 28)).loss_options()
     network = CapsNet((1, 28, 28), 10, **({} if routing is None else {"routing": routing}))
     optimizer = torch.optim.Adam(network.parameters())
     images = torch.rand(BATCH, 1, 28, 28)
@@ -55,7 +54,7 @@ def training_step(routing: Callable[..., Tensor] | None, precision: str) -> Call
 
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
-            loss, _ = network_loss(network, settings, images, labels, targets)
+            loss, _ = network.training_loss(images, labels, targets, **options)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from fastcaps._version import __version__
-from fastcaps.train.settings import Settings, hint, kind_of, known_settings, option, read_settings
+from fastcaps.train.settings import RENAMED, Settings, hint, kind_of, known_settings, option, read_settings
 
-OLD_OPTIONS = {"--iterations": "num_iterations"}  # of version 0.1, until 0.3: where their values go
+OLD_OPTIONS = {option(old): new for old, new in RENAMED.items()}  # of version 0.1, until 0.3
 
 # --------------------------------------------------------------------------------------------------------- subcommands
 # Each takes its options by name and returns the exit status.
@@ -168,12 +168,12 @@ def evaluate(model: Path, data: str | None, root: str | None, download: bool | N
     found = tested(network, settings, samples)
     wrong = round(found.error * len(found.labels) / 100)
     print(f"{settings.data}: test error {found.error:.2f} % ({wrong} of {len(found.labels)}), loss {found.loss:.4f}")
-    _print_confusions(found.scores, found.labels, samples.single.class_names)
+    _print_confusions(found.scores, found.labels, samples.data.class_names)
     return 0
 
 
 def _print_confusions(scores: Tensor, labels: Tensor, class_names: Sequence[str]) -> None:
-    from fastcaps.train.report import confusion_counts
+    from fastcaps.train.evaluation import confusion_counts
 
     counts = confusion_counts(scores, labels)
     names = [*class_names, *map(str, range(len(class_names), len(counts)))]
@@ -187,7 +187,7 @@ def _print_confusions(scores: Tensor, labels: Tensor, class_names: Sequence[str]
 
 def show(model: Path, images: list[Path], out: Path) -> int:
     """Draw what a network makes of one's own images."""
-    from fastcaps.train.report import show as drawn
+    from fastcaps.train.show import show as drawn
 
     for line in drawn(model, images, out):
         print(line)

@@ -45,7 +45,7 @@ def reproducible():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def whole(tmp_path_factory) -> Path:
     """A run that nothing interrupts."""
     from support.training_runs import SMALL, train

@@ -1,16 +1,8 @@
-"""Data sets of images, read from their original files: digits, MNIST and its relatives, CIFAR-10, image folders."""
+"""Data sets of images: digits, MNIST and its relatives, CIFAR-10, image folders."""
 
-from fastcaps.data.datasets import (
-    Dataset,
-    MultiMNIST,
-    cifar10,
-    digits,
-    fashion_mnist,
-    image_folder,
-    mnist,
-    multi_mnist,
-    read_image,
-)
+from fastcaps.data.datasets import Dataset, cifar10, digits, fashion_mnist, mnist
+from fastcaps.data.images import image_folder, read_image
+from fastcaps.data.pairs import MultiMNIST, multi_mnist
 
 __all__ = [
     "Dataset",

@@ -1,4 +1,4 @@
-"""Batches on the device that holds the images: order, shifts and pairs as pure functions of seed, epoch and index."""
+"""Augmentation and random numbers as pure functions of seed, epoch and index."""
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +35,7 @@ def _signed(value: int) -> int:
 
 
 def _mixed(x: Tensor) -> Tensor:
-    """splitmix64's finaliser; products wrap around."""
+    """The finaliser of splitmix64; products wrap around."""
     x = x + _signed(_GOLDEN)
     for shift, factor in ((30, _M1), (27, _M2)):
         x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * _signed(factor)
@@ -43,7 +43,7 @@ def _mixed(x: Tensor) -> Tensor:
 
 
 def _mixed_int(x: int) -> int:
-    """The same of one number, without a tensor: this is done several times a step."""
+    """The same for one number, without a tensor: this is done several times a step."""
     x = (x + _GOLDEN) % 2**64
     for shift, factor in ((30, _M1), (27, _M2)):
         x = (x ^ x >> shift) * factor % 2**64

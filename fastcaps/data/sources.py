@@ -1,25 +1,33 @@
-"""Files of published data sets: where they are fetched from, how they are found, checked and read."""
+"""Files of published data sets: addresses, checksums, downloads and readers."""
 
 import gzip
 import hashlib
-import io
 import os
-import shutil
 import struct
 import tarfile
 import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastcaps._atomic import whole_file
 
-class Source(NamedTuple):
-    """Where a data set is published: an address that ends in a slash, and the MD5 sum of each file."""
+BLOCK = 2**16  # bytes of a download that are read at once
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a data set is published.
+
+    Attributes:
+        address: ends in a slash.
+        files: the MD5 sum of each file by its name.
+    """
 
     address: str
     files: dict[str, str]
@@ -116,29 +124,27 @@ def read_members(archive: Path, names: Sequence[str]) -> list[bytes]:
 
 
 def fetch(source: Source, name: str, root: Path) -> None:
-    """Fetch one file; it appears under its name only when it is whole and has its checksum."""
+    """Fetch one file; it appears under its name only when it is whole and has its checksum.
+
+    Args:
+        source: where the data set is published.
+        name: of the file.
+        root: the folder it goes into; made if it is not there.
+
+    Raises:
+        ValueError: it has another checksum.
+        OSError: it cannot be fetched or written.
+    """
     root.mkdir(parents=True, exist_ok=True)
-    address, partial = source.address + name, root / f"{name}.{os.getpid()}.partial"
+    address = source.address + name
     digest = hashlib.md5(usedforsecurity=False)  # against accidents: the publishers give no other
+    own = f".{os.getpid()}.partial"  # the processes of one run may fetch at the same time
     try:
-        with urllib.request.urlopen(address, timeout=60) as response, partial.open("wb") as file:
-            shutil.copyfileobj(response, Digesting(file, digest))
-        if digest.hexdigest() != source.files[name]:
-            raise ValueError(f"{address} has the MD5 sum {digest.hexdigest()}, not {source.files[name]}: not kept")
-        os.replace(partial, root / name)
+        with whole_file(root / name, suffix=own) as file, urllib.request.urlopen(address, timeout=60) as response:
+            while block := response.read(BLOCK):
+                digest.update(block)
+                file.write(block)
+            if digest.hexdigest() != source.files[name]:
+                raise ValueError(f"{address} has the MD5 sum {digest.hexdigest()}, not {source.files[name]}: not kept")
     except (urllib.error.URLError, TimeoutError, ConnectionError, EOFError) as error:
         raise OSError(f"{address} cannot be fetched: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-class Digesting(io.RawIOBase):
-    """A file that is written to, and a digest that sees it all."""
-
-    def __init__(self, file: io.BufferedWriter, digest: "hashlib._Hash") -> None:
-        self.file, self.digest = file, digest
-
-    def write(self, data: bytes) -> int:  # type: ignore[override]
-        """To both."""
-        self.digest.update(data)
-        return self.file.write(data)

@@ -1,8 +1,9 @@
 """The capsule network of Sabour et al. (2017), for any image size, channel count and number of classes."""
 
+import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,10 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastcaps._checks import check_labels, check_positive
+from fastcaps._deprecated import warn_renamed
 from fastcaps.functional import length
 from fastcaps.layers import CapsuleLayer, PrimaryCapsules
-from fastcaps.losses import margin_loss, one_hot, reconstruction_loss
-from fastcaps.models.network import Network, check_image_shape, check_images
+from fastcaps.losses import (
+    cross_entropy_loss,
+    focal_margin_loss,
+    margin_loss,
+    one_hot,
+    reconstruction_loss,
+    spread_loss,
+)
+from fastcaps.models.network import Network, at_least_float32, check_image_shape, check_images
+from fastcaps.routing import RoutingTrace
 
 
 class CapsNetOutput(NamedTuple):
@@ -34,13 +44,29 @@ class CapsNetOutput(NamedTuple):
 torch.utils._pytree._register_namedtuple(CapsNetOutput, serialized_type_name="fastcaps.models.CapsNetOutput")
 
 
+def _order_of_0_1(init: Callable[..., None]) -> Callable[..., None]:
+    """Take the arguments in the order of version 0.1, too, where ``image_shape`` stood third."""
+
+    @functools.wraps(init)
+    def call(self: "Decoder", *args: Any, **kwargs: Any) -> None:
+        if args and isinstance(args[0], int):
+            warn_renamed(
+                "Decoder(num_classes, capsule_dim, image_shape)", "Decoder(image_shape, num_classes, capsule_dim)"
+            )
+            names = ("num_classes", "capsule_dim", "image_shape", "hidden")
+            args, kwargs = (), dict(zip(names, args, strict=False)) | kwargs
+        init(self, *args, **kwargs)
+
+    return call
+
+
 class Decoder(nn.Module):
     """Draws the image that one class capsule stands for (Sabour et al. 2017, figure 2).
 
     Args:
+        image_shape: ``(C, H, W)``.
         num_classes: J.
         capsule_dim: D_out.
-        image_shape: ``(C, H, W)``.
         hidden: widths of the hidden layers.
 
     Raises:
@@ -48,15 +74,16 @@ class Decoder(nn.Module):
         ValueError: a size is below 1.
 
     Example:
-        >>> Decoder(10, 16, (1, 28, 28))(torch.randn(2, 10, 16), torch.tensor([3, 7])).shape
+        >>> Decoder((1, 28, 28), 10, 16)(torch.randn(2, 10, 16), torch.tensor([3, 7])).shape
         torch.Size([2, 1, 28, 28])
     """
 
+    @_order_of_0_1
     def __init__(
         self,
+        image_shape: Sequence[int],
         num_classes: int,
         capsule_dim: int,
-        image_shape: Sequence[int],
         hidden: tuple[int, ...] = (512, 1024),
     ) -> None:
         super().__init__()
@@ -85,7 +112,7 @@ class Decoder(nn.Module):
             ValueError: shapes do not fit, or a label is out of range.
 
         Example:
-            >>> Decoder(10, 16, (1, 8, 8))(torch.randn(2, 10, 16)).shape
+            >>> Decoder((1, 8, 8), 10, 16)(torch.randn(2, 10, 16)).shape
             torch.Size([2, 1, 8, 8])
         """
         if not isinstance(poses, Tensor) or poses.dim() != 3 or poses.shape[1:] != self.poses_shape:
@@ -176,7 +203,7 @@ class CapsNet(Network):
             self.hidden.append(CapsuleLayer(I, D_in, J, D_out, num_iterations, **layer_options))
             I, D_in = J, D_out
         self.capsules = CapsuleLayer(I, D_in, num_classes, capsule_dim, num_iterations, **layer_options)
-        self.decoder = Decoder(num_classes, capsule_dim, self.image_shape) if decoder else None
+        self.decoder = Decoder(self.image_shape, num_classes, capsule_dim) if decoder else None
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> CapsNetOutput:
         """Classify images and reconstruct them.
@@ -256,6 +283,64 @@ class CapsNet(Network):
             loss = loss + reconstruction_loss(output.reconstruction, images, weight=reconstruction_weight)
         return loss
 
+    def probabilities(self, images: Tensor) -> Tensor:
+        """The lengths of the class capsules, ``[B, J]``, for images ``[B, C, H, W]``.
+
+        Example:
+            >>> CapsNet((1, 8, 8), 10, kernel_size=3).probabilities(torch.rand(2, 1, 8, 8)).shape
+            torch.Size([2, 10])
+        """
+        return length(self.class_poses(images))
+
+    def training_loss(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        targets: Tensor,
+        *,
+        loss: str | None = None,
+        reconstruction_weight: float = 0.0,
+    ) -> tuple[Tensor, Tensor]:
+        """The loss of the lengths by :func:`classification_loss` plus that of each reconstruction, and the lengths.
+
+        Arguments are those of :meth:`Network.training_loss`; the network's own loss is the margin loss.
+
+        Example:
+            >>> images, labels = torch.rand(2, 1, 8, 8), torch.tensor([[3], [1]])
+            >>> network = CapsNet((1, 8, 8), 10, kernel_size=3)
+            >>> loss, lengths = network.training_loss(images, labels, images[:, None], reconstruction_weight=0.0005)
+            >>> loss.shape, lengths.shape
+            (torch.Size([]), torch.Size([2, 10]))
+        """
+        poses = self.class_poses(images)
+        lengths = length(at_least_float32(poses))
+        total = classification_loss(loss or "margin", lengths, labels)
+        if self.decoder is not None:
+            for k in range(labels.shape[1]):
+                drawn = self.reconstruct(poses, labels[:, k]).to(targets.dtype)
+                total = total + reconstruction_loss(drawn, targets[:, k], weight=reconstruction_weight)
+        return total, lengths
+
+    def trace(self, images: Tensor) -> RoutingTrace:
+        """What the routing of the class capsules does with images ``[B, C, H, W]`` in every iteration; no gradient.
+
+        Raises:
+            TypeError: images have another dtype than the parameters, or the layer routes by a function of one's own.
+            ValueError: shapes do not fit.
+
+        Example:
+            >>> CapsNet((1, 8, 8), 10, kernel_size=3).trace(torch.rand(2, 1, 8, 8)).coupling.shape
+            torch.Size([3, 2, 128, 10])
+        """
+        with torch.no_grad():
+            return self.capsules.trace(self.hidden(self.primary_poses(images)))
+
+    def summary(self) -> str:
+        """Kind and sizes in a few words."""
+        layer = self.capsules
+        sizes = f"{layer.in_capsules} -> {layer.out_capsules} capsules, {layer.num_iterations} routing iterations"
+        return f"{super().summary()}, {sizes}"
+
     @torch.no_grad()
     def predict(self, images: Tensor) -> Tensor:
         """The class index of the longest capsule, ``[B]`` int64, for images ``[B, C, H, W]``; no gradient.
@@ -284,3 +369,24 @@ class CapsNet(Network):
         if self.decoder is None:
             raise ValueError("this network was made with decoder=False: it cannot reconstruct")
         return self.decoder(poses, labels)
+
+
+def classification_loss(name: str, lengths: Tensor, labels: Tensor) -> Tensor:
+    """The loss of a name for lengths of class capsules; a scalar.
+
+    Args:
+        name: ``"margin"``, ``"spread"``, ``"cross-entropy"`` or ``"focal"``. Cross-entropy takes lengths times 10, as
+            lengths below 1 cannot make a softmax sure of anything.
+        lengths: ``[B, J]``.
+        labels: ``[B, K]`` int64, the classes of the K things in each image.
+
+    Example:
+        >>> classification_loss("margin", torch.rand(2, 5), torch.tensor([[3, 1], [0, 4]])).shape
+        torch.Size([])
+    """
+    if name == "spread":
+        return spread_loss(lengths, labels[:, 0])
+    if name == "cross-entropy":
+        return cross_entropy_loss(lengths, labels[:, 0], scale=10.0)
+    present = (labels[:, :, None] == torch.arange(lengths.shape[1], device=labels.device)).any(1)
+    return (margin_loss if name == "margin" else focal_margin_loss)(lengths, present)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from fastcaps._checks import check_positive
-from fastcaps.models.network import Network, check_image_shape, check_images
+from fastcaps.losses import cross_entropy_loss
+from fastcaps.models.network import Network, at_least_float32, check_image_shape, check_images
 
 
 class CNN(Network):
@@ -74,6 +75,40 @@ class CNN(Network):
         """
         check_images(images, self.image_shape, self.scores.weight)
         return self.scores(self.layers(images))
+
+    def probabilities(self, images: Tensor) -> Tensor:
+        """The softmax of the scores, ``[B, J]``, for images ``[B, C, H, W]``.
+
+        Example:
+            >>> CNN((3, 8, 8), 5, channels=(4,), units=(8,)).probabilities(torch.rand(2, 3, 8, 8)).shape
+            torch.Size([2, 5])
+        """
+        return self(images).softmax(1)
+
+    def training_loss(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        targets: Tensor,
+        *,
+        loss: str | None = None,
+        reconstruction_weight: float = 0.0,
+    ) -> tuple[Tensor, Tensor]:
+        """Cross-entropy and the scores; see :meth:`Network.training_loss`.
+
+        Raises:
+            ValueError: another loss, or a reconstruction, is asked for.
+
+        Example:
+            >>> images, labels = torch.rand(2, 3, 8, 8), torch.tensor([[3], [1]])
+            >>> network = CNN((3, 8, 8), 5, channels=(4,), units=(8,))
+            >>> network.training_loss(images, labels, images[:, None])[0].shape
+            torch.Size([])
+        """
+        if loss not in (None, "cross-entropy") or reconstruction_weight:
+            raise ValueError("a CNN is trained with cross-entropy and has no decoder")
+        scores = at_least_float32(self(images))
+        return cross_entropy_loss(scores, labels[:, 0]), scores
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The base class of the networks: saving and loading with their configuration, without pickle."""
+"""The base class of the networks: files without pickle, and what training asks of a network."""
 
 import dataclasses
 import json
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastcaps._atomic import write_whole
 from fastcaps._checks import check_like, check_positive
 from fastcaps._version import __version__
+from fastcaps.routing import RoutingTrace
 from fastcaps.routing.conventions import Convention
 
 if TYPE_CHECKING:
@@ -22,7 +23,10 @@ METADATA = "fastcaps"  # under this key a file says what it holds
 
 
 class Network(nn.Module):
-    """An image classifier that can be written to a file with its configuration, and read without pickle.
+    """An image classifier that can be trained by ``fastcaps train`` and kept in a file with its configuration.
+
+    A subclass sets the attributes and defines ``forward``, :meth:`probabilities` and :meth:`training_loss`; one with
+    routing defines :meth:`trace`.
 
     Attributes:
         config: the arguments that it was made with.
@@ -33,6 +37,50 @@ class Network(nn.Module):
     config: dict[str, Any]
     image_shape: tuple[int, int, int]
     num_classes: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the parameters, which images must have."""
+        return next(self.parameters()).dtype
+
+    def summary(self) -> str:
+        """Kind and sizes in a few words."""
+        return type(self).__name__
+
+    def num_parameters(self) -> int:
+        """Number of parameters."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def probabilities(self, images: Tensor) -> Tensor:
+        """How likely each class is, ``[B, J]`` in [0, 1], for images ``[B, C, H, W]``."""
+        raise NotImplementedError
+
+    def training_loss(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        targets: Tensor,
+        *,
+        loss: str | None = None,
+        reconstruction_weight: float = 0.0,
+    ) -> tuple[Tensor, Tensor]:
+        """The loss of a batch, and the scores by which its classes are chosen.
+
+        Args:
+            images: ``[B, C, H, W]``, dtype of the parameters.
+            labels: ``[B, K]`` int64, the classes of the K things in each image.
+            targets: ``[B, K, C, H, W]``, what a decoder should draw for each of them.
+            loss: a name of :data:`fastcaps.train.settings.LOSSES`; None: the network's own.
+            reconstruction_weight: of the summed squared error of the decoder.
+
+        Returns:
+            A scalar and ``[B, J]``, both in float32 at least.
+        """
+        raise NotImplementedError
+
+    def trace(self, images: Tensor) -> RoutingTrace | None:
+        """What the routing of the class capsules does with images ``[B, C, H, W]``; None: there is no routing."""
+        return None
 
     def save(self, path: str | os.PathLike[str], *, run: dict[str, Any] | None = None) -> None:
         """Write parameters and configuration to a safetensors file: whole or not at all, and readable without pickle.
@@ -137,6 +185,11 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not known or not all(isinstance(described[part], kind) for part, kind in parts.items() if part in described):
         raise ValueError(f"{os.fspath(path)!r} does not say that it holds a network of fastcaps")
     return described
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """The same in float32 where it is in half precision: a loss in bfloat16 would have two digits."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def check_images(images: Tensor, image_shape: tuple[int, int, int], parameter: Tensor) -> None:

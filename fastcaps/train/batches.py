@@ -1,4 +1,4 @@
-"""Training batches whose order is a pure function of seed and epoch, resumable at any of them."""
+"""Training batches in an order that depends on seed and epoch alone."""
 
 from collections.abc import Callable, Iterator
 
@@ -9,7 +9,7 @@ from fastcaps.data.augment import random_integers
 
 
 class Batches:
-    """Training batches in an order that depends on seed and epoch alone, resumable at any of them.
+    """Training batches in an order that depends on seed and epoch alone; iteration can resume at any of them.
 
     Each iteration is one epoch: the next one, or what is left of one that was interrupted. Of a global batch, process
     ``rank`` of ``world`` gets every ``world``-th sample, so that any number of processes sees the same global batches.
@@ -57,7 +57,7 @@ class Batches:
         self.epoch = self.position = 0  # of the next batch
 
     def __len__(self) -> int:
-        """Batches in an epoch, parts counted."""
+        """Number of batches in an epoch, parts counted."""
         return self.count // self.batch_size * self.accumulate
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
@@ -72,9 +72,9 @@ class Batches:
             yield self.sample(own.chunk(self.accumulate)[position % self.accumulate], epoch)
 
     def state_dict(self) -> dict[str, int]:
-        """Where the next batch stands."""
+        """Epoch and position of the next batch."""
         return {"epoch": self.epoch, "position": self.position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from there."""
+        """Go on at the batch of a :meth:`state_dict`."""
         self.epoch, self.position = state["epoch"], state["position"]

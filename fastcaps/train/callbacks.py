@@ -1,4 +1,4 @@
-"""What Lightning's loop calls in a training run: checkpoints that are whole, clean stops, pictures, progress."""
+"""Callbacks of a training run: checkpoints, clean stops, pictures, progress."""
 
 import io
 import json
@@ -6,7 +6,7 @@ import signal
 import threading
 from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning as L
 import torch
@@ -18,13 +18,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from fastcaps._atomic import write_whole
 from fastcaps.models import CapsNet
 from fastcaps.train import figures
-
-if TYPE_CHECKING:
-    from fastcaps.train.run import Training
+from fastcaps.train.module import Training
 
 
 class Interrupted(Exception):
-    """Ctrl-C or SIGTERM came, and the checkpoint is written."""
+    """A stop by Ctrl-C or SIGTERM, after the checkpoint is written."""
 
     def __init__(self, step: int) -> None:
         super().__init__(f"stopped at step {step}")
@@ -34,13 +32,13 @@ class WholeFiles(TorchCheckpointIO):
     """Checkpoints that are there whole or not at all, and are read without unpickling code."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write to the side and rename."""
+        """Write a checkpoint whole or not at all."""
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
         write_whole(path, buffer.getbuffer())
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
-        """Tensors and plain values only.
+        """Read a checkpoint of tensors and plain values.
 
         Raises:
             ValueError: the file is damaged.
@@ -55,7 +53,9 @@ class WholeFiles(TorchCheckpointIO):
 
 
 class Keeper(L.Callback):
-    """Writes ``last.ckpt`` now and then and after each epoch, and ``best.safetensors``; stops cleanly on Ctrl-C.
+    """Writes ``last.ckpt`` at intervals and after each epoch, and ``best.safetensors``; stops cleanly on Ctrl-C.
+
+    Lightning keeps its state under the name of this class: a new name would lose that of older checkpoints.
 
     Args:
         out: folder of the run.
@@ -69,15 +69,15 @@ class Keeper(L.Callback):
         self.handlers: dict[int, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """What goes into a checkpoint."""
+        """The lowest test error, for a checkpoint."""
         return {"best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """What comes from a checkpoint."""
+        """Take the lowest test error from a checkpoint."""
         self.best = state_dict["best"]
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """All processes must see what the first has written: else some would go on while others begin.
+        """Check that all processes see what the first has written: else some would go on while others begin.
 
         Raises:
             ValueError: ``out`` is not one folder for all, or not all were told the same.
@@ -88,7 +88,7 @@ class Keeper(L.Callback):
             raise ValueError(f"{file} must be the same for all processes: one folder, on all machines, and one command")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """From here on a signal asks for a checkpoint; a second one is obeyed at once."""
+        """Take signals: the first asks for a checkpoint, a second one is obeyed at once."""
         self.saved = monotonic()
 
         def asked(number: int, frame: Any) -> None:
@@ -100,16 +100,16 @@ class Keeper(L.Callback):
                 self.handlers[number] = signal.signal(number, asked)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Signals mean again what they meant before."""
+        """Give signals their former handlers back."""
         self.on_train_end(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Signals mean again what they meant before."""
+        """Give signals their former handlers back."""
         while self.handlers:
             signal.signal(*self.handlers.popitem())
 
     def on_train_batch_end(  # type: ignore[override]
-        self, trainer: L.Trainer, pl_module: "Training", outputs: Any, batch: Any, batch_idx: int
+        self, trainer: L.Trainer, pl_module: Training, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save where a whole step is done; at the end of an epoch only after the test, so that none is lost."""
         if (batch_idx + 1) % pl_module.settings.accumulate or trainer.is_last_batch:
@@ -119,7 +119,7 @@ class Keeper(L.Callback):
             self.save(trainer)
             self.stop_if_asked(trainer)
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: "Training") -> None:  # type: ignore[override]
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Training) -> None:  # type: ignore[override]
         """Keep the weights with the lowest test error."""
         error = float(trainer.callback_metrics["test_error"])
         if error < self.best:
@@ -127,8 +127,8 @@ class Keeper(L.Callback):
             if trainer.is_global_zero:
                 pl_module.network.save(self.out / "best.safetensors", run=self.run | {"test_error": error})
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: "Training") -> None:  # type: ignore[override]
-        """The epoch and its test are done."""
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Training) -> None:  # type: ignore[override]
+        """Save where an epoch and its test are done."""
         self.save(trainer)
         if trainer.current_epoch + 1 < pl_module.epochs:
             self.stop_if_asked(trainer)
@@ -148,7 +148,7 @@ class Progress(RichProgressBar):
     """Loss, error and images/s beside the bar."""
 
     def get_metrics(self, *args: Any) -> Any:
-        """Without the number that a logger gives its folder."""
+        """What the bar shows, without the number that a logger gives its folder."""
         return {name: value for name, value in super().get_metrics(*args).items() if name != "v_num"}
 
 
@@ -156,12 +156,13 @@ class Pictures(L.Callback):
     """Reconstructions and coupling for TensorBoard, after each epoch."""
 
     @rank_zero_only
-    def on_validation_end(self, trainer: L.Trainer, pl_module: "Training") -> None:  # type: ignore[override]
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Training) -> None:  # type: ignore[override]
         """Draw the first test images."""
-        if not isinstance(pl_module.network, CapsNet):
+        network = pl_module.network
+        if not isinstance(network, CapsNet):  # only capsules have something to show
             return
         board = next(logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger))
-        images = pl_module.probes[:12].to(pl_module.network.stem.weight.dtype)
-        if pl_module.network.decoder is not None:
-            board.add_figure("reconstructions", figures.reconstructions(pl_module.network, images), trainer.global_step)
-        board.add_figure("coupling", figures.coupling(pl_module.network, images[:1]), trainer.global_step)
+        images = pl_module.probes[:12].to(network.dtype)
+        if network.decoder is not None:
+            board.add_figure("reconstructions", figures.reconstructions(network, images), trainer.global_step)
+        board.add_figure("coupling", figures.coupling(network, images[:1]), trainer.global_step)

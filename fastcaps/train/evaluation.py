@@ -1,56 +1,20 @@
-"""How well a network does: its loss on a batch, its errors on a test set, and what its routing does."""
+"""Evaluation of a network: test loss and errors, confusion, routing statistics."""
 
 import dataclasses
 import math
 import os
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fastcaps import losses
 from fastcaps.functional import length
 from fastcaps.layers import CapsuleLayer
-from fastcaps.models import CNN, CapsNet
 from fastcaps.models.network import Network, describe
-from fastcaps.train.samples import Samples, image_shape, load_data, single
+from fastcaps.train.samples import Samples, load_data
 from fastcaps.train.settings import Settings
 
 DEAD = 0.1  # m- of the margin loss: an output capsule that no image makes longer than this says nothing
-
-
-def classification_loss(name: str, scores: Tensor, labels: Tensor) -> Tensor:
-    """The loss of the settings' name for scores ``[B, J]`` (lengths of capsules) and labels ``[B, K]``.
-
-    Cross-entropy takes lengths times 10, as lengths below 1 cannot make a softmax sure of anything.
-    """
-    if name == "spread":
-        return losses.spread_loss(scores, labels[:, 0])
-    if name == "cross-entropy":
-        return losses.cross_entropy_loss(scores, labels[:, 0], scale=10.0)
-    present = (labels[:, :, None] == torch.arange(scores.shape[1], device=labels.device)).any(1)
-    return (losses.margin_loss if name == "margin" else losses.focal_margin_loss)(scores, present)
-
-
-def network_loss(
-    network: Network, settings: Settings, images: Tensor, labels: Tensor, targets: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The loss of a batch, a scalar, and the scores ``[B, J]``; arguments as :class:`Samples` gives them."""
-    if isinstance(network, CNN):
-        scores = network(images).float() if images.dtype != torch.float64 else network(images)
-        return losses.cross_entropy_loss(scores, labels[:, 0]), scores
-    assert isinstance(network, CapsNet)
-    poses = network.class_poses(images)
-    wide = poses if poses.dtype == torch.float64 else poses.float()  # a loss in bfloat16 would have two digits
-    scores = length(wide)
-    loss = classification_loss(settings.loss or "margin", scores, labels)
-    if network.decoder is not None:
-        for k in range(labels.shape[1]):
-            drawn = network.reconstruct(poses, labels[:, k])
-            loss = loss + losses.reconstruction_loss(
-                drawn.to(targets.dtype), targets[:, k], weight=settings.reconstruction or 0.0
-            )
-    return loss, scores
 
 
 def wrong_of(scores: Tensor, labels: Tensor) -> Tensor:
@@ -59,8 +23,28 @@ def wrong_of(scores: Tensor, labels: Tensor) -> Tensor:
     return (guessed != labels.sort(1).values).any(1)
 
 
-@torch.no_grad()
-def routing_statistics(network: CapsNet, images: Tensor) -> dict[str, float]:
+def confusion_counts(scores: Tensor, labels: Tensor) -> Tensor:
+    """How often each class was taken for each other.
+
+    Args:
+        scores: ``[N, J]``.
+        labels: ``[N, K]``.
+
+    Returns:
+        ``[J, J]`` int64: true classes in rows, predicted ones in columns; of K things an image, hits count first.
+    """
+    J, K = scores.shape[1], labels.shape[1]
+    counts = torch.zeros(J, J, dtype=torch.long)
+    for true, guess in zip(labels.tolist(), scores.topk(K, 1).indices.tolist(), strict=True):
+        hits = set(true) & set(guess)
+        for name in hits:
+            counts[name, name] += 1
+        for a, b in zip(sorted(set(true) - hits), sorted(set(guess) - hits), strict=True):
+            counts[a, b] += 1
+    return counts
+
+
+def routing_statistics(network: Network, images: Tensor) -> dict[str, float]:
     """What the routing of the class capsules does with these images, in a few numbers.
 
     Per iteration t: ``entropy``, of the coupling over the classes, as a share of log J (1: no decision at all);
@@ -69,9 +53,14 @@ def routing_statistics(network: CapsNet, images: Tensor) -> dict[str, float]:
 
     Args:
         network: its parameters are on the images' device.
-        images: ``[B, C, H, W]``, a few.
+        images: ``[B, C, H, W]``, a few, in the network's dtype.
+
+    Returns:
+        The numbers by name; none for a network without routing.
     """
-    trace = network.capsules.trace(network.hidden(network.primary_poses(images)))
+    trace = network.trace(images)
+    if trace is None:
+        return {}
     J = trace.coupling.shape[-1]
     numbers = {"dead": float((length(trace.poses) <= DEAD).all(0).float().mean())}
     weighted = (trace.coupling * trace.agreement).sum(-1)
@@ -82,8 +71,9 @@ def routing_statistics(network: CapsNet, images: Tensor) -> dict[str, float]:
     return numbers
 
 
-class Evaluation(NamedTuple):
-    """What :func:`evaluate` returns; N test images, J classes, K things in an image.
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What :func:`evaluate` returns. N test images, J classes, K things in an image.
 
     Attributes:
         loss: mean over the images, a float.
@@ -104,14 +94,14 @@ def evaluate(network: Network, settings: Settings, samples: Samples) -> Evaluati
 
     Args:
         network: on the device of the samples.
-        settings: resolved.
+        settings: of its loss.
         samples: whose test part is used.
     """
     network.eval()
-    dtype = next(network.parameters()).dtype
+    dtype, options = network.dtype, settings.loss_options()
     total, labels, scores = 0.0, [], []
     for images, own, targets in samples.tests():
-        loss, found = network_loss(network, settings, images.to(dtype), own, targets.to(dtype))
+        loss, found = network.training_loss(images.to(dtype), own, targets.to(dtype), **options)
         total += float(loss) * len(images)
         labels.append(own.cpu())
         scores.append(found.cpu())
@@ -129,18 +119,18 @@ def load_for(model: str | os.PathLike[str], settings: Settings) -> tuple[Network
     device = "cuda" if settings.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
     network = Network.load(model, device)
     data = load_data(settings)
-    if image_shape(data) != network.image_shape or data.num_classes > network.num_classes:
+    if data.image_shape != network.image_shape or data.num_classes > network.num_classes:
         raise ValueError(
             f"{os.fspath(model)!r} takes images {network.image_shape} of {network.num_classes} classes, but "
-            f"{settings.data} has {image_shape(data)} of {data.num_classes}"
+            f"{settings.data} has {data.image_shape} of {data.num_classes}"
         )
     trained_on = describe(model).get("run", {}).get("data", {}).get("class names", [])
-    names = list(single(data).class_names)
+    names = list(data.class_names)
     if trained_on and names and trained_on != names:
         raise ValueError(f"{os.fspath(model)!r} knows the classes {', '.join(trained_on)}, not {', '.join(names)}")
     if settings.backend is not None:
         for layer in network.modules():
             if isinstance(layer, CapsuleLayer):
                 layer.routing_options["backend"] = settings.backend
-    kind = "cnn" if isinstance(network, CNN) else "capsnet"
+    kind = type(network).__name__.lower()  # as the settings call it
     return network, Samples(data, dataclasses.replace(settings, model=kind).resolved(network.image_shape), device)

@@ -1,4 +1,4 @@
-"""Figures of what a capsule network does, by matplotlib; each function returns one."""
+"""Figures of capsule networks and their training, by Matplotlib."""
 
 import math
 from collections.abc import Sequence
@@ -48,7 +48,7 @@ def coupling(network: CapsNet, image: Tensor, what: str = "") -> Figure:
         image: ``[1, C, H, W]``.
         what: a title for the image.
     """
-    trace = network.capsules.trace(network.hidden(network.primary_poses(image)))
+    trace = network.trace(image)
     shares = trace.coupling[:, 0].cpu()  # [T, I, J]
     order = shares[-1, :, int(trace.poses[0].norm(dim=-1).argmax())].argsort()
     T, _, J = shares.shape

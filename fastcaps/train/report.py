@@ -1,13 +1,14 @@
-"""report.html: one page, without network, of what a run did and of what its network does."""
+"""The report of a run: one page without external resources."""
 
 import base64
 import csv
 import html
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
@@ -15,13 +16,12 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from fastcaps._atomic import write_whole
-from fastcaps.data import read_image
 from fastcaps.models import CapsNet
-from fastcaps.models.network import Network, describe
+from fastcaps.models.network import Network
 from fastcaps.train import figures
-from fastcaps.train.evaluation import Evaluation, evaluate, load_for, wrong_of
+from fastcaps.train.evaluation import Evaluation, confusion_counts, evaluate, load_for, wrong_of
 from fastcaps.train.samples import Samples
-from fastcaps.train.settings import Settings
+from fastcaps.train.settings import Settings, known_settings
 
 SHOWN = 20  # misclassified images
 
@@ -33,8 +33,15 @@ td, th { padding: .15em .8em .15em 0; text-align: left; vertical-align: top } .n
 """
 
 
-class Section(NamedTuple):
-    """A part of a page: its heading, a note in plain text, and figures or tables (rows of cells)."""
+@dataclass(frozen=True)
+class Section:
+    """A part of a page.
+
+    Attributes:
+        heading: plain text.
+        note: plain text below it.
+        content: figures, and tables as lists of rows of cells.
+    """
 
     heading: str
     note: str
@@ -138,19 +145,6 @@ def _routing(rows: list[dict[str, float]], T: int) -> Section | None:
     return Section("Routing over training", note, [figures.curves(panels, "step")])
 
 
-def confusion_counts(scores: Tensor, labels: Tensor) -> Tensor:
-    """``[J, J]``: true classes in rows, predicted ones in columns; of K things an image, hits count first."""
-    J, K = scores.shape[1], labels.shape[1]
-    counts = torch.zeros(J, J, dtype=torch.long)
-    for true, guess in zip(labels.tolist(), scores.topk(K, 1).indices.tolist(), strict=True):
-        hits = set(true) & set(guess)
-        for name in hits:
-            counts[name, name] += 1
-        for a, b in zip(sorted(set(true) - hits), sorted(set(guess) - hits), strict=True):
-            counts[a, b] += 1
-    return counts
-
-
 def _mistakes(samples: Samples, found: Evaluation) -> Section:
     wrong = wrong_of(found.scores, found.labels).nonzero()[:, 0]
     chosen = wrong[:SHOWN]
@@ -165,8 +159,16 @@ def _mistakes(samples: Samples, found: Evaluation) -> Section:
     return Section("Taken for something else", note, shown)
 
 
-def network_sections(network: CapsNet, images: Tensor, labels: Tensor | None = None) -> list[Section]:
-    """Reconstructions, coupling maps and perturbations of a few images ``[B, C, H, W]`` with labels ``[B]``."""
+def network_sections(network: Network, images: Tensor, labels: Tensor | None = None) -> list[Section]:
+    """Reconstructions, coupling maps and perturbations of a few images.
+
+    Args:
+        network: one without capsules has no such section.
+        images: ``[B, C, H, W]``, in the network's dtype.
+        labels: ``[B]``; None: not known.
+    """
+    if not isinstance(network, CapsNet):
+        return []
     sections = []
     if network.decoder is not None:
         sections.append(Section("Reconstructions", "", [figures.reconstructions(network, images[:12], labels)]))
@@ -182,44 +184,11 @@ def network_sections(network: CapsNet, images: Tensor, labels: Tensor | None = N
     return sections
 
 
-def show(model: Path, images: Sequence[Path], out: Path) -> list[str]:
-    """A page of what a network makes of one's own images, and a line for each with its classes and their scores.
-
-    Args:
-        model: its file.
-        images: pictures of any size; they are made as large as the network wants, and grey if it wants grey.
-        out: the page.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a file is not what it should be.
-        OSError: the page cannot be written.
-    """
-    network = Network.load(model).eval()
-    C, H, W = network.image_shape
-    dtype = next(network.parameters()).dtype
-    pictures = torch.stack([read_image(path, C, (H, W)) for path in images]).to(dtype)
-    with torch.no_grad():
-        scores = network(pictures).lengths if isinstance(network, CapsNet) else network(pictures).softmax(1)
-    names = describe(model).get("run", {}).get("data", {}).get("class names") or range(scores.shape[1])
-    lines, titles = [], []
-    for path, row in zip(images, scores, strict=True):
-        best = row.topk(min(3, len(row)))
-        found = [(names[n], value) for value, n in zip(*map(Tensor.tolist, best), strict=True)]
-        lines.append(f"{path}: " + ", ".join(f"{name} ({value:.3f})" for name, value in found))
-        titles.append(f"{path.name}: {found[0][0]}")
-    sections = [Section("Images", "As the network sees them.", [figures.pictures(pictures, titles)])]
-    if isinstance(network, CapsNet):
-        for n, path in enumerate(images):
-            sections += [
-                s._replace(heading=f"{path.name}: {s.heading}") for s in network_sections(network, pictures[n : n + 1])
-            ]
-    write_page(out, f"{model}", sections)
-    return [*lines, f"{out} is written"]
-
-
 def write_report(out: Path) -> None:
     """Test the model of a finished run and write ``report.html`` beside it.
+
+    Model and data are read again from the disk, on purpose: the page then tells of the files that the run has left, not
+    of what was in memory.
 
     Args:
         out: folder of the run.
@@ -228,34 +197,34 @@ def write_report(out: Path) -> None:
         FileNotFoundError: the run is not finished, or its data are gone.
     """
     config = json.loads((out / "config.json").read_text())
-    settings = Settings(**config["settings"])
+    settings = Settings(**known_settings(config["settings"], f"{out / 'config.json'}"))
     network, samples = load_for(out / "model.safetensors", settings)
     found = evaluate(network, settings, samples)
     rows = read_log(out)
-    speeds = sorted(row["images/s"] for row in rows if "images/s" in row)
-    numbers = config["data"]
-    summary: list[Sequence[Any]] = [
-        ("test error", f"{found.error:.2f} %"),
-        ("test loss", f"{found.loss:.4f}"),
-        ("test images", numbers["test images"]),
-        ("parameters", f"{sum(p.numel() for p in network.parameters()):,}"),
-        (
-            "images/s in training",
-            f"{speeds[len(speeds) // 2]:.0f} (median of the epochs)" if speeds else "not measured",
-        ),
-        ("fastcaps", config["version"]),
-    ]
-    if numbers["class names"]:
-        summary.append(("classes", ", ".join(f"{n}: {name}" for n, name in enumerate(numbers["class names"]))))
-    routing = _routing(rows, settings.iterations) if isinstance(network, CapsNet) else None
-    sections = [Section("Summary", "The network as it was after the last epoch.", [summary])]
-    sections += [section for section in (_curves(rows), routing) if section is not None]
+    sections = [_summary(config, network, found, rows)]
+    sections += [section for section in (_curves(rows), _routing(rows, settings.num_iterations)) if section is not None]
     note = "Rows: true; columns: predicted. Red: mistakes."
     sections.append(Section("Confusion", note, [figures.confusion(confusion_counts(found.scores, found.labels))]))
     sections.append(_mistakes(samples, found))
-    if isinstance(network, CapsNet):
-        dtype = next(network.parameters()).dtype
-        images, labels, _ = samples.test(torch.arange(min(12, len(found.labels))))
-        sections += network_sections(network, images.to(dtype), labels[:, 0] if labels.shape[1] == 1 else None)
+    images, labels, _ = samples.test(torch.arange(min(12, len(found.labels))))
+    sections += network_sections(network, images.to(network.dtype), labels[:, 0] if labels.shape[1] == 1 else None)
     sections.append(Section("Settings", "As in config.json.", [list(config["settings"].items())]))
     write_page(out / "report.html", f"{settings.model} on {settings.data}: {found.error:.2f} % test error", sections)
+
+
+def _summary(
+    config: dict[str, Any], network: Network, found: Evaluation, rows: Sequence[Mapping[str, float]]
+) -> Section:
+    speeds = sorted(row["images/s"] for row in rows if "images/s" in row)
+    speed = f"{speeds[len(speeds) // 2]:.0f} (median of the epochs)" if speeds else "not measured"
+    table: list[Sequence[Any]] = [
+        ("test error", f"{found.error:.2f} %"),
+        ("test loss", f"{found.loss:.4f}"),
+        ("test images", config["data"]["test images"]),
+        ("parameters", f"{network.num_parameters():,}"),
+        ("images/s in training", speed),
+        ("fastcaps", config["version"]),
+    ]
+    if names := config["data"]["class names"]:
+        table.append(("classes", ", ".join(f"{n}: {name}" for n, name in enumerate(names))))
+    return Section("Summary", "The network as it was after the last epoch.", [table])

@@ -1,4 +1,4 @@
-"""What a training run can be told, and the file in its folder that keeps it."""
+"""Settings of a training run and the file that keeps them."""
 
 import dataclasses
 import difflib
@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastcaps._deprecated import renamed_arguments
 from fastcaps.routing.backend import BACKENDS
 
 DATA = ("digits", "mnist", "fashion-mnist", "cifar10", "multi-mnist", "image-folder")
@@ -18,9 +19,11 @@ SCHEDULES = ("exponential", "cosine", "constant")
 PRECISIONS = ("32", "64", "bf16-mixed")
 ACCELERATORS = ("auto", "cpu", "gpu")
 
-# What a run may change when it goes on; everything else decides what is computed.
+# What may change when a run is resumed; everything else decides what is computed.
 FREE = {"root", "download", "epochs", "checkpoint_seconds", "accelerator", "devices", "nodes", "compile", "backend"}
-# What the images decide where nobody else does.
+# Names of version 0.1; its files are read for good, its option and its argument until 0.3.
+RENAMED = {"iterations": "num_iterations"}
+# What the images decide where it is not set.
 BY_IMAGES = {"kernel_size", "primary_stride", "shift", "flip"}
 
 
@@ -30,51 +33,80 @@ def _setting(default: Any, text: str, choices: tuple[str, ...] | None = None) ->
 
 @dataclasses.dataclass
 class Settings:
-    """Of one training run; each is an option of ``fastcaps train``, and None leaves it to the data or the model."""
+    """Settings of one training run; each is an option of ``fastcaps train``.
 
-    data: str = _setting("digits", "the data set", DATA)
-    root: str = _setting("data", "folder with the data's files")
-    download: bool = _setting(False, "fetch what is missing there")
-    model: str = _setting("capsnet", "a capsule network, or the paper's convolutional baseline", MODELS)
+    None leaves a setting to the data or the model; :meth:`resolved` fills it in.
+
+    Raises:
+        ValueError: a setting has the wrong type or range, or does not go with another.
+
+    Example:
+        >>> Settings(data="mnist", epochs=5).resolved((1, 28, 28)).kernel_size
+        9
+    """
+
+    data: str = _setting("digits", "data set", DATA)
+    root: str = _setting("data", "folder with the files of the data set")
+    download: bool = _setting(False, "fetch missing files into --root")
+    model: str = _setting("capsnet", "capsule network, or the paper's convolutional baseline", MODELS)
     stem: int = _setting(256, "channels of the first convolution")
-    kernel_size: int | None = _setting(None, "of both convolutions, in pixels; 9, or 3 for images below 17 pixels")
-    primary_stride: int | None = _setting(None, "of the second convolution; 2, or 1 for images below 17 pixels")
+    kernel_size: int | None = _setting(
+        None, "kernel size of both convolutions in pixels; unset: 9, or 3 for images below 17 pixels"
+    )
+    primary_stride: int | None = _setting(
+        None, "stride of the second convolution in pixels; unset: 2, or 1 for images below 17 pixels"
+    )
     types: int = _setting(32, "primary capsule types")
     primary_dim: int = _setting(8, "pose size of the primary capsules")
     hidden_capsules: str = _setting("", "capsule layers in between, as COUNTxPOSE-SIZE: 64x8,32x16")
     capsule_dim: int = _setting(16, "pose size of the class capsules")
-    iterations: int = _setting(3, "routing iterations")
-    loss: str | None = _setting(None, "margin for a capsule network, cross-entropy for the baseline", LOSSES)
-    reconstruction: float | None = _setting(
-        None, "weight of the summed squared error of the decoder; 0.0005 for a capsule network; 0: no decoder"
+    num_iterations: int = _setting(3, "routing iterations")
+    loss: str | None = _setting(
+        None, "classification loss; unset: margin for a capsule network, cross-entropy for the baseline", LOSSES
     )
-    shift: int | None = _setting(None, "augmentation: images are shifted by up to so many pixels; 2 of 28, pairs 0")
-    flip: bool | None = _setting(None, "augmentation: half of the images are mirrored; yes for colour")
-    epochs: int | None = _setting(None, "passes over the training data; 10, of the digits 30")
+    reconstruction: float | None = _setting(
+        None,
+        "weight of the decoder's summed squared error, 0 for no decoder; unset: 0.0005 for a capsule network",
+    )
+    shift: int | None = _setting(
+        None, "augmentation: largest shift in pixels; unset: 2 for 28x28, 0 for small images and pairs"
+    )
+    flip: bool | None = _setting(None, "augmentation: mirror half of the images; unset: yes for colour images")
+    epochs: int | None = _setting(None, "passes over the training data; unset: 10, or 30 for the digits")
     batch_size: int = _setting(128, "samples of one step, over all processes")
-    accumulate: int = _setting(1, "in how many parts a process works on its share of a batch")
-    lr: float = _setting(0.001, "learning rate of Adam, at the start")
-    schedule: str = _setting("exponential", "of the learning rate: times 0.9 an epoch, to 0, or none", SCHEDULES)
+    accumulate: int = _setting(1, "gradient accumulation: parts of a process's share of a batch")
+    lr: float = _setting(0.001, "learning rate of Adam at the start")
+    schedule: str = _setting("exponential", "learning rate: times 0.9 an epoch, down to 0, or constant", SCHEDULES)
     precision: str = _setting("32", "bits of the arithmetic", PRECISIONS)
     compile: bool = _setting(False, "compile the step by torch.compile")
-    backend: str | None = _setting(None, "of the routing; None: the fastest that can run", BACKENDS)
-    accelerator: str = _setting("auto", "what to run on", ACCELERATORS)
-    devices: int | None = _setting(None, "processes on each machine, a device each; torchrun's or SLURM's number, or 1")
-    nodes: int | None = _setting(None, "machines; torchrun's or SLURM's number, or 1")
-    seed: int = _setting(0, "of weights, order and augmentation")
-    checkpoint_seconds: float = _setting(60.0, "from one checkpoint to the next; there is one after each epoch, too")
+    backend: str | None = _setting(None, "backend of the routing; unset: the fastest that can run", BACKENDS)
+    accelerator: str = _setting("auto", "device to run on", ACCELERATORS)
+    devices: int | None = _setting(
+        None, "processes on each machine, a device each; unset: the number of torchrun or SLURM, or 1"
+    )
+    nodes: int | None = _setting(None, "machines; unset: the number of torchrun or SLURM, or 1")
+    seed: int = _setting(0, "seed of weights, order and augmentation")
+    checkpoint_seconds: float = _setting(60.0, "time between checkpoints; one more follows each epoch")
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if type(value) is int and kind_of(field) is float:
-                setattr(self, field.name, value := float(value))
-            if value is None and type(None) in typing.get_args(field.type):
-                continue
-            if type(value) is not kind_of(field):
-                raise ValueError(f"{option(field.name)} must be {_KINDS[kind_of(field)]}, got {value!r}")
-            if field.metadata["choices"]:
-                nearest(str(value), field.metadata["choices"], option(field.name))
+            self._check_kind(field)
+        self._check_ranges()
+        self.capsule_layers()
+        self._check_combinations()
+
+    def _check_kind(self, field: "dataclasses.Field[Any]") -> None:
+        value, kind = getattr(self, field.name), kind_of(field)
+        if type(value) is int and kind is float:
+            setattr(self, field.name, value := float(value))
+        if value is None and type(None) in typing.get_args(field.type):
+            return
+        if type(value) is not kind:
+            raise ValueError(f"{option(field.name)} must be {_KINDS[kind]}, got {value!r}")
+        if field.metadata["choices"]:
+            nearest(str(value), field.metadata["choices"], option(field.name))
+
+    def _check_ranges(self) -> None:
         least = {"shift": 0, "seed": 0} | dict.fromkeys(_COUNTS, 1)
         for name, smallest in least.items():
             value = getattr(self, name)
@@ -86,7 +118,8 @@ class Settings:
             raise ValueError(f"--lr must be positive, got {self.lr}")
         if self.reconstruction is not None and not 0 <= self.reconstruction < float("inf"):
             raise ValueError(f"--reconstruction must not be negative, got {self.reconstruction}")
-        self.capsule_layers()
+
+    def _check_combinations(self) -> None:
         cnn = self.model == "cnn"
         for field in dataclasses.fields(self):
             if cnn and field.name in _CAPSNET and getattr(self, field.name) != field.default:
@@ -99,7 +132,11 @@ class Settings:
             raise ValueError("--data multi-mnist has no --shift or --flip: pairs are shifted already")
 
     def capsule_layers(self) -> list[tuple[int, int]]:
-        """``hidden_capsules`` in numbers: (capsules, pose size) of each layer."""
+        """``hidden_capsules`` in numbers: (capsules, pose size) of each layer.
+
+        Raises:
+            ValueError: it is malformed.
+        """
         try:
             layers = [tuple(map(int, layer.split("x"))) for layer in self.hidden_capsules.split(",") if layer]
             sizes = [(count, size) for count, size in layers]
@@ -111,7 +148,11 @@ class Settings:
         return sizes
 
     def resolved(self, image_shape: tuple[int, int, int]) -> "Settings":
-        """The same with a value for everything that the model or the images decide."""
+        """The same with a value for everything that the model or the images decide.
+
+        Args:
+            image_shape: ``(C, H, W)``.
+        """
         C, H, W = image_shape
         small, capsules, pairs = min(H, W) < 17, self.model == "capsnet", self.data == "multi-mnist"
         defaults: dict[str, Any] = {
@@ -126,9 +167,15 @@ class Settings:
         unset = {name: value for name, value in defaults.items() if getattr(self, name) is None}
         return dataclasses.replace(self, **unset)
 
+    def loss_options(self) -> dict[str, Any]:
+        """What :meth:`fastcaps.models.Network.training_loss` is told beside the batch."""
+        return {"loss": self.loss, "reconstruction_weight": self.reconstruction or 0.0}
+
+
+Settings.__init__ = renamed_arguments(**RENAMED)(Settings.__init__)  # type: ignore[method-assign]
 
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
-_SIZES = ("stem", "kernel_size", "primary_stride", "types", "primary_dim", "capsule_dim", "iterations")
+_SIZES = ("stem", "kernel_size", "primary_stride", "types", "primary_dim", "capsule_dim", "num_iterations")
 _CAPSNET = (*_SIZES, "hidden_capsules", "backend")
 _COUNTS = (*_SIZES, "epochs", "batch_size", "accumulate", "devices", "nodes")
 
@@ -178,20 +225,21 @@ def read_settings(path: str | os.PathLike[str], options: Mapping[str, Any]) -> d
 
 
 def known_settings(given: Any, where: str) -> dict[str, Any]:
-    """Settings that something else says: their names are checked here, their values by :class:`Settings`.
+    """Settings from a file, under their names of today. Names are checked here, values by :class:`Settings`.
 
     Raises:
         ValueError: it is no mapping, or names what is no setting.
     """
     if not isinstance(given, dict):
         raise ValueError(f"{where} is not a JSON object of settings: {given!r}")
-    for name in given:
+    settings = {RENAMED.get(str(name), str(name)): value for name, value in given.items()}
+    for name in settings:
         nearest(name, [field.name for field in dataclasses.fields(Settings)], f"{where}: setting")
-    return dict(given)
+    return settings
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any], free: Iterable[str] = ()) -> list[str]:
-    """What differs between two mappings, one line each, except for the names in ``free``."""
+    """The differences between two mappings, a text each, but for the names in ``free``."""
     names = [name for name in {**before, **now} if name not in set(free)]
     return [
         f"{name} was {before.get(name)!r} and is now {now.get(name)!r}"

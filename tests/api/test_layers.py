@@ -229,7 +229,7 @@ def test_any_image_size(shape, stride):
 
 
 def test_decoder_sees_only_the_chosen_capsule():
-    decoder = Decoder(4, 6, (1, 3, 3), hidden=(10,))
+    decoder = Decoder((1, 3, 3), 4, 6, hidden=(10,))
     poses, labels = torch.randn(2, 4, 6, requires_grad=True), torch.tensor([1, 3])
     decoder(poses, labels).sum().backward()
     chosen = torch.zeros(2, 4, dtype=torch.bool)

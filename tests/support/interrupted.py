@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from fastcaps import _atomic, cli
-from fastcaps.train import callbacks, run
+from fastcaps.train import callbacks, module
 
 
 def stop(number: int = signal.SIGKILL) -> None:
@@ -15,7 +15,7 @@ def stop(number: int = signal.SIGKILL) -> None:
 
 
 def at_step(at: int, *numbers: int) -> None:
-    original = run.Training.on_before_optimizer_step
+    original = module.Training.on_before_optimizer_step
 
     def hook(self, optimizer):
         original(self, optimizer)
@@ -23,7 +23,7 @@ def at_step(at: int, *numbers: int) -> None:
             for number in numbers:
                 stop(number)
 
-    run.Training.on_before_optimizer_step = hook
+    module.Training.on_before_optimizer_step = hook
 
 
 def at_checkpoint(at: int) -> None:
@@ -41,7 +41,7 @@ def at_checkpoint(at: int) -> None:
 def at_pictures(at: int) -> None:
     """When test ``at`` is written down, but no checkpoint."""
 
-    def hook(self, trainer, module):
+    def hook(self, trainer, training):
         if trainer.current_epoch == at:
             stop()
 
@@ -62,14 +62,14 @@ def at_write(at: int) -> None:
 
 
 def at_test(at: int) -> None:
-    original = run.Training.validation_step
+    original = module.Training.validation_step
 
     def hook(self, batch, batch_idx):
         if self.current_epoch == at:
             stop()
         original(self, batch, batch_idx)
 
-    run.Training.validation_step = hook
+    module.Training.validation_step = hook
 
 
 if __name__ == "__main__":

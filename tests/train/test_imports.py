@@ -1,0 +1,17 @@
+"""What the packages import."""
+
+import subprocess
+import sys
+
+HEAVY = {"lightning", "matplotlib", "PIL", "rich", "sklearn", "tensorboard", "torchmetrics"}
+
+
+def test_settings_and_data_need_no_extra():
+    code = f"""
+import sys
+import fastcaps.data, fastcaps.train.settings, fastcaps.train.samples, fastcaps.train.evaluation
+found = {HEAVY} & sys.modules.keys()
+assert not found, found
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
