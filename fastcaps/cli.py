@@ -283,8 +283,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     doctor_parser = commands.add_parser("doctor", help="known mistakes of capsule networks, looked for in yours")
     doctor_parser.add_argument(
         "target",
-        help="FILE.py:FUNCTION that returns the model, (model, sample), or a dict with model, sample, margin and "
-        "reconstruction (its losses); or a checkpoint",
+        help="FILE.py:FUNCTION that returns the model, (model, sample), or a dict with model, sample, margin_loss and "
+        "reconstruction_loss (its losses); or a checkpoint",
     )
     doctor_parser.add_argument("--image-shape", type=_at_least(1), nargs=3, metavar=("C", "H", "W"))
     train_parser = commands.add_parser(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastcaps._axes import Layout
+from fastcaps._axes import Axes
 from fastcaps._checks import check_like, check_number, check_positive
 from fastcaps.functional import squash
 from fastcaps.routing import RoutingTrace, dynamic_routing, routing_trace
@@ -310,17 +310,17 @@ class CapsuleLayer(nn.Module):
             raise TypeError(f"weight must be a floating-point tensor, got {got}")
         check_positive(**{name: options[name] for name in names.values() if name in options})
         sizes = {axis: options.pop(name) for axis, name in names.items() if name in options}
-        axes = Layout.parse(layout, WEIGHT_AXES, ("D_in", "D_out"))
-        canonical = axes.canonical(weight, sizes)  # fills in what sizes lacks
+        axes = Axes.parse(layout, WEIGHT_AXES, ("D_in", "D_out"))
+        sizes |= axes.sizes(weight, sizes)
         missing = [names[axis] for axis in names if axis not in sizes]
         if missing:
             raise ValueError(f"layout {layout!r} does not tell {' and '.join(missing)}: pass it as a keyword")
         share = {(False, False): "none", (True, False): "inputs", (True, True): "both"}
-        shared = ("I" not in axes.axes, "J" not in axes.axes)
+        shared = ("I" not in axes.names, "J" not in axes.names)
         if shared not in share:
             raise ValueError(f"layout {layout!r}: a weight shared over J only is not a CapsuleLayer's")
         options = {"share_weight": share[shared], "device": weight.device, "dtype": weight.dtype, **options}
         layer = cls(**{names[axis]: size for axis, size in sizes.items()}, **options)
         with torch.no_grad():
-            layer.weight.copy_(canonical)
+            layer.weight.copy_(axes.canonical(weight, sizes))
         return layer
