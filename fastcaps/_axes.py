@@ -2,13 +2,17 @@
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
+ONE = "1"  # a dimension of size 1
+
 
 @dataclass(frozen=True)
-class Layout:
+class Axes:
     """Which axes a tensor has, and in which order; parsed once, so that a traced ``forward`` meets no string.
 
     Attributes:
@@ -22,11 +26,11 @@ class Layout:
     groups: tuple[tuple[str, ...], ...]
 
     @classmethod
-    def parse(cls, text: str, order: tuple[str, ...], required: tuple[str, ...]) -> "Layout":
-        """Read a layout.
+    def parse(cls, text: Any, order: tuple[str, ...], required: tuple[str, ...]) -> "Axes":
+        """Read axes.
 
         Args:
-            text: the layout.
+            text: the axes.
             order: all axes that it may name, in canonical order.
             required: those that it must name.
 
@@ -35,64 +39,75 @@ class Layout:
             ValueError: it is malformed, or names too few axes or one of them twice.
 
         Example:
-            >>> Layout.parse("I D_in (J D_out)", ("I", "J", "D_out", "D_in"), ("D_out", "D_in")).groups
+            >>> Axes.parse("I D_in (J D_out)", ("I", "J", "D_out", "D_in"), ("D_out", "D_in")).groups
             (('I',), ('D_in',), ('J', 'D_out'))
         """
         if not isinstance(text, str):
-            raise TypeError(f"layout must be a string, got {text!r}")
+            raise TypeError(f"axes must be a string, got {text!r}")
         words = re.findall(r"[^\s()]+", text)
         rest = re.sub(r"\([^()]*\)", "", text)
-        if "(" in rest or ")" in rest or not set(words) <= {*order, "1"}:
-            raise ValueError(f"layout must be made of {', '.join(order)}, 1 and pairs of parentheses, got {text!r}")
-        axes = [word for word in words if word != "1"]
-        if len(set(axes)) != len(axes) or not set(required) <= set(axes):
+        if "(" in rest or ")" in rest or not set(words) <= {*order, ONE}:
+            raise ValueError(f"axes must be made of {', '.join(order)}, 1 and pairs of parentheses, got {text!r}")
+        names = [word for word in words if word != ONE]
+        if len(set(names)) != len(names) or not set(required) <= set(names):
             optional = [axis for axis in order if axis not in required]
             may = f", and may name {' and '.join(optional)}" if optional else ""
-            raise ValueError(f"layout must name {' and '.join(required)}{may}, each once; got {text!r}")
+            raise ValueError(f"axes must name {' and '.join(required)}{may}, each once; got {text!r}")
         groups = tuple(tuple(group.strip("()").split()) for group in re.findall(r"\([^()]*\)|[^\s()]+", text))
         return cls(text, order, groups)
 
     @property
-    def axes(self) -> list[str]:
+    def names(self) -> list[str]:
         """The axes in the order in which they stand, without those of size 1."""
-        return [axis for group in self.groups for axis in group if axis != "1"]
+        return [axis for group in self.groups for axis in group if axis != ONE]
 
-    def canonical(self, tensor: Tensor, sizes: dict[str, int], name: str = "weight") -> Tensor:
-        """A tensor of this layout in canonical order: a view where that can be; an axis that is not named has size 1.
+    def sizes(self, tensor: Tensor, known: Mapping[str, int], name: str = "weight") -> dict[str, int]:
+        """The known sizes of axes, and those that a tensor with these axes tells.
 
         Args:
             tensor: the tensor.
-            sizes: the sizes of axes that are known; those that the tensor tells are added.
+            known: the sizes that are known; of the axes that share a dimension, all but one must be.
             name: what an error calls the tensor.
 
         Raises:
             ValueError: the tensor does not fit, or a size is missing.
         """
-        layout = f"layout {self.text!r}"
         if len(self.groups) != tensor.dim():
-            raise ValueError(f"{layout} has {len(self.groups)} axes, the {name} {tensor.dim()}: {tuple(tensor.shape)}")
-        shape: list[int] = []
+            raise ValueError(
+                f"{self.text!r} has {len(self.groups)} axes, the {name} {tensor.dim()}: {tuple(tensor.shape)}"
+            )
+        sizes = {**known, ONE: 1}
         for group, total in zip(self.groups, tensor.shape, strict=True):
-            unknown = [axis for axis in group if axis != "1" and axis not in sizes]
-            known = math.prod([sizes[axis] for axis in group if axis in sizes])
+            unknown = [axis for axis in group if axis not in sizes]
             if len(unknown) > 1:
-                raise ValueError(f"{layout}: the size of {' or '.join(unknown)} must be given")
+                raise ValueError(f"axes {self.text!r}: the size of {' or '.join(unknown)} must be given")
             if unknown:
-                sizes[unknown[0]] = total // max(known, 1)
-            group_shape = [1 if axis == "1" else sizes[axis] for axis in group]
-            if math.prod(group_shape) != total:
-                raise ValueError(f"{layout}: axis ({' '.join(group)}) of size {total} is not {group_shape}")
-            shape += [size for axis, size in zip(group, group_shape, strict=True) if axis != "1"]
-        axes = self.axes
-        tensor = tensor.reshape(shape).permute([axes.index(axis) for axis in self.order if axis in axes])
+                sizes[unknown[0]] = total // max(math.prod([sizes[axis] for axis in group if axis in sizes]), 1)
+            wanted = [sizes[axis] for axis in group]
+            if math.prod(wanted) != total:
+                raise ValueError(f"axes {self.text!r}: axis ({' '.join(group)}) of size {total} is not {wanted}")
+        del sizes[ONE]
+        return sizes
+
+    def canonical(self, tensor: Tensor, known: Mapping[str, int], name: str = "weight") -> Tensor:
+        """A tensor with these axes in canonical order: a view where that can be; an axis not named has size 1.
+
+        The arguments and errors are those of :meth:`sizes`.
+        """
+        sizes, names = self.sizes(tensor, known, name), self.names
+        tensor = tensor.reshape([sizes[axis] for axis in names])
+        tensor = tensor.permute([names.index(axis) for axis in self.order if axis in names])
         for position, axis in enumerate(self.order):
-            if axis not in axes:
+            if axis not in names:
                 tensor = tensor.unsqueeze(position)
         return tensor
 
     def arranged(self, tensor: Tensor) -> Tensor:
-        """A tensor in canonical order, brought to this layout, contiguous; the layout names all axes."""
-        sizes = dict(zip(self.order, tensor.shape, strict=True))
-        tensor = tensor.permute([self.order.index(axis) for axis in self.axes])
-        shape = [math.prod([sizes[axis] for axis in group if axis != "1"]) for group in self.groups]
+        """A tensor in canonical order, brought to these axes, contiguous; they name all of them."""
+        sizes = {**dict(zip(self.order, tensor.shape, strict=True)), ONE: 1}
+        tensor = tensor.permute([self.order.index(axis) for axis in self.names])
+        shape = [math.prod([sizes[axis] for axis in group]) for group in self.groups]
         return tensor.reshape(shape).contiguous()
+
+
+Layout = Axes  # its name in 0.1, for code and pickles that import fastcaps.layouts

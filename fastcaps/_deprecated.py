@@ -27,7 +27,7 @@ MOVED = {  # the old path: where its names are now
     "fastcaps.layouts": ("fastcaps._axes",),
     "fastcaps.network": ("fastcaps.models.network",),
     "fastcaps.ready": ("fastcaps.exactness", "fastcaps.preload"),
-    "fastcaps.recipes": ("fastcaps.convert.recipes",),
+    "fastcaps.recipes": ("fastcaps.convert.recipes", "fastcaps.convert.converted", "fastcaps.convert.diagnosis"),
     "fastcaps.report": ("fastcaps.train.report", "fastcaps.train.show"),
     "fastcaps.routing.dynamic_ops": ("fastcaps.routing.dynamic.ops",),
     "fastcaps.routing.dynamic_reference": ("fastcaps.routing.dynamic.reference",),
@@ -41,7 +41,7 @@ MOVED = {  # the old path: where its names are now
     "fastcaps.sources": ("fastcaps.data.sources",),
     "fastcaps.timing": ("fastcaps.benchmarking", "fastcaps.measure"),
     "fastcaps.training": ("fastcaps.train.run", "fastcaps.train.module"),
-    "fastcaps.verification": ("fastcaps.convert.comparison",),
+    "fastcaps.verification": ("fastcaps.convert.comparison", "fastcaps.convert.modules", "fastcaps.convert.cases"),
 }
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastcaps._axes import Layout
+from fastcaps._axes import Axes
 from fastcaps._checks import check_choice, check_floating, check_int, check_like, check_number, check_positive
 from fastcaps._deprecated import once_positional, renamed_arguments, warn_renamed
 from fastcaps.functional import squash
@@ -327,17 +327,17 @@ class CapsuleLayer(nn.Module):
         check_floating("weight", weight)
         check_positive(**{name: options[name] for name in names.values() if name in options})
         sizes = {axis: options.pop(name) for axis, name in names.items() if name in options}
-        parsed = Layout.parse(axes, WEIGHT_AXES, ("D_in", "D_out"))
-        canonical = parsed.canonical(weight, sizes)  # fills in what sizes lacks
+        parsed = Axes.parse(axes, WEIGHT_AXES, ("D_in", "D_out"))
+        sizes |= parsed.sizes(weight, sizes)
         missing = [names[axis] for axis in names if axis not in sizes]
         if missing:
             raise ValueError(f"axes {axes!r} do not tell {' and '.join(missing)}: pass it as a keyword")
         share = {(False, False): "none", (True, False): "inputs", (True, True): "both"}
-        shared = ("I" not in parsed.axes, "J" not in parsed.axes)
+        shared = ("I" not in parsed.names, "J" not in parsed.names)
         if shared not in share:
             raise ValueError(f"axes {axes!r}: a weight shared over J only is not a CapsuleLayer's")
         options = {"share_weight": share[shared], "device": weight.device, "dtype": weight.dtype, **options}
         layer = cls(**{names[axis]: size for axis, size in sizes.items()}, **options)
         with torch.no_grad():
-            layer.weight.copy_(canonical)
+            layer.weight.copy_(parsed.canonical(weight, sizes))
         return layer

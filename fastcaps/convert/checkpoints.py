@@ -1,4 +1,4 @@
-"""Checkpoints of public capsule networks as fastcaps.CapsNet; nothing in them is ever executed."""
+"""Conversion of checkpoints of public capsule networks; nothing in them is ever executed."""
 
 import math
 import os
@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcaps.convert.recipes import RECIPES, Recipe
+from fastcaps.convert.recipes import Recipe, find_recipe
 from fastcaps.models import CapsNet
 
 LARGEST_STRIDE = 8  # pixels
+PARAMETERS = ("weight", "bias")  # of a convolution or a linear layer
 
 
 @dataclass(frozen=True)
-class Network:
+class PublicNetwork:
     """Where a public network keeps what: prefixes of state-dict keys.
 
     Attributes:
@@ -47,23 +48,23 @@ class Network:
 NETWORKS = {
     network.recipe: network
     for network in (
-        Network("capsule", "conv1", "primary", "capsule-major", "digits", eps=1e-8),
-        Network("xifengguo", "conv1", "primarycaps.conv2d", "flat", "digitcaps"),
-        Network("gram-ai", "conv1", "primary_capsules.capsules.{}", "dimension-major", "digit_capsules"),
-        Network(
+        PublicNetwork("capsule", "conv1", "primary", "capsule-major", "digits", eps=1e-8),
+        PublicNetwork("xifengguo", "conv1", "primarycaps.conv2d", "flat", "digitcaps"),
+        PublicNetwork("gram-ai", "conv1", "primary_capsules.capsules.{}", "dimension-major", "digit_capsules"),
+        PublicNetwork(
             "adambielski", "conv1", "primaryCaps.conv", "capsule-major", "digitCaps",
             decoder=("reconstruction_net.fc1", "reconstruction_net.fc2", "reconstruction_net.fc3"),
         ),
-        Network(
+        PublicNetwork(
             "higgsfield", "conv_layer.conv", "primary_capsules.capsules.{}", "flat", "digit_capsules",
             decoder=tuple(f"decoder.reconstraction_layers.{n}" for n in (0, 2, 4)),  # type: ignore[arg-type]
         ),
-        Network(
+        PublicNetwork(
             "cedrickchee", "conv1.conv0", "primary.conv_units.{}", "dimension-major", "digits",
             decoder=("decoder.fc1", "decoder.fc2", "decoder.fc3"),
             not_kept="its primary capsules are squashed over the capsules instead of over each pose",
         ),
-        Network("danielhavir", "conv1", "primary.conv", "flat", "digits"),
+        PublicNetwork("danielhavir", "conv1", "primary.conv", "flat", "digits"),
     )
 }  # fmt: skip
 
@@ -140,14 +141,14 @@ def convert_checkpoint(
     """
     if recipe not in NETWORKS:
         raise ValueError(f"recipe must be one of {', '.join(map(repr, NETWORKS))}, got {recipe!r}")
-    network, layer = NETWORKS[recipe], next(r for r in RECIPES if r.name == recipe)
+    network, layer = NETWORKS[recipe], find_recipe(recipe)
     if network.not_kept and not fix:
         raise ValueError(f"a CapsNet cannot reproduce {recipe!r}: {network.not_kept}; fix=True (--fix) changes that")
     # adambielski's network may stand alone, or in one that reconstructs as well
     parts = _parts({key.removeprefix("capsnet."): value for key, value in state.items()}, network, layer)
     # Where J and D_out share an axis, the prior tells J.
     sizes = {} if layer.out_capsules is None else {"J": parts["capsules.prior"].shape[-1]}
-    weight = layer.layouts()["weight"].canonical(parts["capsules.weight"], sizes)
+    weight = layer.parsed_axes()["weight"].canonical(parts["capsules.weight"], sizes)
     parts["capsules.weight"] = weight
     options: dict[str, Any] = {"detach": layer.detach} if layer.detach else {}
     options |= {"eps": layer.eps} if layer.eps else {}
@@ -163,9 +164,9 @@ def convert_checkpoint(
         **options,
     ).to(weight.dtype)
     wrong = [
-        f"{name} is {list(parts[name].shape)}, not {list(own.shape)}"
-        for name, own in converted.state_dict().items()
-        if parts[name].shape != own.shape
+        f"{name} is {list(parts[name].shape)}, not {list(ours.shape)}"
+        for name, ours in converted.state_dict().items()
+        if parts[name].shape != ours.shape
     ]
     if wrong:
         raise ValueError(f"the checkpoint is not of the network that {recipe!r} stands for: {'; '.join(wrong)}")
@@ -178,42 +179,57 @@ def convert_checkpoint(
 
 def what_fix_changes(recipe: str) -> list[str]:
     """What a network does that is not the paper's, in words."""
-    layer = next(r for r in RECIPES if r.name == recipe)
+    layer = find_recipe(recipe)
     not_kept = NETWORKS[recipe].not_kept
     return [*layer.convention.effects, *([not_kept] if not_kept else [])]
 
 
-def _parts(state: Mapping[str, Tensor], network: Network, layer: Recipe) -> dict[str, Tensor]:
+def _parts(state: Mapping[str, Tensor], network: PublicNetwork, layer: Recipe) -> dict[str, Tensor]:
     """The checkpoint's tensors by the names of a CapsNet."""
-    prefix = re.escape(network.primary).replace(re.escape("{}"), r"(\d+)")
-    found = [key for key in state if re.fullmatch(prefix + r"\.weight", key)]
-    parts = {"stem": [network.stem], "primary.conv": [network.primary.format(n) for n in range(max(1, len(found)))]}
-    if any(key.startswith(tuple(f"{name}." for name in network.decoder)) for key in state):
-        parts |= {f"decoder.layers.{2 * n}": [name] for n, name in enumerate(network.decoder)}
-    named = {
-        f"{own}.{kind}": [f"{n}.{kind}" for n in names] for own, names in parts.items() for kind in ("weight", "bias")
-    }
-    named["capsules.weight"] = [f"{network.capsules}.{layer.weight}"]
-    if layer.prior is not None:
-        named["capsules.prior"] = [f"{network.capsules}.{layer.prior}"]
-    wanted = [key for keys in named.values() for key in keys]
+    keys = _keys(state, network, layer)
+    wanted = [key for group in keys.values() for key in group]
     missing, unexpected = [key for key in wanted if key not in state], [key for key in state if key not in wanted]
     if missing or unexpected:
         raise ValueError(
             f"the checkpoint is not of the network that {network.recipe!r} stands for; "
             f"missing: {', '.join(missing) or 'none'}; unexpected: {', '.join(unexpected) or 'none'}"
         )
-    ranks = {own: 1 if own.endswith("bias") else 2 if own.startswith("decoder") else 4 for own in named}
-    ranks |= {f"capsules.{own}": len(layer.layouts()[own].groups) for own in ("weight", "prior")}
-    for own, keys in named.items():
-        for key in keys:
-            if state[key].dim() != ranks[own]:
-                raise ValueError(f"{key} must have {ranks[own]} axes, got {list(state[key].shape)}")
-    return {own: torch.cat([state[key] for key in keys]) for own, keys in named.items()}
+    for name, group in keys.items():
+        for key in group:
+            if state[key].dim() != _rank(name, layer):
+                raise ValueError(f"{key} must have {_rank(name, layer)} axes, got {list(state[key].shape)}")
+    return {name: torch.cat([state[key] for key in group]) for name, group in keys.items()}
+
+
+def _keys(state: Mapping[str, Tensor], network: PublicNetwork, layer: Recipe) -> dict[str, list[str]]:
+    """The checkpoint's keys of each tensor of a CapsNet; several stand one after the other on the first axis."""
+    pattern = re.escape(network.primary).replace(re.escape("{}"), r"(\d+)")
+    convolutions = sum(re.fullmatch(pattern + r"\.weight", key) is not None for key in state)
+    modules = {
+        "stem": [network.stem],
+        "primary.conv": [network.primary.format(n) for n in range(max(1, convolutions))],
+    }
+    if any(key.startswith(tuple(f"{name}." for name in network.decoder)) for key in state):
+        modules |= {f"decoder.layers.{2 * n}": [name] for n, name in enumerate(network.decoder)}
+    keys = {f"{ours}.{kind}": [f"{n}.{kind}" for n in names] for ours, names in modules.items() for kind in PARAMETERS}
+    keys["capsules.weight"] = [f"{network.capsules}.{layer.weight}"]
+    if layer.prior is not None:
+        keys["capsules.prior"] = [f"{network.capsules}.{layer.prior}"]
+    return keys
+
+
+def _rank(name: str, layer: Recipe) -> int:
+    """How many axes a tensor of the checkpoint has, by its name in a CapsNet."""
+    module, _, kind = name.rpartition(".")
+    if module == "capsules":
+        return len(layer.parsed_axes()[kind].groups)
+    if kind == "bias":
+        return 1
+    return 4 if module in ("stem", "primary.conv") else 2
 
 
 def _sizes(
-    parts: Mapping[str, Tensor], network: Network, weight: Sequence[int], image_shape: Sequence[int] | None
+    parts: Mapping[str, Tensor], network: PublicNetwork, weight: Sequence[int], image_shape: Sequence[int] | None
 ) -> dict[str, Any]:
     """The sizes of the CapsNet; the stride follows from the number of capsules."""
     (S, C, kernel_size, _), channels = parts["stem.weight"].shape, parts["primary.conv.weight"].shape[0]

@@ -1,4 +1,4 @@
-"""What a layer holds beside what it computes, and whether a call of it changed any of that."""
+"""The contents of a layer beside its parameters, and what a call changes of them."""
 
 from collections import deque
 from types import FunctionType, MethodType, ModuleType
@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None))  # compared by value; all else by identity and content
-OWN = {*vars(nn.Module())}  # what torch itself keeps in a module
+TORCHS_OWN = {*vars(nn.Module())}  # the attributes that every module has
 
 
 def held(layer: nn.Module) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def held(layer: nn.Module) -> dict[str, Any]:
 
     for prefix, module in layer.named_modules():
         for name, value in {**vars(module), **module._buffers}.items():
-            if name not in OWN:
+            if name not in TORCHS_OWN:
                 look(".".join(filter(None, (prefix, name))), value)
     return found
 
@@ -52,7 +52,9 @@ def contents(layer: nn.Module) -> dict[str, tuple[Any, Any]]:
 def _content(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value._version
-    return set(value) if isinstance(value, (set, frozenset)) else value.tobytes() if hasattr(value, "tobytes") else None
+    if isinstance(value, (set, frozenset)):
+        return set(value)
+    return value.tobytes() if hasattr(value, "tobytes") else None
 
 
 def differences(before: dict[str, tuple[Any, Any]], after: dict[str, tuple[Any, Any]]) -> list[str]:

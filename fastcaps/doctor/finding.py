@@ -1,13 +1,28 @@
-"""What a check found."""
+"""Findings: what the checks are called, what they can conclude, and what one found."""
 
 from dataclasses import dataclass
 
 WRONG, SUSPICIOUS, FINE, UNKNOWN = "wrong", "suspicious", "fine", "not checked"
 
+# The names of the checks.
+FINITE = "the output is finite"
+ROUTING = "routing"
+BATCH_MATES = "samples are independent"
+SOFTMAX_AXIS = "softmax over the output capsules"
+ITERATIONS = "number of iterations"
+SQUASH_AXIS = "squash over a pose"
+INPUT_SQUASH = "squash of the input poses"
+SCRAMBLING = "capsules keep their place"
+ZERO_CAPSULES = "zero capsules"
+INITIALISATION = "it trains from here"
+CLASS_SCORES = "class scores are lengths"
+MARGIN_LOSS = "margin loss"
+RECONSTRUCTION_LOSS = "reconstruction loss"
+
 
 @dataclass(frozen=True)
 class Finding:
-    """One check of one place.
+    """What one check of one module found.
 
     Attributes:
         check: what was looked at.

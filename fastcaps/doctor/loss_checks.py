@@ -1,151 +1,218 @@
-"""Are the losses reduced as in the paper, and given lengths?"""
+"""The checks of the losses: what they are given, and how they are reduced."""
 
+import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastcaps.doctor.finding import FINE, SUSPICIOUS, UNKNOWN, WRONG, Finding
-from fastcaps.doctor.watch import tensors
-from fastcaps.losses import margin_loss
+from fastcaps import losses as paper
+from fastcaps.convert.modules import floating_tensors
+from fastcaps.doctor.finding import (
+    CLASS_SCORES,
+    FINE,
+    MARGIN_LOSS,
+    RECONSTRUCTION_LOSS,
+    SUSPICIOUS,
+    UNKNOWN,
+    WRONG,
+    Finding,
+)
+
+Loss = Callable[..., Any]
+
+BATCHES, LENGTHS = (4, 7, 9), 3  # numbers of samples of which two are tried, and how often each
+CLOSE = 1e-3  # relative: ratios that count as one
+RECONSTRUCTION_WEIGHT = 0.0005  # of the summed squared error, in the paper
 
 
 def class_lengths(output: Any, B: int) -> tuple[Tensor, bool] | None:
     """``[B, J]`` lengths of what looks most like class capsules, and whether they were made from poses here."""
-    for t in tensors(output):
+    for t in floating_tensors(output):
         t = t.squeeze()
         if t.dim() == 3 and B in t.shape[:2]:
             return torch.linalg.vector_norm(t if t.shape[0] == B else t.transpose(0, 1), dim=-1), True
-    for t in tensors(output):
+    for t in floating_tensors(output):
         if t.dim() == 2 and t.shape[0] == B:
             return t, False
     return None
 
 
-def losses(
-    output: Any, B: int, margin: Callable[..., Any] | None, reconstruction: Callable[..., Any] | None
-) -> Iterator[Finding]:
+def losses(output: Any, B: int, margin_loss: Loss | None, reconstruction_loss: Loss | None) -> Iterator[Finding]:
     """What the losses are given, and how they are reduced."""
+    yield class_scores(output, B)
     found = class_lengths(output, B)
-    scores = next((t for t in tensors(output) if t.dim() == 2 and t.shape[0] == B), None)
-    check = "class scores are lengths"
+    if margin_loss is None or found is None:
+        text = "none was given" if margin_loss is None else "no output [B, J, D_out] or [B, J] was found"
+        yield Finding(MARGIN_LOSS, "", UNKNOWN, text)
+    else:
+        yield margin_reduction(margin_loss, found[0].shape[1], found[0].dtype)
+    if reconstruction_loss is None:
+        yield Finding(RECONSTRUCTION_LOSS, "", UNKNOWN, "none was given")
+    else:
+        yield reconstruction_reduction(reconstruction_loss)
+
+
+def class_scores(output: Any, B: int) -> Finding:
+    """Were the class scores softmaxed?"""
+    scores = next((t for t in floating_tensors(output) if t.dim() == 2 and t.shape[0] == B), None)
     if scores is None or not scores.isfinite().all():
-        yield Finding(check, "", UNKNOWN, "no finite output [B, J] was found")
-    elif ((sums := scores.sum(1)) - 1).abs().max() >= 1e-4:
-        yield Finding(check, "", FINE, f"no softmax: those of a sample sum to {sums.min():.2g} to {sums.max():.2g}")
-    else:
-        yield Finding(
-            check, "", SUSPICIOUS, "the class scores of each sample sum to 1, as after a softmax",
-            "give the margin loss the lengths: its bounds 0.9 and 0.1 are for them, not for probabilities that compete",
-        )  # fmt: skip
-    if margin is None or found is None:
-        text = "none was given" if margin is None else "no output [B, J, D_out] or [B, J] was found"
-        yield Finding("margin loss", "", UNKNOWN, text)
-    else:
-        yield margin_reduction(margin, found[0].shape[1], found[0].dtype)
-    if reconstruction is None:
-        yield Finding("reconstruction loss", "", UNKNOWN, "none was given")
-    else:
-        yield reconstruction_reduction(reconstruction)
+        return Finding(CLASS_SCORES, "", UNKNOWN, "no finite output [B, J] was found")
+    sums = scores.sum(1)
+    if (sums - 1).abs().max() >= 1e-4:
+        text = f"no softmax: those of a sample sum to {sums.min():.2g} to {sums.max():.2g}"
+        return Finding(CLASS_SCORES, "", FINE, text)
+    return Finding(
+        CLASS_SCORES, "", SUSPICIOUS, "the class scores of each sample sum to 1, as after a softmax",
+        "give the margin loss the lengths: its bounds 0.9 and 0.1 are for them, not for probabilities that compete",
+    )  # fmt: skip
 
 
-def _value(loss: Callable[..., Any], *args: Tensor) -> Tensor | str:
-    """What a loss gives: a number, or what is in the way of one."""
+class LossFailed(Exception):
+    """A loss raised an error; the message is its first line."""
+
+
+class NoScalar(Exception):
+    """A loss returned something other than one number; the message says what."""
+
+
+def _value(loss: Loss, *args: Tensor) -> float:
+    """What a loss gives.
+
+    Raises:
+        LossFailed: it does not take these arguments.
+        NoScalar: it returns something other than one number.
+    """
     try:
         returned = loss(*args)
     except Exception as error:
-        return f"{type(error).__name__}: {error}".splitlines()[0]
+        raise LossFailed(f"{type(error).__name__}: {error}".splitlines()[0]) from error
     try:
         value = torch.as_tensor(returned)
-    except Exception:
-        return f"it returns {type(returned).__name__}, no scalar"
-    return value.detach().double().squeeze() if value.numel() == 1 else f"it returns {tuple(value.shape)}, no scalar"
+    except Exception as error:
+        raise NoScalar(f"it returns {type(returned).__name__}, no scalar") from error
+    if value.numel() != 1:
+        raise NoScalar(f"it returns {tuple(value.shape)}, no scalar")
+    return value.detach().double().item()
 
 
-def _margin_ratios(loss: Callable[..., Any], form: str, J: int, sizes: list[int], dtype: torch.dtype) -> Any:
-    """The loss over the paper's at random lengths, some for each batch size; or what is in the way."""
+@dataclass(frozen=True)
+class LabelForm:
+    """How a margin loss takes its labels: as indices or one-hot, after the lengths or before them."""
+
+    one_hot: bool
+    first: bool
+
+    def arguments(self, lengths: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The arguments of the loss, from lengths ``[B, J]`` and labels ``[B]``."""
+        given = torch.nn.functional.one_hot(labels, lengths.shape[1]).to(lengths.dtype) if self.one_hot else labels
+        return (given, lengths) if self.first else (lengths, given)
+
+
+FORMS = [LabelForm(one_hot, first) for first in (False, True) for one_hot in (False, True)]
+
+Ratios = dict[int, list[float]]  # of a loss to the paper's, some for each number of samples
+
+
+def _margin_ratios(loss: Loss, form: LabelForm, J: int, sizes: list[int], dtype: torch.dtype) -> Ratios:
+    """The loss over the paper's at random lengths."""
     generator = torch.Generator().manual_seed(0)
-    ratios: dict[int, list[float]] = {B: [] for B in sizes}
-    for B in sizes:
-        for _ in range(3):
-            lengths = torch.rand(B, J, generator=generator, dtype=torch.float64).to(dtype)
-            labels = torch.randint(J, (B,), generator=generator)
-            given = torch.nn.functional.one_hot(labels, J).to(dtype) if "one-hot" in form else labels
-            value = _value(loss, *((given, lengths) if "first" in form else (lengths, given)))
-            if isinstance(value, str):
-                return value
-            ratios[B].append(value.item() / margin_loss(lengths, labels).item())
+    ratios: Ratios = {B: [] for B in sizes}
+    for B, _ in itertools.product(sizes, range(LENGTHS)):
+        lengths = torch.rand(B, J, generator=generator, dtype=torch.float64).to(dtype)
+        labels = torch.randint(J, (B,), generator=generator)
+        value = _value(loss, *form.arguments(lengths, labels))
+        ratios[B].append(value / paper.margin_loss(lengths, labels).item())
     return ratios
 
 
-def _factor(ratios: dict[int, list[float]], J: int) -> str | None:
-    """Which reduction explains the ratios at every batch size; None: none does."""
-    sum_, mean = "summed over the samples", "averaged over the classes"
-    notes = {"": lambda B: 1.0, sum_: float, mean: lambda B: 1 / J, f"{sum_} and {mean}": lambda B: B / J}
-    for note, factor in notes.items():
-        if all(abs(r - factor(B)) <= 1e-3 * factor(B) for B, part in ratios.items() for r in part):
-            return note
+def _reduction(ratios: Ratios, J: int) -> str | None:
+    """Which reduction explains the ratios at every batch size, empty for the paper's; None: none does."""
+    samples, classes = "summed over the samples", "averaged over the classes"
+    factors: dict[str, Callable[[int], float]] = {
+        "": lambda B: 1.0,
+        samples: float,
+        classes: lambda B: 1 / J,
+        f"{samples} and {classes}": lambda B: B / J,
+    }
+    for reduction, factor in factors.items():
+        if all(_is_close(ratio, factor(B)) for B, some in ratios.items() for ratio in some):
+            return reduction
     return None
 
 
-def margin_reduction(loss: Callable[..., Any], J: int, dtype: torch.dtype) -> Finding:
+def _is_close(ratio: float, factor: float) -> bool:
+    return abs(ratio - factor) <= CLOSE * factor
+
+
+def margin_reduction(loss: Loss, J: int, dtype: torch.dtype) -> Finding:
     """The loss at some lengths beside the paper's: which constant lies between them, if one does?"""
-    check = "margin loss"
-    sizes = [B for B in (4, 7, 9) if B != J][:2]  # B = J could not tell a sum from a mean
-    forms = ("indices", "one-hot", "indices first", "one-hot first")
-    tried = {form: _margin_ratios(loss, form, J, sizes, dtype) for form in forms}
-    ran = {form: ratios for form, ratios in tried.items() if not isinstance(ratios, str)}
-    if not ran:
-        reason = next((text for text in tried.values() if "no scalar" in text), tried["indices"])
-        if "no scalar" in reason:
-            return Finding(check, "", WRONG, reason, "reduce it: sum over classes, mean over samples")
-        text = f"it does not take lengths [B, J] and labels [B], nor one-hot labels: {reason}"
-        return Finding(check, "", UNKNOWN, text)
+    sizes = [B for B in BATCHES if B != J][:2]  # B = J could not tell a sum from a mean
+    accepted: list[Ratios] = []
+    failures: list[LossFailed | NoScalar] = []
+    for form in FORMS:
+        try:
+            accepted.append(_margin_ratios(loss, form, J, sizes, dtype))
+        except (LossFailed, NoScalar) as error:
+            failures.append(error)
+    if not accepted:
+        return _no_margin_loss(failures)
     # A loss may take both kinds of labels by broadcasting: it is meant for the one that it makes sense of.
-    ratios = next((r for r in ran.values() if _factor(r, J) is not None), next(iter(ran.values())))
-    note = _factor(ratios, J)
-    values = [r for part in ratios.values() for r in part]
-    if note == "":
-        return Finding(check, "", FINE, "it is the paper's: summed over the classes, averaged over the samples")
-    if note is not None:
+    ratios = next((ratios for ratios in accepted if _reduction(ratios, J) is not None), accepted[0])
+    reduction = _reduction(ratios, J)
+    if reduction == "":
+        return Finding(MARGIN_LOSS, "", FINE, "it is the paper's: summed over the classes, averaged over the samples")
+    if reduction is not None:
         B = sizes[-1]
         return Finding(
-            check, "", WRONG, f"it is {ratios[B][0]:.3g} times the paper's at {B} samples and {J} classes: {note}",
+            MARGIN_LOSS, "", WRONG,
+            f"it is {ratios[B][0]:.3g} times the paper's at {B} samples and {J} classes: {reduction}",
             "sum over the classes and average over the samples, else the reconstruction weighs too much or too little",
         )  # fmt: skip
-    if min(values) > 0 and max(values) / min(values) - 1 <= 1e-3:
+    values = [ratio for some in ratios.values() for ratio in some]
+    if min(values) > 0 and max(values) / min(values) - 1 <= CLOSE:
         text = f"it is {values[0]:.4g} times the paper's"
-        return Finding(check, "", SUSPICIOUS, text, "the weight of the reconstruction is meant for the paper's")
+        return Finding(MARGIN_LOSS, "", SUSPICIOUS, text, "the weight of the reconstruction is meant for the paper's")
     text = f"it is not a multiple of the paper's: the ratio goes from {min(values):.3g} to {max(values):.3g}"
     fix = "sum_k T_k max(0, 0.9 - |v_k|)^2 + 0.5 (1 - T_k) max(0, |v_k| - 0.1)^2, both squared (fastcaps.losses)"
-    return Finding(check, "", WRONG, text, fix)
+    return Finding(MARGIN_LOSS, "", WRONG, text, fix)
 
 
-def reconstruction_reduction(loss: Callable[..., Any]) -> Finding:
+def _no_margin_loss(failures: list[LossFailed | NoScalar]) -> Finding:
+    """A loss that gives no number for any form of the labels."""
+    for failure in failures:
+        if isinstance(failure, NoScalar):
+            return Finding(MARGIN_LOSS, "", WRONG, str(failure), "reduce it: sum over classes, mean over samples")
+    text = f"it does not take lengths [B, J] and labels [B], nor one-hot labels: {failures[0]}"
+    return Finding(MARGIN_LOSS, "", UNKNOWN, text)
+
+
+def reconstruction_reduction(loss: Loss) -> Finding:
     """The loss of two random batches beside the paper's."""
-    check = "reconstruction loss"
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.rand(4, 1, 28, 28, generator=generator) for _ in range(2))
-    summed = (a - b).pow(2).flatten(1).sum(1).mean().item()
-    value = _value(loss, a, b)
-    if isinstance(value, str):
-        value = _value(loss, a.flatten(1), b.flatten(1))
-    if isinstance(value, str):
-        if "no scalar" in value:
-            return Finding(check, "", WRONG, value, "reduce it: sum over pixels, mean over samples")
-        return Finding(check, "", UNKNOWN, f"it does not take two batches of images: {value}")
-    ratio = value.item() / summed
-    names = {1.0: "", 1 / 784: "averaged over the pixels", 4.0: "summed over the samples"}
-    for scale in (1.0, 0.0005):
-        for factor, name in names.items():
-            if abs(ratio - factor * scale) < 1e-3 * factor * scale:
-                weight = "" if scale == 1 else ", times 0.0005"
-                if not name:
-                    return Finding(
-                        check, "", FINE, f"it is the paper's: summed over the pixels, averaged over the samples{weight}"
-                    )
-                text = f"it is {ratio:.3g} times the paper's sum over the pixels: {name}{weight}"
-                fix = "sum over the pixels and average over the samples, or multiply 0.0005 by the number of pixels"
-                return Finding(check, "", WRONG, text, fix)
-    return Finding(check, "", SUSPICIOUS, f"it is {ratio:.3g} times the summed squared error", "check its weight")
+    try:
+        try:
+            value = _value(loss, a, b)
+        except (LossFailed, NoScalar):
+            value = _value(loss, a.flatten(1), b.flatten(1))
+    except NoScalar as error:
+        return Finding(RECONSTRUCTION_LOSS, "", WRONG, str(error), "reduce it: sum over pixels, mean over samples")
+    except LossFailed as error:
+        return Finding(RECONSTRUCTION_LOSS, "", UNKNOWN, f"it does not take two batches of images: {error}")
+    ratio = value / (a - b).pow(2).flatten(1).sum(1).mean().item()
+    reductions = {"": 1.0, "averaged over the pixels": 1 / a[0].numel(), "summed over the samples": float(len(a))}
+    for weight, (reduction, factor) in itertools.product((1.0, RECONSTRUCTION_WEIGHT), reductions.items()):
+        if not _is_close(ratio, factor * weight):
+            continue
+        weighted = "" if weight == 1 else f", times {weight}"
+        if not reduction:
+            text = f"it is the paper's: summed over the pixels, averaged over the samples{weighted}"
+            return Finding(RECONSTRUCTION_LOSS, "", FINE, text)
+        text = f"it is {ratio:.3g} times the paper's sum over the pixels: {reduction}{weighted}"
+        fix = "sum over the pixels and average over the samples, or multiply 0.0005 by the number of pixels"
+        return Finding(RECONSTRUCTION_LOSS, "", WRONG, text, fix)
+    text = f"it is {ratio:.3g} times the summed squared error"
+    return Finding(RECONSTRUCTION_LOSS, "", SUSPICIOUS, text, "check its weight")

@@ -1,4 +1,4 @@
-"""What ``fastcaps doctor`` is pointed at: a function that builds a model, or a checkpoint."""
+"""Targets of ``fastcaps doctor``: a function that builds a model, or a checkpoint."""
 
 import importlib.util
 import inspect
@@ -12,11 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastcaps.convert.recipes import RECIPES, Recipe
+from fastcaps._deprecated import warn_renamed
+from fastcaps.convert.checkpoints import NETWORKS, PublicNetwork, convert_checkpoint, read_state_dict
+from fastcaps.convert.modules import full_copy
+from fastcaps.convert.recipes import find_recipe
 from fastcaps.doctor import examine
-from fastcaps.doctor.checks import copied
-from fastcaps.doctor.finding import WRONG, Finding
+from fastcaps.doctor.finding import BATCH_MATES, INPUT_SQUASH, ITERATIONS, WRONG, ZERO_CAPSULES, Finding
+from fastcaps.models import CapsNet
+from fastcaps.models.network import describe
 
+RENAMED = {"margin": "margin_loss", "reconstruction": "reconstruction_loss"}  # keys of 0.1
 BATCH = (5, 7, 11, 13)  # samples: the first number that is no other size, so that the batch axis can be told
 
 
@@ -44,8 +49,10 @@ def load_target(target: str) -> dict[str, Any]:
     if isinstance(built, tuple) and len(built) == 2 and isinstance(built[0], nn.Module):
         return {"model": built[0], "sample": built[1]}
     known = list(inspect.signature(examine).parameters)
-    if isinstance(built, Mapping) and isinstance(built.get("model"), nn.Module) and set(built) <= set(known):
-        return dict(built)
+    if isinstance(built, Mapping) and isinstance(built.get("model"), nn.Module) and set(built) <= {*known, *RENAMED}:
+        for key in RENAMED.keys() & built.keys():
+            warn_renamed(f"key {key!r} of what {name}() returns", repr(RENAMED[key]))
+        return {RENAMED.get(str(key), str(key)): value for key, value in built.items()}
     raise ValueError(f"{name}() must return a module, (module, sample), or a dict with {', '.join(known)}")
 
 
@@ -80,7 +87,7 @@ def random_sample(model: nn.Module, image_shape: Sequence[int] | None) -> Tensor
         sample = torch.rand(B, *shape, generator=generator).to(first)
         try:
             with torch.no_grad():
-                copied(model).eval()(sample)
+                full_copy(model).eval()(sample)
             return sample
         except Exception as error:
             errors.append(f"{shape}: {type(error).__name__}: {error}")
@@ -98,10 +105,6 @@ def examine_checkpoint(path: Path, image_shape: Sequence[int] | None) -> tuple[s
     Raises:
         ValueError: it is neither.
     """
-    from fastcaps.convert.checkpoints import NETWORKS, convert_checkpoint, read_state_dict
-    from fastcaps.models import CapsNet
-    from fastcaps.models.network import describe
-
     if path.suffix == ".py":
         raise ValueError(f"which function of {path} builds the model? {path}:FUNCTION")
     reasons = []
@@ -111,42 +114,63 @@ def examine_checkpoint(path: Path, image_shape: Sequence[int] | None) -> tuple[s
         except ValueError as error:  # somebody else's safetensors file, or a damaged one of ours
             reasons.append(f"fastcaps: {error}")
         else:
-            network = CapsNet.load(path)
-            if image_shape and tuple(image_shape) != tuple(network.image_shape):
-                raise ValueError(f"{path} is of a network for images {network.image_shape}, not --image-shape")
-            return "a fastcaps.CapsNet", examine(network, random_sample(network, network.image_shape))
+            return "a fastcaps.CapsNet", _examine_our_file(path, image_shape)
     state = read_state_dict(path)
-    for name, whose in NETWORKS.items():
+    for name, network in NETWORKS.items():
         try:
-            with warnings.catch_warnings():  # what the conversion leaves out is not looked for here
-                warnings.simplefilter("ignore")
-                network = convert_checkpoint(state, name, image_shape=image_shape, fix=whose.not_kept is not None)
-        except ValueError as error:
+            findings = _examine_public(state, network, image_shape)
+        except _NotThatNetwork as error:
             reasons.append(f"{name}: {error}")
             continue
-        recipe = next(r for r in RECIPES if r.name == name)
-        known = list(_known(recipe, whose.not_kept, network.capsules.num_iterations))
-        findings = examine(network, random_sample(network, network.image_shape))
-        # Where the conversion differs from the network, what was computed of it says nothing of the network.
-        findings = [finding for finding in findings if finding.check not in {other.check for other in known}]
-        how = " with --fix" if whose.not_kept else ""
-        return f"the network of {name}, run as it is converted{how}", findings + known
+        how = " with --fix" if network.not_kept else ""
+        return f"the network of {name}, run as it is converted{how}", findings
     raise ValueError(f"{str(path)!r} is of no network that is known:\n" + "\n".join(reasons))
 
 
-def _known(recipe: Recipe, not_kept: str | None, num_iterations: int) -> Iterator[Finding]:
+class _NotThatNetwork(ValueError):
+    """A checkpoint is not of the network that was tried."""
+
+
+def _examine_our_file(path: Path, image_shape: Sequence[int] | None) -> list[Finding]:
+    """The findings of a file of :meth:`fastcaps.CapsNet.save`."""
+    network = CapsNet.load(path)
+    if image_shape and tuple(image_shape) != tuple(network.image_shape):
+        raise ValueError(f"{path} is of a network for images {network.image_shape}, not --image-shape")
+    return examine(network, random_sample(network, network.image_shape))
+
+
+def _examine_public(
+    state: Mapping[str, Tensor], network: PublicNetwork, image_shape: Sequence[int] | None
+) -> list[Finding]:
+    """The findings of a public network's state dict, and what is known of that network."""
+    try:
+        with warnings.catch_warnings():  # what the conversion leaves out is not looked for here
+            warnings.simplefilter("ignore", UserWarning)
+            converted = convert_checkpoint(
+                state, network.recipe, image_shape=image_shape, fix=network.not_kept is not None
+            )
+    except ValueError as error:
+        raise _NotThatNetwork(str(error)) from error
+    known = list(_known(network, converted.capsules.num_iterations))
+    findings = examine(converted, random_sample(converted, converted.image_shape))
+    # Where the conversion differs from the network, what was computed of it says nothing of the network.
+    return [finding for finding in findings if finding.check not in {other.check for other in known}] + known
+
+
+def _known(network: PublicNetwork, num_iterations: int) -> Iterator[Finding]:
     """What is known of a network and cannot be computed from its conversion."""
+    recipe = find_recipe(network.recipe)
     if not recipe.eps and not recipe.norm_eps:
         s = torch.zeros(2)
         value = (s * s).sum() / (1 + (s * s).sum()) * s / (s * s).sum().sqrt()
         text = f"its squash divides by the norm alone (known of this network): at 0 that is {value[0].item()}"
-        yield Finding("zero capsules", "", WRONG, text, "fastcaps.CapsNet computes 0 there")
+        yield Finding(ZERO_CAPSULES, "", WRONG, text, "fastcaps.CapsNet computes 0 there")
     if recipe.offset:
         text = f"with iterations = 3 it couples {num_iterations} times (known of this network)"
-        yield Finding("number of iterations", "", WRONG, text, "count the couplings")
-    if not_kept:
+        yield Finding(ITERATIONS, "", WRONG, text, "count the couplings")
+    if network.not_kept:
         fix, how = "convert it with --fix, and train it on", "(known of this network, not computed)"
-        yield Finding("squash of the input poses", "", WRONG, f"{not_kept} {how}", fix)
+        yield Finding(INPUT_SQUASH, "", WRONG, f"{network.not_kept} {how}", fix)
         if recipe.logits == "batch":
             text = f"the routing logits are averaged over the batch {how}"
-            yield Finding("samples are independent", "", WRONG, text, fix)
+            yield Finding(BATCH_MATES, "", WRONG, text, fix)

@@ -147,7 +147,7 @@ LAYERS = [
     (lambda: PrimaryCapsules(2, 4, 8, 3, padding=1.5), TypeError, r"padding must be an int, got 1\.5"),
     (lambda: CapsuleLayer.from_weight(None, "I J D_out D_in"), TypeError, "weight must be .* got NoneType"),
     (lambda: CapsuleLayer.from_weight(torch.ones(2, 2, dtype=torch.int64), "D_out D_in"), TypeError, "got torch.int64"),
-    (lambda: CapsuleLayer.from_weight(torch.randn(5, 4, 6, 3), None), TypeError, "layout must be a string, got None"),
+    (lambda: CapsuleLayer.from_weight(torch.randn(5, 4, 6, 3), None), TypeError, "axes must be a string, got None"),
     (lambda: CapsuleLayer.from_weight(torch.randn(5, 4, 6, 3), "(I (J D_out D_in"), ValueError, "pairs of parentheses"),
     (
         lambda: CapsuleLayer.from_weight(torch.randn(5, 3, 24), "I D_in (J D_out)", out_capsules=0),

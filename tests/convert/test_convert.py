@@ -61,7 +61,7 @@ def test_every_published_layer_is_replaced_and_equal(name, T):
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_parameters_names_and_layouts_stay(name):
+def test_parameters_names_and_axes_stay(name):
     layer = LAYERS[name]()
     parameters, state = dict(layer.named_parameters()), {k: v.clone() for k, v in layer.state_dict().items()}
     calls = []
@@ -138,23 +138,23 @@ def flips(recipe, T):
     """Every field with another value; some have several."""
     J_in_one_axis = recipe.out_capsules is not None
     swapped = {
-        "layout": ["J I D_in D_out" if recipe.layout != "J I D_in D_out" else "I J D_in D_out"],
+        "axes": ["J I D_in D_out" if recipe.axes != "J I D_in D_out" else "I J D_in D_out"],
         "input": ["I B D_in", "B I D_in" if recipe.input == "B D_in I" else "B D_in I"],
         "output": ["B D_out J", "B J D_out 1 1"],
-        "prior_layout": ["J I"],
-        "bias_layout": ["D_out J"],
+        "prior_axes": ["J I"],
+        "bias_axes": ["D_out J"],
     }
-    if recipe.layout.startswith("1 "):
-        swapped["layout"] = [
+    if recipe.axes.startswith("1 "):
+        swapped["axes"] = [
             "1 J I D_in D_out",
-            "1 I J D_in D_out" if "D_out D_in" in recipe.layout else "1 I J D_out D_in",
+            "1 I J D_in D_out" if "D_out D_in" in recipe.axes else "1 I J D_out D_in",
         ]
     if J_in_one_axis:
-        swapped["layout"] = ["I D_in (D_out J)", "D_in I (J D_out)"]
+        swapped["axes"] = ["I D_in (D_out J)", "D_in I (J D_out)"]
     values = {
         "classes": ["SomethingElse"],
         "weight": ["missing"],
-        "iterations": [n - recipe.offset for n in (T + 1, T - 1) if n > 0],
+        "num_iterations": [n - recipe.offset for n in (T + 1, T - 1) if n > 0],
         "offset": [recipe.offset + 1, *([recipe.offset - 1] if T > 1 else [])],
         "out_capsules": [J + 1] if J_in_one_axis else [],
         "prior": [None] if recipe.prior else ["missing"],
@@ -169,9 +169,9 @@ def flips(recipe, T):
         **swapped,
     }
     if recipe.prior is None:
-        values["prior_layout"] = []  # nothing to arrange
+        values["prior_axes"] = []  # nothing to arrange
     if recipe.bias is None:
-        values["bias_layout"] = []
+        values["bias_axes"] = []
     assert values.keys() == {f.name for f in dataclasses.fields(Recipe)} - {"name"}
     return [(name, value) for name, options in values.items() for value in options]
 
@@ -202,13 +202,13 @@ def test_each_flag_flipped_is_refused_and_named(name, T):
         elif flag in NAMED:
             named = f"most likely {flag}={'' if flag == 'leaky' else repr(getattr(recipe, flag))}"
             assert named in text, f"{flag}={value}: {text}"
-        elif flag == "iterations":
+        elif flag == "num_iterations":
             assert "most likely offset=" in text, text
 
 
-@pytest.mark.parametrize("flag", ["layout", "output", "input"])
-def test_a_wrong_layout_is_named(flag):
-    wrong = {"layout": "1 J I D_out D_in", "output": "B J D_out 1", "input": "B D_in I"}[flag]
+@pytest.mark.parametrize("flag", ["axes", "output", "input"])
+def test_wrong_axes_are_named(flag):
+    wrong = {"axes": "1 J I D_out D_in", "output": "B J D_out 1", "input": "B D_in I"}[flag]
     report = quietly(
         seed.Capsule(6, 6, 6, 6, 3),
         torch.randn(7, 6, 6),
@@ -386,7 +386,7 @@ class WithCoupling(nn.Module):
         return v.permute(1, 2, 0), c.mT
 
 
-MINE = Recipe("mine", "WithCoupling", "W", "J D_out D_in", iterations="routings", output=("J D_out B", "B J I"))
+MINE = Recipe("mine", "WithCoupling", "W", "J D_out D_in", num_iterations="routings", output=("J D_out B", "B J I"))
 
 
 def test_a_recipe_of_ones_own_with_coupling():

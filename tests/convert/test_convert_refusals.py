@@ -18,7 +18,7 @@ from torch import nn
 
 import fastcaps
 from fastcaps.convert import RECIPES, ConvertedCapsules, Recipe, replace_capsules
-from fastcaps.convert.recipes import variants
+from fastcaps.convert.diagnosis import variants
 
 # ------------------------------------------------------------------------------------------------------------ bad input
 
@@ -51,8 +51,8 @@ def test_a_sample_of_the_wrong_shape():
             TypeError,
             "must be Recipe objects, got 'seed'",
         ),
-        (lambda: Recipe("a", "A", "W", "I J K"), ValueError, "layout must be made of I, J, D_out, D_in, 1"),
-        (lambda: Recipe("a", "A", "W", "I J D_in"), ValueError, "layout must name D_in and D_out"),
+        (lambda: Recipe("a", "A", "W", "I J K"), ValueError, "axes must be made of I, J, D_out, D_in, 1"),
+        (lambda: Recipe("a", "A", "W", "I J D_in"), ValueError, "axes must name D_in and D_out"),
         (
             lambda: Recipe("a", "A", "W", "I D_in D_out", softmax="J"),
             ValueError,
@@ -317,7 +317,7 @@ def test_fix_reports_how_far_the_outputs_move(name, monkeypatch):
     assert row.gradient > 0.01
     assert "from the paper's routing in plain PyTorch they are" in str(row.notes)
     monkeypatch.setattr(
-        "fastcaps.convert.recipes.dynamic_routing", lambda *a, **k: 1.001 * fastcaps.dynamic_routing(*a, **k)
+        "fastcaps.convert.converted.dynamic_routing", lambda *a, **k: 1.001 * fastcaps.dynamic_routing(*a, **k)
     )
     layer = LAYERS[name]()
     assert "fastcaps itself is wrong here" in quietly(layer, poses_for(name), fix=True).layers[0].reason

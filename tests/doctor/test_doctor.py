@@ -74,7 +74,7 @@ def test_evidence_is_in_numbers():
     ],
 )
 def test_our_own_network_is_fine(model):
-    findings = look(model(), margin=margin_loss, reconstruction=fastcaps.losses.reconstruction_loss)
+    findings = look(model(), margin_loss=margin_loss, reconstruction_loss=fastcaps.losses.reconstruction_loss)
     assert {finding.verdict for finding in findings} == {FINE}, "\n".join(map(str, findings))
     without = look(model())
     assert [f.check for f in without] == [f.check for f in findings]
@@ -385,7 +385,7 @@ RECONSTRUCTIONS = {
 @pytest.mark.parametrize("name", RECONSTRUCTIONS)
 def test_reductions_of_the_reconstruction_loss(name):
     loss, verdict, text = RECONSTRUCTIONS[name]
-    findings = look(fastcaps.CapsNet(SHAPE, 10, kernel_size=3), reconstruction=loss)
+    findings = look(fastcaps.CapsNet(SHAPE, 10, kernel_size=3), reconstruction_loss=loss)
     finding = next(f for f in findings if f.check == "reconstruction loss")
     assert (finding.verdict, text in finding.evidence) == (verdict, True), str(finding)
 
@@ -400,7 +400,7 @@ S = {"size": 12, "kernel": 3, "stem": 5, "types": 3, "dim": 4}
 def alone(): return seed.Network(**S)
 def with_sample(): return gram_ai.Network(**S), torch.rand(7, 1, 12, 12)
 def everything():
-    return {"model": seed.Network(**S), "sample": torch.rand(7, 1, 12, 12), "reconstruction": nn.MSELoss()}
+    return {"model": seed.Network(**S), "sample": torch.rand(7, 1, 12, 12), "reconstruction_loss": nn.MSELoss()}
 def nothing(): return 3
 def sized(n): return seed.Network(**S)
 """
@@ -431,7 +431,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
         f"{tmp_path}/broken.py:build": "cannot be imported: ModuleNotFoundError",
         f"{tmp_path}/random.py:build": "must return a module",
         f"{file}:sized": "must be a function without arguments",
-        f"{file}:nothing": "must return a module, (module, sample), or a dict with model, sample, margin",
+        f"{file}:nothing": "must return a module, (module, sample), or a dict with model, sample, margin_loss",
         f"{file}:missing": "has no function 'missing'",
         f"{tmp_path}/no.py:build": "there is no file",
         f"{file}:alone": "the model takes none of these images; give --image-shape C H W",
