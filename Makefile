@@ -20,15 +20,19 @@ demo: $(READY)
 test: $(READY)
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
+SOURCES := $(foreach kind,h cpp cu,$(wildcard csrc/*.$(kind) csrc/*/*.$(kind) tests/*/*.$(kind) benchmarks/*.$(kind)))
+
 lint: $(READY)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
 	$(BIN)/mypy
 	$(BIN)/python benchmarks/report.py --check
 
 format: $(READY)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(SOURCES)
 
 # Every contestant at every size: about half an hour, on a machine that does nothing else.
 bench: $(READY)

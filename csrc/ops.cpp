@@ -174,7 +174,8 @@ struct Inputs {
   }
 };
 
-// From 32 MB on an allocation of the host is always new memory, and page faults for every 4 KB of it a tenth of a training step.
+// From 32 MB on an allocation of the host is always new memory, and page faults for every 4 KB of it a tenth of a
+// training step.
 Tensor in_large_pages(Tensor tensor) {
 #ifdef MADV_HUGEPAGE
   if (tensor.is_cuda()) return tensor;
@@ -295,7 +296,8 @@ STABLE_TORCH_LIBRARY(fastcaps, m) {
   m.def(
       "native_dynamic_routing_backward(Tensor grad, Tensor poses, Tensor? weight, Tensor? prior, Tensor? bias, "
       "Tensor? mask, Tensor sums, bool leaky, bool detach, float eps, bool need_poses, bool need_weight, "
-      "bool need_prior, bool need_bias, bool allow_tf32=False) -> (Tensor d_poses, Tensor d_weight, Tensor d_prior, Tensor d_bias)");
+      "bool need_prior, bool need_bias, bool allow_tf32=False) -> (Tensor d_poses, Tensor d_weight, Tensor d_prior, "
+      "Tensor d_bias)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastcaps, CPU, m) {

@@ -6,8 +6,8 @@
 // pass and live in the cache for a few input capsules at a time. Everything that crosses input capsules (the weighted
 // sums, dV, and gradients of what is shared over I) is summed per slice of I, and the slices in a fixed order: slices
 // depend on sizes only, so threads change no bit of the result.
-#include "routing.h"
 #include "cpu/simd.h"
+#include "routing.h"
 
 namespace fastcaps {
 namespace FASTCAPS_ISA {

@@ -4,9 +4,9 @@
 // capsules among it. Votes are computed wherever they are needed. Letters and statistics are as in that file.
 #pragma once
 
+#include "cuda/layout.h"
 #include "cuda/platform.h"
 #include "routing.h"
-#include "cuda/layout.h"
 
 namespace fastcaps::cuda {
 
@@ -15,10 +15,10 @@ constexpr int kWarps = 4;  // of a block, at most
 template <class Real>
 struct AnyCall {
   Routing<Real> in;
-  const Real* V;    // [B, J, D_out], log2(e) times the sum of earlier outputs, or null: 0
-  const Real* ds;   // [B, J, D_out], or null: the forward
-  Real* stats;      // [3, I, B], or null where nobody wants them
-  Real* partial;    // [slices, B, J, D_out], or null where only statistics are wanted
+  const Real* V;   // [B, J, D_out], log2(e) times the sum of earlier outputs, or null: 0
+  const Real* ds;  // [B, J, D_out], or null: the forward
+  Real* stats;     // [3, I, B], or null where nobody wants them
+  Real* partial;   // [slices, B, J, D_out], or null where only statistics are wanted
   int64_t slices;
   bool in_shared_memory;  // whether sums fit there
   // Of the gradients only: V and ds are [T, B, J, D_out], stats [T, 3, I, B].
@@ -55,8 +55,8 @@ __device__ inline Real vote(const Routing<Real>& in, int64_t b, int64_t i, int64
 
 // The logit and, where there is ds, dc: of one vote, in all lanes.
 template <class Real, class In>
-__device__ inline void agreement(Real& logit, Real& dc, const Routing<Real>& in, const Real* V, const Real* ds, int64_t b,
-                                 int64_t i, int64_t j) {
+__device__ inline void agreement(Real& logit, Real& dc, const Routing<Real>& in, const Real* V, const Real* ds,
+                                 int64_t b, int64_t i, int64_t j) {
   const int64_t at = (b * in.size.J + j) * in.size.D_out;
   logit = dc = 0;
   for (int64_t e = threadIdx.x % 32; (V || ds) && e < in.size.D_out; e += 32) {
@@ -68,13 +68,15 @@ __device__ inline void agreement(Real& logit, Real& dc, const Routing<Real>& in,
   if (in.prior) logit += Constants<Real>::log2e * in.prior[b * in.prior_stride_b + i * in.size.J + j];
 }
 
-// Warp: (slice of the input capsules, sample). Sums of c u or, where there is ds, of c (dc - sum_j c dc) u, which is dV.
+// Warp: (slice of the input capsules, sample). Sums of c u or, where there is ds, of c (dc - sum_j c dc) u, which is
+// dV.
 template <class Real, class In>
 __global__ void __launch_bounds__(32 * kWarps) any_sweep(AnyCall<Real> call) {
   const Routing<Real>& in = call.in;
   const Sizes& z = in.size;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t index = int64_t(blockIdx.x) * (blockDim.x / 32) + warp, slice = index / z.B, b = index % z.B, N = z.J * z.D_out;
+  const int64_t index = int64_t(blockIdx.x) * (blockDim.x / 32) + warp, slice = index / z.B, b = index % z.B,
+                N = z.J * z.D_out;
   if (slice >= call.slices) return;
   const bool uniform = !call.V && !in.prior && !call.ds;
   Real* const partial = call.partial ? call.partial + (slice * z.B + b) * N : nullptr;
@@ -182,7 +184,8 @@ __global__ void __launch_bounds__(32 * kWarps) any_weight(AnyCall<Real> call) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const bool shared = in.stride_j == 0 && z.J > 1 && call.d_weight;
   const int64_t chunks = call.d_weight ? pieces(z.D_in, call.columns) : 1, matrices = shared ? 1 : z.J;
-  const int64_t index = int64_t(blockIdx.x) * (blockDim.x / 32) + warp, chunk = index % chunks, i = index / chunks / matrices;
+  const int64_t index = int64_t(blockIdx.x) * (blockDim.x / 32) + warp, chunk = index % chunks,
+                i = index / chunks / matrices;
   if (i >= z.I) return;
   const int64_t first_j = index / chunks % matrices, first_d = chunk * call.columns;
   const int64_t N = call.d_weight ? z.D_out * call.columns : 0;

@@ -19,9 +19,10 @@ FASTCAPS_INDEX int64_t part_begin(int64_t n, int64_t parts, int64_t part) {
   return n * part / parts;
 }
 
-// The last sweep's items are all pairs of a group (of input capsules) and a batch tile, the tile running fastest; a block
-// has an equal share of them, so that no multiprocessor waits for others. Of a group that several blocks have, each
-// leaves its part of the gradients: the block that begins the group in its second place for a part, others in their first.
+// The last sweep's items are all pairs of a group (of input capsules) and a batch tile, the tile running fastest; a
+// block has an equal share of them, so that no multiprocessor waits for others. Of a group that several blocks have,
+// each leaves its part of the gradients: the block that begins the group in its second place for a part, others in
+// their first.
 struct Items {
   int64_t groups, batch_tiles, blocks;
 
@@ -43,10 +44,11 @@ FASTCAPS_INDEX int a_entry(int lane, int r) { return 2 * (lane % 4) + r / 2; }
 FASTCAPS_INDEX int b_entry(int lane, int r) { return 2 * (lane % 4) + r; }
 FASTCAPS_INDEX int b_column(int lane) { return lane / 4; }
 
-// A warp's tile: 8 samples, the columns of c, times JT output capsules of D entries, the rows of M instructions one after
-// the other. The capsules are a block of 8 or 4 and, if that is not all, a smaller one. Of a block of 8 a lane has one
-// capsule whole, for two samples, so that its agreement needs no other lane; of a block of P = 4, 2 or 1 the 8 / P values
-// of g that share a capsule have D P / 8 neighbouring entries each. Register 4 m + r of a lane belongs to instruction m.
+// A warp's tile: 8 samples, the columns of c, times JT output capsules of D entries, the rows of M instructions one
+// after the other. The capsules are a block of 8 or 4 and, if that is not all, a smaller one. Of a block of 8 a lane
+// has one capsule whole, for two samples, so that its agreement needs no other lane; of a block of P = 4, 2 or 1 the 8
+// / P values of g that share a capsule have D P / 8 neighbouring entries each. Register 4 m + r of a lane belongs to
+// instruction m.
 template <int JT_, int D_>
 struct Tile {
   static constexpr int JT = JT_, D = D_, M = JT * D / 16;
@@ -74,8 +76,8 @@ struct Tile {
     return first_entry(block, row % 8) + 2 * (m - first_m(block)) + row / 8;
   }
 
-  // V and ds as the kernels read them, [B / 8, J / JT, M, 32 lanes, 4 registers], all rounded up: where a tile begins, and
-  // the place of a vector's entry e of capsule j of sample b.
+  // V and ds as the kernels read them, [B / 8, J / JT, M, 32 lanes, 4 registers], all rounded up: where a tile begins,
+  // and the place of a vector's entry e of capsule j of sample b.
   static FASTCAPS_INDEX int64_t first_place(int64_t J, int64_t batch_tile, int64_t tile) {
     return (batch_tile * pieces(J, JT) + tile) * M * 128;
   }

@@ -41,7 +41,8 @@ void set_to_zero(void* memory, int64_t bytes, cudaStream_t stream) {
 #endif
 }
 
-// The tile with the fewest rows that are not there; `none` where no tile holds the vectors or there is none for the type.
+// The tile with the fewest rows that are not there; `none` where no tile holds the vectors or there is none for the
+// type.
 template <class Real>
 TileKind tile_kind(const Routing<Real>& in) {
   const Sizes& z = in.size;
@@ -78,7 +79,8 @@ struct Call {
       const int64_t tiles = pieces(z.B, 8);
       batch_tiles = std::max<int64_t>(tiles >= 3 ? 4 : tiles, 4 / chunk());
       const int64_t blocks = std::max<int64_t>(pieces(tiles, batch_tiles) * pieces(z.J, capsules), 1);
-      // One wave of blocks; of many slices, whose sums are to be added again, only those with four input capsules a warp.
+      // One wave of blocks; of many slices, whose sums are to be added again, only those with four input capsules a
+      // warp.
       const int64_t worth_it = std::max<int64_t>(64, z.I * batch_tiles / 16);
       slices = most_slices(std::min(multiprocessors() * resident / blocks, worth_it));
     }

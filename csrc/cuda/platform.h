@@ -1,5 +1,5 @@
-// What the CUDA kernels need of CUDA: the matrix instruction, widening and rounding, fast functions, shared memory, launch.
-// With FASTCAPS_EMULATED the same kernels are compiled for the host, where tests run them thread by thread.
+// What the CUDA kernels need of CUDA: the matrix instruction, widening and rounding, fast functions, shared memory,
+// launch. With FASTCAPS_EMULATED the same kernels are compiled for the host, where tests run them thread by thread.
 #pragma once
 
 #include <cstdint>
@@ -184,10 +184,11 @@ void check_launch(cudaError_t error, const Grid& grid, cudaStream_t stream, cons
   cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
   cudaStreamIsCapturing(stream, &capture);
   throw std::runtime_error(
-      std::string("fastcaps::cuda::") + name + " with B = " + std::to_string(sizes.B) + ", I = " +
-      std::to_string(sizes.I) + ", J = " + std::to_string(sizes.J) + ", " + std::to_string(grid.blocks) +
+      std::string("fastcaps::cuda::") + name + " with B = " + std::to_string(sizes.B) +
+      ", I = " + std::to_string(sizes.I) + ", J = " + std::to_string(sizes.J) + ", " + std::to_string(grid.blocks) +
       " blocks, " + std::to_string(grid.shared_bytes) + " bytes of shared memory: " + cudaGetErrorString(error) +
-      (capture == cudaStreamCaptureStatusNone ? "" : ". A CUDA graph is being captured: call fastcaps.warmup before it"));
+      (capture == cudaStreamCaptureStatusNone ? ""
+                                              : ". A CUDA graph is being captured: call fastcaps.warmup before it"));
 }
 inline int device_attribute(cudaDeviceAttr attribute) {
   int device = 0, value = 0;
@@ -230,10 +231,11 @@ void launch(void (*kernel)(Argument), Grid grid, cudaStream_t stream, const Argu
 #endif
 }
 
-// The same for a kernel with a grid_barrier; false, and nothing is launched, where not all blocks can be resident at once.
+// The same for a kernel with a grid_barrier; false, and nothing is launched, where not all blocks can be resident at
+// once.
 template <class Argument, class SizesLike>
-bool launch_together(void (*kernel)(Argument), Grid grid, cudaStream_t stream, const Argument& argument, const char* name,
-                     const SizesLike& sizes) {
+bool launch_together(void (*kernel)(Argument), Grid grid, cudaStream_t stream, const Argument& argument,
+                     const char* name, const SizesLike& sizes) {
   if (grid.blocks == 0) return false;
 #ifdef FASTCAPS_EMULATED
   if (grid.blocks > emulated::resident_blocks || grid.shared_bytes > 99 * 1024) return false;

@@ -1,14 +1,13 @@
 // Dynamic routing on NVIDIA GPUs: which kernels run, in what order, with how many blocks and how much memory.
 //
-// Forward, T times: a sweep over the input capsules (partial sums over slices of them), then their sum in a fixed order,
-// the output, V. Backward, from the weighted sums alone: for t = T-1 .. 1 a sweep (partial dV) and ds of the iteration
-// before, then the gradients from all iterations at once. With one matrix for all input capsules no vote is computed, as
-// <W x, V> = <x, W^T V> and sum c W x = W sum c x: poses stand for votes, `transform` goes between.
-#include "cuda/cuda_routing.h"
-
+// Forward, T times: a sweep over the input capsules (partial sums over slices of them), then their sum in a fixed
+// order, the output, V. Backward, from the weighted sums alone: for t = T-1 .. 1 a sweep (partial dV) and ds of the
+// iteration before, then the gradients from all iterations at once. With one matrix for all input capsules no vote is
+// computed, as <W x, V> = <x, W^T V> and sum c W x = W sum c x: poses stand for votes, `transform` goes between.
 #include <algorithm>
 #include <type_traits>
 
+#include "cuda/cuda_routing.h"
 #include "cuda/plan.h"
 
 namespace fastcaps::cuda {
@@ -52,8 +51,8 @@ int64_t run_forward(const Routing<Real>& in, bool allow_tf32, void* out, Real* s
 
 // ----------------------------------------------------------------------------------------------------------- backward
 
-// The gradients of poses (or votes), of the weight unless absorbed, and of the prior; the last sweep. By tiles a group of
-// input capsules for each block, or equal shares where that would leave much of the last wave of blocks empty.
+// The gradients of poses (or votes), of the weight unless absorbed, and of the prior; the last sweep. By tiles a group
+// of input capsules for each block, or equal shares where that would leave much of the last wave of blocks empty.
 template <class Real>
 struct LastSweepMemory {
   Items items{};
@@ -69,7 +68,8 @@ struct LastSweepMemory {
     const bool uneven = 10 * groups < 9 * resident * pieces(groups, resident);
     if (uneven && tiles > 1 && 4 * size <= 128 << 20) items.blocks = blocks, parts = scratch.take<Real>(size);
     if (call.tiles() > 1 && out.d_poses)
-      poses_sum = call.in.stored == Stored::real ? static_cast<Real*>(out.d_poses) : scratch.take<Real>(z.B * z.I * z.D_in);
+      poses_sum =
+          call.in.stored == Stored::real ? static_cast<Real*>(out.d_poses) : scratch.take<Real>(z.B * z.I * z.D_in);
   }
 };
 
@@ -83,7 +83,8 @@ void last_sweep(const Call<Real>& call, const Gradients<Real>& out, const LastSw
   if (!out.d_poses && !weight && !d_prior) return;
   if (z.B == 0 && call.kind != TileKind::none) {
     const int64_t matrices = z.I * z.J;
-    if (weight) set_to_zero(out.d_weight, matrices * z.D_out * z.D_in * (in.stored == Stored::real ? 4 : 2), call.stream);
+    if (weight)
+      set_to_zero(out.d_weight, matrices * z.D_out * z.D_in * (in.stored == Stored::real ? 4 : 2), call.stream);
     if (d_prior && !in.prior_stride_b) set_to_zero(d_prior, matrices * 4, call.stream);
     return;
   }
@@ -92,7 +93,8 @@ void last_sweep(const Call<Real>& call, const Gradients<Real>& out, const LastSw
       TileCall tile = call.tile_call();
       tile.V = V, tile.ds = ds, tile.stats = stats, tile.T = int(z.T), tile.first_t = in.detach ? int(z.T) - 1 : 0;
       tile.detach = in.detach, tile.items = memory.items, tile.parts = memory.parts;
-      tile.d_poses = out.d_poses, tile.d_weight = out.d_weight, tile.d_poses_sum = memory.poses_sum, tile.d_prior = d_prior;
+      tile.d_poses = out.d_poses, tile.d_weight = out.d_weight, tile.d_poses_sum = memory.poses_sum,
+      tile.d_prior = d_prior;
       const int64_t matrix = 4 * call.capsules * call.rows;  // bytes of one entry of its rows
       const int64_t rows = with_tile(call.kind, [&]<class T>() { return int64_t(Rows<T>::size) * 4; });
       const int64_t shared = std::max(call.chunk() * (call.matrix_bytes() + rows), 32 * matrix);
@@ -117,7 +119,8 @@ void last_sweep(const Call<Real>& call, const Gradients<Real>& out, const LastSw
   const int64_t warps = z.I * (shared ? 1 : z.J) * (weight ? pieces(z.D_in, any.columns) : 1);
   call.with_type([&]<class In>() {
     if (out.d_poses)
-      launch(any_poses<Real, In>, call.grid_of_warps(z.B * z.I, number * (D_out + D)), call.stream, any, "any_poses", z);
+      launch(any_poses<Real, In>, call.grid_of_warps(z.B * z.I, number * (D_out + D)), call.stream, any, "any_poses",
+             z);
     if (weight || d_prior)
       launch(any_weight<Real, In>, call.grid_of_warps(warps, number * D_out * (1 + any.columns)), call.stream, any,
              "any_weight", z);
@@ -125,7 +128,8 @@ void last_sweep(const Call<Real>& call, const Gradients<Real>& out, const LastSw
 }
 
 template <class Real>
-int64_t run_backward(const Routing<Real>& in, bool allow_tf32, const Gradients<Real>& out, Scratch scratch, void* stream) {
+int64_t run_backward(const Routing<Real>& in, bool allow_tf32, const Gradients<Real>& out, Scratch scratch,
+                     void* stream) {
   const Call<Real> call(in, allow_tf32, 2, stream);
   const Sizes& z = call.z;
   const int64_t first = in.detach ? z.T - 1 : 0, absorbed_size = call.absorbed ? z.B * z.J * z.D_in : 0;
@@ -162,7 +166,8 @@ int64_t run_backward(const Routing<Real>& in, bool allow_tf32, const Gradients<R
   Real* const seen_ds = call.absorbed ? ds_poses : ds;
   const int64_t seen_size = call.absorbed ? absorbed_size : call.vectors;
   for (int64_t t = together ? 0 : z.T - 1; t >= first; --t) {
-    if (!together) call.per_block(squash_vectors_backward<Real>, backward_iteration(vectors, t), "squash_vectors_backward");
+    if (!together)
+      call.per_block(squash_vectors_backward<Real>, backward_iteration(vectors, t), "squash_vectors_backward");
     if (call.absorbed) call.transform(ds + t * call.vectors, z.B, true, ds_poses + t * absorbed_size);
     const Real* const V_now = t > 0 ? seen_V + t * seen_size : nullptr;
     const Real* const ds_now = in.detach ? nullptr : seen_ds + t * seen_size;
@@ -184,11 +189,19 @@ int64_t run_backward(const Routing<Real>& in, bool allow_tf32, const Gradients<R
       call.sweep(t > 0 ? seen_V + t * seen_size : nullptr, nullptr, nullptr, partial);
       call.sum(partial, call.slices, absorbed_size, c_poses + t * absorbed_size, Stored::real);
     }
-    const MatrixCall<Real> product{ds + first * call.vectors, V + first * call.vectors, c_poses + first * absorbed_size,
-                                   in.detach ? nullptr : db_poses, matrix_rows, z.J, z.D_out, z.D_in, matrix_parts,
-                                   in.stride_j == 0, matrices};
-    launch(matrix_gradient<Real>, {pieces(matrix_parts * matrix, kVectorThreads), kVectorThreads, 0}, call.stream, product,
-           "matrix_gradient", z);
+    const MatrixCall<Real> product{ds + first * call.vectors,
+                                   V + first * call.vectors,
+                                   c_poses + first * absorbed_size,
+                                   in.detach ? nullptr : db_poses,
+                                   matrix_rows,
+                                   z.J,
+                                   z.D_out,
+                                   z.D_in,
+                                   matrix_parts,
+                                   in.stride_j == 0,
+                                   matrices};
+    launch(matrix_gradient<Real>, {pieces(matrix_parts * matrix, kVectorThreads), kVectorThreads, 0}, call.stream,
+           product, "matrix_gradient", z);
     call.sum(matrices, matrix_parts, matrix, out.d_weight, in.stored);
   }
   if (out.d_prior && in.detach) {
@@ -230,10 +243,10 @@ void backward(const Routing<Real>& in, bool allow_tf32, const Gradients<Real>& o
   run_backward<Real>(in, allow_tf32, out, Scratch{static_cast<char*>(scratch)}, stream);
 }
 
-#define FASTCAPS_INSTANTIATE_CUDA(Real)                                                                     \
-  template int64_t forward_scratch(const Routing<Real>&);                                                   \
-  template int64_t backward_scratch(const Routing<Real>&, const Gradients<Real>&);                          \
-  template void forward(const Routing<Real>&, bool, void*, Real*, void*, void*);                            \
+#define FASTCAPS_INSTANTIATE_CUDA(Real)                                            \
+  template int64_t forward_scratch(const Routing<Real>&);                          \
+  template int64_t backward_scratch(const Routing<Real>&, const Gradients<Real>&); \
+  template void forward(const Routing<Real>&, bool, void*, Real*, void*, void*);   \
   template void backward(const Routing<Real>&, bool, const Gradients<Real>&, void*, void*);
 FASTCAPS_INSTANTIATE_CUDA(float)
 FASTCAPS_INSTANTIATE_CUDA(double)

@@ -9,8 +9,8 @@
 // logit, log2 of the sum of 2^(logit - largest) and, in the backward, sum_j c dc.
 #pragma once
 
-#include "cuda/platform.h"
 #include "cuda/layout.h"
+#include "cuda/platform.h"
 
 namespace fastcaps::cuda {
 
@@ -18,26 +18,26 @@ constexpr int kTileThreads = 128;  // four warps
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 struct TileCall {
-  const void* poses;       // [B, I, D_in]
-  const void* weight;      // [I, J, D_out, D_in]
-  const float* prior;      // [I, J] or [B, I, J], or null
-  int64_t prior_stride_b;  // 0 or I * J
-  const bool* mask;        // [B, I], or null
-  const float* V;          // at Tile::place of an iteration, or null: 0
-  const float* ds;         // at Tile::place, or null: the forward
-  float* stats;            // [3, I, B]
-  float* partial;          // [slices, places], at Tile::place
+  const void* poses;                 // [B, I, D_in]
+  const void* weight;                // [I, J, D_out, D_in]
+  const float* prior;                // [I, J] or [B, I, J], or null
+  int64_t prior_stride_b;            // 0 or I * J
+  const bool* mask;                  // [B, I], or null
+  const float* V;                    // at Tile::place of an iteration, or null: 0
+  const float* ds;                   // at Tile::place, or null: the forward
+  float* stats;                      // [3, I, B]
+  float* partial;                    // [slices, places], at Tile::place
   int B, I, J, D_in, D_out, slices;  // below 2^31 each; their products are not
-  int batch_tiles;  // of a block's four warps, the others take every second or fourth input capsule: 4, 2 or 1
-  int chunk;        // input capsules whose matrices are in shared memory at a time
+  int batch_tiles;      // of a block's four warps, the others take every second or fourth input capsule: 4, 2 or 1
+  int chunk;            // input capsules whose matrices are in shared memory at a time
   int64_t places;       // Tile::places
   float share;          // the coupling where it is the same for all: 1 / (J + leaky)
   bool leaky, vectors;  // whether four entries of a pose's matrix row can be loaded at once
   // Of the last sweep only: V and ds are [T, Tile::places], stats [T, 3, I, B].
   int T, first_t;
   bool detach;
-  Items items;          // a group: `chunk` input capsules and eight entries of D_in
-  float* parts;         // [2 blocks, part_size], of groups that several blocks have
+  Items items;                   // a group: `chunk` input capsules and eight entries of D_in
+  float* parts;                  // [2 blocks, part_size], of groups that several blocks have
   float *d_prior, *d_poses_sum;  // float32: [I, J] or [B, I, J]; [B, I, D_in]
   void *d_poses, *d_weight;
 };
@@ -92,9 +92,9 @@ __device__ inline void load_four(float (&to)[4], const typename F::In* from, int
     for (int n = 0; n < 4; ++n) to[n] = rounded_to_tf32(to[n]);
 }
 
-// The matrices of input capsules i .. end - 1, at most `count`, into shared memory: [count, D_in / 8, M, 32 lanes] of the
-// registers of an instruction's operand a, so that a lane has its four in one load. A warp takes one capsule at a time,
-// two instructions at a time.
+// The matrices of input capsules i .. end - 1, at most `count`, into shared memory: [count, D_in / 8, M, 32 lanes] of
+// the registers of an instruction's operand a, so that a lane has its four in one load. A warp takes one capsule at a
+// time, two instructions at a time.
 template <class F, class T>
 __device__ void fill(float4* fragments, const TileCall& call, int i, int end, int count, int first_j) {
   static_assert(T::M % 2 == 0 && T::first_m(1) % 2 == 0);
@@ -162,7 +162,8 @@ __device__ inline void load_pose(float (&x)[2], const TileCall& call, int b, int
 // The votes of an input capsule for 8 samples; x are the first entries of the poses, further ones are had by
 // load(float (&)[2], first of eight entries).
 template <class F, class T, class Load>
-__device__ inline void votes(float* u, const float4* fragments, const float (&x)[2], const TileCall& call, Load&& load) {
+__device__ inline void votes(float* u, const float4* fragments, const float (&x)[2], const TileCall& call,
+                             Load&& load) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int m = 0; m < T::M; ++m) {
@@ -275,7 +276,8 @@ struct Sums {
       float c[T::blocks][2], dc[T::blocks][2], mean[2];
       logits(c, u, i);
       if constexpr (BACKWARD)
-        each<T::blocks>([&]<int block>() { dot<T, block>(dc[block], u + T::reg(block, 0, 0), ds + T::reg(block, 0, 0)); });
+        each<T::blocks>(
+            [&]<int block>() { dot<T, block>(dc[block], u + T::reg(block, 0, 0), ds + T::reg(block, 0, 0)); });
       if constexpr (kind == Sweep::with_stats)
         read_stats(c, mean, i);
       else
@@ -415,8 +417,9 @@ __global__ void __launch_bounds__(kTileThreads, BACKWARD ? 2 : 3) tile_sweep(Til
       for (int n = turn; n < call.chunk && i + n < end; n += turns) {
         x[0] = next[0], x[1] = next[1];
         load_pose<F>(next, call, sums.first_b + sums.g, i + n + turns, end, d);
-        sums.add(now + n * step, x, i + n,
-                 [&](float(&more)[2], int first_d) { load_pose<F>(more, call, sums.first_b + sums.g, i + n, end, first_d + d); });
+        sums.add(now + n * step, x, i + n, [&](float (&more)[2], int first_d) {
+          load_pose<F>(more, call, sums.first_b + sums.g, i + n, end, first_d + d);
+        });
       }
       __syncthreads();
     }

@@ -2,10 +2,10 @@
 //
 // With V, ds and the statistics of the softmax at hand all is local to one (sample, input capsule, output capsule):
 //   du = sum_t c_t ds_t + db_t V_t with c_t = 2^(logit - top - log), db_t = c_t (dc_t - sum_j c_t dc_t).
-// A warp has one input capsule and goes through the samples, beside warps with other capsules that need the same V and ds
-// at the same time: these come out of the L1 cache then. (Where matrices are large, warps share a capsule and take turns.)
-// du is laid out as the left operand of d_weight = du poses^T wants it; d_poses = weight^T du is plain arithmetic and a
-// sum over lanes.
+// A warp has one input capsule and goes through the samples, beside warps with other capsules that need the same V and
+// ds at the same time: these come out of the L1 cache then. (Where matrices are large, warps share a capsule and take
+// turns.) du is laid out as the left operand of d_weight = du poses^T wants it; d_poses = weight^T du is plain
+// arithmetic and a sum over lanes.
 #pragma once
 
 #include <type_traits>
@@ -29,7 +29,8 @@ struct Rows {
 template <class F>
 __device__ inline void gradient_product(float* c, const float (&a)[4], const float (&b)[2]) {
   if constexpr (F::TF32 || std::is_same_v<typename F::In, bfloat16>) {
-    const float rounded[4] = {rounded_to_tf32(a[0]), rounded_to_tf32(a[1]), rounded_to_tf32(a[2]), rounded_to_tf32(a[3])};
+    const float rounded[4] = {rounded_to_tf32(a[0]), rounded_to_tf32(a[1]), rounded_to_tf32(a[2]),
+                              rounded_to_tf32(a[3])};
     multiply(c, rounded, b);
   } else if constexpr (std::is_same_v<typename F::In, float16>) {
     float hi[4], lo[4];
@@ -74,9 +75,8 @@ struct LastSweep {
       if constexpr (F::TF32) columns[s] = rounded_to_tf32(columns[s]);
     }
     float u[4 * T::M], du[4 * T::M], db[T::blocks][2] = {};
-    votes<F, T>(u, fragments, x, call, [&](float(&more)[2], int first) {
-      load_pose<F>(more, call, first_b + g, i, call.I, first + 2 * t);
-    });
+    votes<F, T>(u, fragments, x, call,
+                [&](float (&more)[2], int first) { load_pose<F>(more, call, first_b + g, i, call.I, first + 2 * t); });
     add_iterations(du, db, u, T::first_place(call.J, batch_tile, tile) + 4 * lane);
     if (!F::PLAIN && call.d_prior) add_prior(db);
     if (call.d_poses) {
@@ -193,8 +193,8 @@ struct LastSweep {
     }
   }
 
-  // The sum of dx over the lanes with other capsules; each keeps a part of it: of sample g / 4, entries 2 (g % 4) and the
-  // next.
+  // The sum of dx over the lanes with other capsules; each keeps a part of it: of sample g / 4, entries 2 (g % 4) and
+  // the next.
   __device__ void store_poses() {
     halve<8>();
     halve<4>();
@@ -234,7 +234,8 @@ struct GroupGradients {
     const bool whole = begin == 0 && end == call.items.batch_tiles;
     part = whole ? nullptr : call.parts + call.items.part(blockIdx.x, begin == 0) * part_size(call);
     const int capsule = warp / sharing, i = first_i + capsule;
-    LastSweep<F, T> sweep{call, fragments + capsule * steps * T::M * 32, rows + capsule * Rows<T>::size, i, 0, 8 * d_chunk};
+    LastSweep<F, T> sweep{call,       fragments + capsule * steps * T::M * 32, rows + capsule * Rows<T>::size, i, 0,
+                          8 * d_chunk};
     for (int tile = 0; tile * T::JT < call.J; ++tile) {
       load(tile);
       sweep.start(tile);
@@ -253,7 +254,8 @@ struct GroupGradients {
     for (int n = warp; n < capsules * T::M; n += warps) {
       const int capsule = n / T::M, m = n % T::M, block = T::block_of_m(m);
       const float4 w = fragments[((capsule * steps + d_chunk) * T::M + m) * 32 + lane];
-      float* row = rows + capsule * Rows<T>::size + Rows<T>::place(block, g) + 16 * (m - T::first_m(block)) + 2 * (lane % 4);
+      float* row =
+          rows + capsule * Rows<T>::size + Rows<T>::place(block, g) + 16 * (m - T::first_m(block)) + 2 * (lane % 4);
       row[0] = w.x, row[1] = w.z, row[8] = w.y, row[9] = w.w;
     }
     __syncthreads();
@@ -329,7 +331,8 @@ __global__ void __launch_bounds__(kVectorThreads) add_split_gradients(SplitCall 
   const int64_t first = call.items.first_block(group), last = call.items.last_block(group);
   if (first == last) return;
   const int chunks = int(pieces(call.D_in, 8)), first_i = int(group / chunks) * call.chunk, chunk = int(group % chunks);
-  const int weights = int(weight_part_size(call)), begin = int(blockIdx.x % split_blocks_of_group(call)) * kSplitNumbers;
+  const int weights = int(weight_part_size(call)),
+            begin = int(blockIdx.x % split_blocks_of_group(call)) * kSplitNumbers;
 #pragma unroll
   for (int n = 0; n < kSplitNumbers; ++n) {
     const int at = (begin + n) * kVectorThreads + int(threadIdx.x), d = 8 * chunk + at % 8;

@@ -1,9 +1,9 @@
 // The kernels of cuda/tiles.h behind one function for each form; a source file compiles one form.
 #pragma once
 
-#include "cuda/tiles_together.h"
 #include "cuda/tiles.h"
 #include "cuda/tiles_backward.h"
+#include "cuda/tiles_together.h"
 
 namespace fastcaps::cuda {
 
@@ -58,9 +58,9 @@ bool launch_tile_persistent(TileKind kind, bool backward, bool plain, int64_t bl
     return launch_together(kernel, grid, stream, call, "tile_persistent", call.tile);
   });
 }
-#define FASTCAPS_INSTANTIATE(...)                                                                              \
-  template void launch_tile_sweep<__VA_ARGS__>(TileKind, Sweep, bool, Grid, cudaStream_t, const TileCall&);    \
-  template void launch_tile_gradients<__VA_ARGS__>(TileKind, bool, Grid, cudaStream_t, const TileCall&);       \
+#define FASTCAPS_INSTANTIATE(...)                                                                           \
+  template void launch_tile_sweep<__VA_ARGS__>(TileKind, Sweep, bool, Grid, cudaStream_t, const TileCall&); \
+  template void launch_tile_gradients<__VA_ARGS__>(TileKind, bool, Grid, cudaStream_t, const TileCall&);    \
   template bool launch_tile_persistent<__VA_ARGS__>(TileKind, bool, bool, int64_t, cudaStream_t, PersistentCall);
 FASTCAPS_INSTANTIATE(FASTCAPS_TILE_FORM)
 #endif

@@ -1,5 +1,5 @@
-// All iterations in one launch, for sizes whose blocks are all resident at once and hold their matrices and poses in shared
-// memory: these are read once, and a barrier takes the place of each further launch.
+// All iterations in one launch, for sizes whose blocks are all resident at once and hold their matrices and poses in
+// shared memory: these are read once, and a barrier takes the place of each further launch.
 #pragma once
 
 #include "cuda/tiles.h"
@@ -43,15 +43,16 @@ struct Persistent {
 
   // A lane's part of the pose of the slice's input capsule n.
   __device__ float2* pose(int n, int step) const {
-    return reinterpret_cast<float2*>(shared(call.memory.poses)) + ((n * steps + step) * call.tile.batch_tiles + batch_tile) * 32 +
-           lane;
+    return reinterpret_cast<float2*>(shared(call.memory.poses)) +
+           ((n * steps + step) * call.tile.batch_tiles + batch_tile) * 32 + lane;
   }
 
   __device__ void load() const {
     fill<F, T>(reinterpret_cast<float4*>(shared(0)), call.tile, begin, end, end - begin, 0);
     const int b = 8 * (group * call.tile.batch_tiles + batch_tile) + lane / 4;
     for (int step = 0; step < steps; ++step)
-      for (int n = turn; n < end - begin; n += 4 * turns) {  // the same that this warp reads, four on their way at a time
+      for (int n = turn; n < end - begin;
+           n += 4 * turns) {  // the same that this warp reads, four on their way at a time
         float x[4][2];
 #pragma unroll
         for (int k = 0; k < 4; ++k)
@@ -72,7 +73,7 @@ struct Persistent {
     for (int n = turn; n < end - begin; n += turns) {
       const float2 two = *pose(n, 0);
       const float x[2] = {two.x, two.y};
-      sums.add(fragments + n * steps * T::M * 32, x, begin + n, [&](float(&more)[2], int first_d) {
+      sums.add(fragments + n * steps * T::M * 32, x, begin + n, [&](float (&more)[2], int first_d) {
         const float2 next = *pose(n, first_d / 8);
         more[0] = next.x, more[1] = next.y;
       });

@@ -1,9 +1,10 @@
-// The smaller CUDA kernels: over the B * J vectors of an iteration, and the products of one matrix for all input capsules.
+// The smaller CUDA kernels: over the B * J vectors of an iteration, and the products of one matrix for all input
+// capsules.
 #pragma once
 
+#include "cuda/layout.h"
 #include "cuda/platform.h"
 #include "routing.h"
-#include "cuda/layout.h"
 
 namespace fastcaps::cuda {
 
@@ -22,24 +23,24 @@ FASTCAPS_INDEX auto with_tile(TileKind kind, Body&& body) {
 
 template <class Real>
 struct VectorCall {
-  TileKind kind;        // how V, ds and partial lie
+  TileKind kind;  // how V, ds and partial lie
   int64_t B, J, D_out;
-  int T;                // iterations, where all are wanted
+  int T;  // iterations, where all are wanted
   int64_t parts;
   const Real* partial;  // [parts, stride_t], at `place`
   const Real* bias;     // [J, D_out], or null
   const void* grad;     // [B, J, D_out], the incoming gradient, or null
   Stored stored;        // of grad and out
   Real eps;
-  const Real *sums;     // [B, J, D_out], or [T, B, J, D_out]
-  Real *new_sums;       // the same, written
-  const Real* V;        // earlier outputs, or null: none
-  Real *V_next, *ds;    // written, or null
-  Real *dv;             // [B, J, D_out], the sum of later dV; read if `more`, written
+  const Real* sums;   // [B, J, D_out], or [T, B, J, D_out]
+  Real* new_sums;     // the same, written
+  const Real* V;      // earlier outputs, or null: none
+  Real *V_next, *ds;  // written, or null
+  Real* dv;           // [B, J, D_out], the sum of later dV; read if `more`, written
   bool more;
-  void* out;            // [B, J, D_out], or null
+  void* out;  // [B, J, D_out], or null
   Real* d_bias;
-  int64_t stride_t;     // from V or ds of one iteration, or one part, to the next
+  int64_t stride_t;  // from V or ds of one iteration, or one part, to the next
 };
 
 template <class Real>
@@ -127,7 +128,8 @@ struct Group {
 
 // Every eighth part from `part` on, COUNT of them, which are on their way at a time.
 template <int COUNT, class Real>
-__device__ inline void add_parts_of_group(Real (&both)[2], const VectorCall<Real>& call, const int64_t (&at)[2], int64_t part) {
+__device__ inline void add_parts_of_group(Real (&both)[2], const VectorCall<Real>& call, const int64_t (&at)[2],
+                                          int64_t part) {
   Real x[COUNT][2];
 #pragma unroll
   for (int k = 0; k < COUNT; ++k)
@@ -165,8 +167,8 @@ __device__ inline void sum_parts(Real* total, Real* sums, const Group<Real>& gro
   }
 }
 
-// Of the call for all iterations, that of one. Forward: s = bias + the sum of the parts becomes the output and, before the
-// last iteration, V. Backward: from the incoming gradient or the sum of later dV, ds.
+// Of the call for all iterations, that of one. Forward: s = bias + the sum of the parts becomes the output and, before
+// the last iteration, V. Backward: from the incoming gradient or the sum of later dV, ds.
 template <class Real>
 FASTCAPS_INDEX VectorCall<Real> forward_iteration(VectorCall<Real> call, int64_t t) {
   const bool last = t == call.T - 1;
@@ -325,8 +327,8 @@ __global__ void __launch_bounds__(kVectorThreads) transform_vectors(TransformCal
   call.out[n] = sum;
 }
 
-// Its gradient, in parts of the samples and iterations: sum of ds c_x^T + ln2 V db_x^T, c_x and db_x being sum_i c poses
-// and sum_i db poses, [count, B, J, D_in].
+// Its gradient, in parts of the samples and iterations: sum of ds c_x^T + ln2 V db_x^T, c_x and db_x being sum_i c
+// poses and sum_i db poses, [count, B, J, D_in].
 template <class Real>
 struct MatrixCall {
   const Real *ds, *V, *c_poses, *db_poses;  // the last is null where coupling is constant

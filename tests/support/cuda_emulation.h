@@ -202,7 +202,8 @@ inline void run(int64_t first, int64_t blocks, int threads, int64_t shared_bytes
 }
 
 // `together`: the blocks may wait for each other.
-inline void launch(int64_t blocks, int threads, int64_t shared_bytes, std::function<void()> kernel, bool together = false) {
+inline void launch(int64_t blocks, int threads, int64_t shared_bytes, std::function<void()> kernel,
+                   bool together = false) {
   require(threads <= kMostThreads && threads % 32 == 0, "threads of a block");
   require(shared_bytes <= 99 * 1024, "shared memory that not every GPU has");
   ++launches;
@@ -235,7 +236,8 @@ inline void mma(float* c, const float (&a)[4], const float (&b)[2]) {
       sum += double(left) * double(right);
     }
     const float rounded = float(sum);
-    c[r] = std::isfinite(rounded) && std::fabs(double(rounded)) > std::fabs(sum) ? std::nextafter(rounded, 0.f) : rounded;
+    c[r] =
+        std::isfinite(rounded) && std::fabs(double(rounded)) > std::fabs(sum) ? std::nextafter(rounded, 0.f) : rounded;
   }
 }
 

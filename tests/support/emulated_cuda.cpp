@@ -16,7 +16,7 @@ template <class Real>
 void forward(const Routing<Real>& in, bool allow_tf32, void* out, Real* sums) {
   const int64_t bytes = cuda::forward_scratch(in);
   std::unique_ptr<char[]> scratch(bytes > 0 ? new char[bytes] : nullptr);  // as PyTorch's empty tensors
-  std::memset(scratch.get(), 0xff, bytes);  // NaN
+  std::memset(scratch.get(), 0xff, bytes);                                 // NaN
   cuda::forward(in, allow_tf32, out, sums, scratch.get(), nullptr);
 }
 template <class Real>
@@ -38,7 +38,8 @@ void run(bool backwards_pass, const int64_t* n, void* const* p, double eps) {
   in.mask = static_cast<const bool*>(p[4]);
   in.leaky = n[10], in.detach = n[11], in.eps = Real(eps);
   const bool allow_tf32 = n[12];
-  Gradients<Real> out{p[5], static_cast<const Real*>(p[6]), p[7], p[8], static_cast<Real*>(p[9]), static_cast<Real*>(p[10])};
+  Gradients<Real> out{p[5], static_cast<const Real*>(p[6]), p[7],
+                      p[8], static_cast<Real*>(p[9]),       static_cast<Real*>(p[10])};
   if (backwards_pass)
     backward(in, allow_tf32, out);
   else
@@ -71,11 +72,10 @@ void backward(const Routing<Real>& in, const Gradients<Real>& out, bool other) {
 }  // namespace fastcaps::emulated_cuda
 
 // numbers: B, I, J, D_in, D_out, T, stored, stride_i, stride_j, prior_stride_b, leaky, detach, allow_tf32, descending,
-// resident_blocks, multiprocessors. pointers: poses, weight, prior, bias, mask; then out and sums, or grad, sums and the four
-// gradients.
-// Returns how many kernels were launched.
-extern "C" int64_t emulated_dynamic_routing(int is_double, int is_backward, const int64_t* numbers, void* const* pointers,
-                                            double eps) {
+// resident_blocks, multiprocessors. pointers: poses, weight, prior, bias, mask; then out and sums, or grad, sums and
+// the four gradients. Returns how many kernels were launched.
+extern "C" int64_t emulated_dynamic_routing(int is_double, int is_backward, const int64_t* numbers,
+                                            void* const* pointers, double eps) {
   emulated::backwards = numbers[13], emulated::resident_blocks = numbers[14], emulated::multiprocessors = numbers[15];
   emulated::launches = 0;
   if (is_double)
@@ -105,7 +105,8 @@ const char* check_tile() {
           if (seen[j][e][b]) return "an entry has two registers";
           seen[j][e][b] = true;
           // The same place in memory, here of the second batch tile and the third tile of output capsules of four.
-          if (T::place(4 * T::JT - 1, 8 + b, 2 * T::JT + j, e) != T::first_place(4 * T::JT, 1, 2) + m * 128 + lane * 4 + r % 4)
+          if (T::place(4 * T::JT - 1, 8 + b, 2 * T::JT + j, e) !=
+              T::first_place(4 * T::JT, 1, 2) + m * 128 + lane * 4 + r % 4)
             return "V lies elsewhere than where it is read";
         }
   for (auto& capsule : seen)
@@ -154,7 +155,8 @@ const char* check_parts() {
       if (fastcaps::cuda::part_begin(n, parts, 0) != 0 || fastcaps::cuda::part_begin(n, parts, parts) != n)
         return "slices do not cover everything";
       for (int64_t part = 0; part < parts; ++part) {
-        const int64_t size = fastcaps::cuda::part_begin(n, parts, part + 1) - fastcaps::cuda::part_begin(n, parts, part);
+        const int64_t size =
+            fastcaps::cuda::part_begin(n, parts, part + 1) - fastcaps::cuda::part_begin(n, parts, part);
         if (size < n / parts || size > n / parts + 1) return "slices are not of one size";
       }
     }
@@ -182,7 +184,8 @@ const char* check_items() {
           if (count > 1) return "two parts have one place";
       }
   const fastcaps::cuda::Items large{int64_t(1) << 30, int64_t(1) << 22, 264};
-  if (large.block_of(large.begin(263)) != 263 || large.block_of(large.begin(263) - 1) != 262) return "large items are wrong";
+  if (large.block_of(large.begin(263)) != 263 || large.block_of(large.begin(263) - 1) != 262)
+    return "large items are wrong";
   return nullptr;
 }
 
@@ -191,8 +194,8 @@ const char* check_items() {
 // What is wrong with the index maths, or null.
 extern "C" const char* check_index_maths() {
   using namespace fastcaps::cuda;
-  for (const char* found : {check_tile<Tile<8, 16>>(), check_tile<Tile<10, 16>>(), check_tile<Tile<5, 32>>(), check_product(),
-                            check_parts(), check_items()})
+  for (const char* found : {check_tile<Tile<8, 16>>(), check_tile<Tile<10, 16>>(), check_tile<Tile<5, 32>>(),
+                            check_product(), check_parts(), check_items()})
     if (found) return found;
   return nullptr;
 }

@@ -1,7 +1,7 @@
 // The CPU kernels of one instruction set, or the CUDA kernels in their emulation, without Python or torch, to be built
-// with sanitizers (make sanitize): random sizes and options, every tensor on a heap block of exactly its size. Checks that
-// outputs agree with a plain loop in double, gradients in double without detach with central differences of it, that
-// everything is finite, that the order in which parts run changes no bit, and that exp is within 2 ulp.
+// with sanitizers (make sanitize): random sizes and options, every tensor on a heap block of exactly its size. Checks
+// that outputs agree with a plain loop in double, gradients in double without detach with central differences of it,
+// that everything is finite, that the order in which parts run changes no bit, and that exp is within 2 ulp.
 //
 //   kernels [number of cases] [first seed]
 #include <algorithm>
@@ -99,7 +99,8 @@ static std::vector<double> routed(const Case& c, const Values& poses, const Valu
               double& vote = u[j * z.D_out + d] = 0;
               const int64_t rows = c.stride_j ? z.J * z.D_out : z.D_out;
               if (c.mask && !c.mask[b * z.I + i]) continue;
-              if (c.votes) vote = poses.numbers[(b * z.I + i) * rows + j * c.stride_j + d];
+              if (c.votes)
+                vote = poses.numbers[(b * z.I + i) * rows + j * c.stride_j + d];
               else
                 for (int64_t k = 0; k < z.D_in; ++k)
                   vote += weight.numbers[i * c.stride_i + j * c.stride_j + d * z.D_in + k] *
@@ -195,9 +196,13 @@ static void one_case(unsigned seed) {
   in.eps = Real(c.eps);
 
   // Output, sums and the four gradients, all forgotten before each run.
-  const int64_t counts[] = {n_out * stored_bytes, z.T * n_out * bytes,     n_poses * stored_bytes,
-                            n_weight * stored_bytes, n_prior * bytes, z.J * z.D_out * bytes};
-  const bool wanted[] = {true, true, dice.up_to(4) > 1, !c.votes && dice.up_to(4) > 1, with_prior && dice.up_to(4) > 1,
+  const int64_t counts[] = {n_out * stored_bytes,    z.T * n_out * bytes, n_poses * stored_bytes,
+                            n_weight * stored_bytes, n_prior * bytes,     z.J * z.D_out * bytes};
+  const bool wanted[] = {true,
+                         true,
+                         dice.up_to(4) > 1,
+                         !c.votes && dice.up_to(4) > 1,
+                         with_prior && dice.up_to(4) > 1,
                          with_bias && dice.coin()};
   Block<char> results[2][6];
   for (int run = 0; run < 2; ++run) {
@@ -215,9 +220,9 @@ static void one_case(unsigned seed) {
     const bool half = stored != Stored::real && (n == 0 || n == 2 || n == 3);
     for (int64_t e = 0; e < counts[n] / (half ? 2 : bytes); ++e) {
       const void* from = results[0][n].get();
-      const double x = !half                          ? double(((const Real*)from)[e])
+      const double x = !half                        ? double(((const Real*)from)[e])
                        : stored == Stored::bfloat16 ? isa::widen_bfloat16(((const uint16_t*)from)[e])
-                                                      : isa::widen_float16(((const uint16_t*)from)[e]);
+                                                    : isa::widen_float16(((const uint16_t*)from)[e]);
       require(std::isfinite(x), "an entry is not finite, or was not written", seed);
     }
   }
@@ -248,13 +253,14 @@ static void one_case(unsigned seed) {
     }
     require(std::abs(change - by_gradient) <= 1e-6 * (1 + size), "a gradient differs from a central difference", seed);
   }
-  const std::vector<double> exact = routed(c, poses, weight, with_prior ? &prior : nullptr, with_bias ? &bias : nullptr);
+  const std::vector<double> exact =
+      routed(c, poses, weight, with_prior ? &prior : nullptr, with_bias ? &bias : nullptr);
   double error = 0, norm = 0;
   for (int64_t e = 0; e < n_out; ++e) {
     const void* from = results[0][0].get();
-    const double x = stored == Stored::real         ? double(((const Real*)from)[e])
+    const double x = stored == Stored::real       ? double(((const Real*)from)[e])
                      : stored == Stored::bfloat16 ? isa::widen_bfloat16(((const uint16_t*)from)[e])
-                                                    : isa::widen_float16(((const uint16_t*)from)[e]);
+                                                  : isa::widen_float16(((const uint16_t*)from)[e]);
     error += (x - exact[e]) * (x - exact[e]);
     norm += exact[e] * exact[e];
   }
@@ -297,8 +303,8 @@ static double exp_error(uint32_t step) {
     }
   Dice dice{std::mt19937(1)};
   for (int n = 0; n < 300000; ++n) check(Real((2 * dice.value()) * (sizeof(Real) == 4 ? 110 : 760)));
-  for (double x : {0.0, -0.0, 1.0, -1.0, 88.72, 88.73, -87.3, -87.4, -103.9, -104.1, 709.7, 709.8, -745.1, -745.2, 1e30,
-                   -1e30})
+  for (double x :
+       {0.0, -0.0, 1.0, -1.0, 88.72, 88.73, -87.3, -87.4, -103.9, -104.1, 709.7, 709.8, -745.1, -745.2, 1e30, -1e30})
     check(Real(x));
   for (double x : {double(INFINITY), -double(INFINITY), std::nan("")}) check(Real(x));
   return worst;
@@ -308,15 +314,15 @@ static double exp_error(uint32_t step) {
 
 int main(int argc, char** argv) {
   const char* const name = STRING(FASTCAPS_ISA);
-  const bool runs = !std::strcmp(name, "baseline") || !std::strcmp(name, "emulated_cuda") ||
+  const bool runs =
+      !std::strcmp(name, "baseline") || !std::strcmp(name, "emulated_cuda") ||
 #ifdef __x86_64__
-                    (!std::strcmp(name, "avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) ||
-                    (!std::strcmp(name, "avx512") && __builtin_cpu_supports("avx512f") &&
-                     __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
-                     __builtin_cpu_supports("avx512vl")) ||
-                    (!std::strcmp(name, "avx512bf16") && __builtin_cpu_supports("avx512bf16")) ||
+      (!std::strcmp(name, "avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) ||
+      (!std::strcmp(name, "avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) ||
+      (!std::strcmp(name, "avx512bf16") && __builtin_cpu_supports("avx512bf16")) ||
 #endif
-                    false;
+      false;
   if (!runs) {
     std::printf("%s: skipped, this processor does not have it\n", name);
     return 0;
