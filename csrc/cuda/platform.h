@@ -2,6 +2,7 @@
 // launch. With FASTCAPS_EMULATED the same kernels are compiled for the host, where tests run them thread by thread.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -148,7 +149,7 @@ __device__ inline Real sum_over_warp(Real x) {
   return x;
 }
 
-// All blocks of a launch_together wait for each other; what they have written before is seen after.
+// All blocks of a launch_cooperative wait for each other; what they have written before is seen after.
 __device__ inline void grid_barrier() {
 #ifdef FASTCAPS_EMULATED
   emulated::meet(emulated::of_grid);
@@ -199,7 +200,7 @@ inline int device_attribute(cudaDeviceAttr attribute) {
 // All that there is, as a smaller permission would be taken from a launch of another thread.
 template <class Argument>
 cudaError_t allow_shared_memory(void (*kernel)(Argument), int64_t bytes) {
-  if (bytes <= 48 * 1024) return cudaSuccess;
+  if (bytes <= 48 * 1024) return cudaSuccess;  // which needs no permission
   const int most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
 }
@@ -234,8 +235,8 @@ void launch(void (*kernel)(Argument), Grid grid, cudaStream_t stream, const Argu
 // The same for a kernel with a grid_barrier; false, and nothing is launched, where not all blocks can be resident at
 // once.
 template <class Argument, class SizesLike>
-bool launch_together(void (*kernel)(Argument), Grid grid, cudaStream_t stream, const Argument& argument,
-                     const char* name, const SizesLike& sizes) {
+bool launch_cooperative(void (*kernel)(Argument), Grid grid, cudaStream_t stream, const Argument& argument,
+                        const char* name, const SizesLike& sizes) {
   if (grid.blocks == 0) return false;
 #ifdef FASTCAPS_EMULATED
   if (grid.blocks > emulated::resident_blocks || grid.shared_bytes > 99 * 1024) return false;

@@ -1,7 +1,7 @@
 // The CPU kernels of one instruction set, or the CUDA kernels in their emulation, without Python or torch, to be built
 // with sanitizers (make sanitize): random sizes and options, every tensor on a heap block of exactly its size. Checks
 // that outputs agree with a plain loop in double, gradients in double without detach with central differences of it,
-// that everything is finite, that the order in which parts run changes no bit, and that exp is within 2 ulp.
+// that everything is finite, that the order in which tasks run changes no bit, and that exp is within 2 ulp.
 //
 //   kernels [number of cases] [first seed]
 #include <algorithm>
@@ -32,10 +32,10 @@ static void require(bool ok, const char* what, unsigned seed) {
 constexpr bool in_order = false, backwards = true;
 #else
 static void in_order(int64_t n, void* context, Body body) {
-  for (int64_t part = 0; part < n; ++part) body(context, part, part + 1);
+  for (int64_t task = 0; task < n; ++task) body(context, task, task + 1);
 }
 static void backwards(int64_t n, void* context, Body body) {
-  for (int64_t part = n; part-- > 0;) body(context, part, part + 1);
+  for (int64_t task = n; task-- > 0;) body(context, task, task + 1);
 }
 #endif
 
@@ -60,8 +60,8 @@ struct Values {
       : bytes(block<char>(count * (stored == Stored::real ? size : 2))), numbers(count) {
     for (int64_t n = 0; n < count; ++n) {
       double x = 2 * dice.value();
-      if (stored == Stored::bfloat16) x = isa::widen_bfloat16(((uint16_t*)bytes.get())[n] = isa::narrow_bfloat16(x));
-      if (stored == Stored::float16) x = isa::widen_float16(((uint16_t*)bytes.get())[n] = isa::narrow_float16(x));
+      if (stored == Stored::bfloat16) x = widen_bfloat16(((uint16_t*)bytes.get())[n] = narrow_bfloat16(x));
+      if (stored == Stored::float16) x = widen_float16(((uint16_t*)bytes.get())[n] = narrow_float16(x));
       if (stored == Stored::real && size == 4) x = ((float*)bytes.get())[n] = float(x);
       if (stored == Stored::real && size == 8) ((double*)bytes.get())[n] = x;
       numbers[n] = x;
@@ -90,9 +90,9 @@ static std::vector<double> routed(const Case& c, const Values& poses, const Valu
       for (int64_t n = 0; n < z.I * z.J; ++n) logits[n] = prior->numbers[b * c.prior_stride_b + n];
     double* v = out.data() + b * z.J * z.D_out;
     for (int64_t t = 0; t < z.T; ++t) {
-      for (int pass = 0; pass < 2; ++pass) {  // the logits from the last v, then the sum with them
-        if (pass == 0 && t == 0) continue;
-        if (pass == 1) std::fill(s.begin(), s.end(), 0.0);
+      for (int step = 0; step < 2; ++step) {  // the logits from the last v, then the sum with them
+        if (step == 0 && t == 0) continue;
+        if (step == 1) std::fill(s.begin(), s.end(), 0.0);
         for (int64_t i = 0; i < z.I; ++i) {
           for (int64_t j = 0; j < z.J; ++j)
             for (int64_t d = 0; d < z.D_out; ++d) {
@@ -107,9 +107,9 @@ static std::vector<double> routed(const Case& c, const Values& poses, const Valu
                           poses.numbers[(b * z.I + i) * z.D_in + k];
             }
           double* logit = logits.data() + i * z.J;
-          if (pass == 0)
+          if (step == 0)
             for (int64_t n = 0; n < z.J * z.D_out; ++n) logit[n / z.D_out] += u[n] * v[n];
-          if (pass == 0) continue;
+          if (step == 0) continue;
           double total = c.leaky;
           for (int64_t j = 0; j < z.J; ++j) total += std::exp(logit[j]);
           for (int64_t n = 0; n < z.J * z.D_out; ++n) s[n] += std::exp(logit[n / z.D_out]) / total * u[n];
@@ -134,7 +134,7 @@ static void one_case(unsigned seed) {
   Dice dice{std::mt19937(seed)};
   Case c{};
   Sizes& z = c.z;
-  // Mostly small, now and then beyond a tile, a block of capsules, a block of outputs, a row of several vectors.
+  // Mostly small, now and then beyond a tile, a chunk of capsules, a section of outputs, a row of several vectors.
   const auto size = [&](int64_t small, int64_t large) { return dice.up_to(dice.up_to(8) == 1 ? large : small); };
   z = {size(6, 70) - (dice.up_to(40) == 1),
        size(9, 70) - (dice.up_to(40) == 1),
@@ -215,14 +215,14 @@ static void one_case(unsigned seed) {
   }
   for (int n = 0; n < 6; ++n) {
     if (!wanted[n]) continue;
-    require(!std::memcmp(results[0][n].get(), results[1][n].get(), counts[n]), "the order of the parts changed bits",
+    require(!std::memcmp(results[0][n].get(), results[1][n].get(), counts[n]), "the order of the tasks changed bits",
             seed);
     const bool half = stored != Stored::real && (n == 0 || n == 2 || n == 3);
     for (int64_t e = 0; e < counts[n] / (half ? 2 : bytes); ++e) {
       const void* from = results[0][n].get();
       const double x = !half                        ? double(((const Real*)from)[e])
-                       : stored == Stored::bfloat16 ? isa::widen_bfloat16(((const uint16_t*)from)[e])
-                                                    : isa::widen_float16(((const uint16_t*)from)[e]);
+                       : stored == Stored::bfloat16 ? widen_bfloat16(((const uint16_t*)from)[e])
+                                                    : widen_float16(((const uint16_t*)from)[e]);
       require(std::isfinite(x), "an entry is not finite, or was not written", seed);
     }
   }
@@ -259,8 +259,8 @@ static void one_case(unsigned seed) {
   for (int64_t e = 0; e < n_out; ++e) {
     const void* from = results[0][0].get();
     const double x = stored == Stored::real       ? double(((const Real*)from)[e])
-                     : stored == Stored::bfloat16 ? isa::widen_bfloat16(((const uint16_t*)from)[e])
-                                                  : isa::widen_float16(((const uint16_t*)from)[e]);
+                     : stored == Stored::bfloat16 ? widen_bfloat16(((const uint16_t*)from)[e])
+                                                  : widen_float16(((const uint16_t*)from)[e]);
     error += (x - exact[e]) * (x - exact[e]);
     norm += exact[e] * exact[e];
   }
@@ -276,12 +276,12 @@ static void one_case(unsigned seed) {
 // The largest error of exp in units in the last place, over floats `step` apart in their bits and over random doubles.
 template <class Real>
 static double exp_error(uint32_t step) {
-  using K = isa::Kernel<Real>;
+  using SIMD = isa::Simd<Real>;
   double worst = 0;
   const auto check = [&](Real x) {
-    typename K::vec v = K::exp(K::splat(x));
+    typename SIMD::vec v = SIMD::exp(SIMD::splat(x));
     const long double exact = expl((long double)x);
-    for (int l = 0; l < K::L; l += K::L - 1) {
+    for (int l = 0; l < SIMD::L; l += SIMD::L - 1) {
       const Real y = v[l];
       if (std::isnan(x) || exact > (long double)std::numeric_limits<Real>::max()) {
         if (std::isnan(x) ? !std::isnan(y) : !std::isinf(y)) worst = INFINITY;
