@@ -7,9 +7,9 @@
 #include <cstdint>
 
 #ifdef __CUDACC__
-#define FASTCAPS_HOST_DEVICE __host__ __device__
+#define FASTCAPS_INDEX __host__ __device__ constexpr
 #else
-#define FASTCAPS_HOST_DEVICE
+#define FASTCAPS_INDEX constexpr
 #endif
 
 namespace fastcaps {
@@ -19,9 +19,9 @@ constexpr Real kLog2e = Real(1.4426950408889634074L);
 template <class Real>
 constexpr Real kLn2 = Real(0.6931471805599453094L);
 
-FASTCAPS_HOST_DEVICE static constexpr int64_t ceil_div(int64_t n, int64_t size) { return (n + size - 1) / size; }
-FASTCAPS_HOST_DEVICE static constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-FASTCAPS_HOST_DEVICE static constexpr int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+static FASTCAPS_INDEX int64_t ceil_div(int64_t n, int64_t size) { return (n + size - 1) / size; }
+static FASTCAPS_INDEX int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+static FASTCAPS_INDEX int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // Half types as bits, with 8 + 7 and 5 + 10 bits for exponent and fraction: to float, and back to the nearest, ties to
 // even. Loops over these are vectorised.

@@ -17,13 +17,14 @@
 //     squash                       the sums of all slices -> v, V
 //
 // Indices: i, j capsules; d an entry of an output capsule, k one of an input pose; n a vector of the tile, l a lane of
-// it; m an input capsule of a chunk; r a row of a block in registers, whose vectors [R, N] are u[r * N + n].
+// it; m an input capsule of a chunk; R rows of votes are in registers at a time, as vectors u[r * N + n].
 #pragma once
 
-#include <cstddef>
+#include <cstdint>
 #include <type_traits>
 
 #include "cpu/entry_points.h"
+#include "cpu/parallel.h"
 #include "cpu/scratch.h"
 #include "cpu/simd.h"
 #include "numbers.h"
@@ -31,14 +32,6 @@
 
 namespace fastcaps {
 namespace FASTCAPS_ISA {
-
-template <class Task>
-void parallel_for(Parallel parallel, int64_t n, const Task& task) {
-  if (n <= 0) return;
-  parallel(n, (void*)&task, [](void* context, int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n) (*(const Task*)context)(n);
-  });
-}
 
 // One call with N vectors of samples side by side. kPairs: poses and weight are bfloat16, taken as pairs of entries in
 // 32 bits, which one instruction multiplies and sums.
@@ -121,7 +114,7 @@ struct BatchForward : Simd<Real> {
     for (; d < count; ++d) f(d, std::integral_constant<int, 1>{});
   }
 
-  // f(kDepth), decided once for many rows: a test in every block of them costs a tenth of the time. The paper's pose
+  // f(kDepth), decided once for many rows: a test in every for_rows costs a tenth of the time. The paper's pose
   // size as a constant saves 2 to 5 % of the forward.
   static constexpr int kVotesGiven = -1, kAnyDepth = 0, kPaperDepth = 8 / kEntries;
   template <class F>

@@ -15,10 +15,17 @@
 //       prior_gradient               d_prior
 #pragma once
 
+#include <cstdint>
 #include <cstring>
 #include <type_traits>
 
 #include "cpu/batch.h"
+#include "cpu/entry_points.h"
+#include "cpu/parallel.h"
+#include "cpu/scratch.h"
+#include "cpu/simd.h"
+#include "numbers.h"
+#include "routing.h"
 
 namespace fastcaps {
 namespace FASTCAPS_ISA {

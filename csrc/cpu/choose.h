@@ -7,12 +7,15 @@
 //   more samples                             samples in the lanes, votes computed again in every sweep
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 #include <type_traits>
 
+#include "cpu/batch.h"
 #include "cpu/batch_backward.h"
 #include "cpu/entry_points.h"
+#include "cpu/matrices.h"
+#include "cpu/simd.h"
+#include "cpu/single.h"
 #include "cpu/single_backward.h"
 #include "numbers.h"
 #include "routing.h"

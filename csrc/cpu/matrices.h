@@ -2,6 +2,7 @@
 // samples need, whose poses do not fill the lanes. L rows at a time, a lane for each product, are a strip.
 #pragma once
 
+#include <cstdint>
 #include <cstring>
 #include <type_traits>
 

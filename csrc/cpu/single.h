@@ -17,18 +17,19 @@
 // Indices: b, i, j as everywhere; l an input capsule of a chunk, which is a lane; v a vector of a row; t an iteration.
 #pragma once
 
+#include <cstdint>
 #include <cstring>
 
 #include "cpu/entry_points.h"
+#include "cpu/parallel.h"
 #include "cpu/scratch.h"
+#include "cpu/simd.h"
 #include "cpu/single_rows.h"
 #include "numbers.h"
 #include "routing.h"
 
 namespace fastcaps {
 namespace FASTCAPS_ISA {
-
-inline void serial(int64_t n, void* context, Body body) { body(context, 0, n); }
 
 template <class Real>
 struct SingleForward : SingleRows<Real> {

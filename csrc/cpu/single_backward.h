@@ -1,4 +1,4 @@
-// The backward one sample at a time; the same two parts as with samples in the lanes.
+// The backward one sample at a time: as with samples in the lanes, sweeps and a last sweep.
 //
 //   run
 //     for_samples
@@ -11,9 +11,16 @@
 //     shared_weight_gradient         where one matrix serves all: from sum_i c x and sum_i db x
 #pragma once
 
+#include <cstdint>
 #include <cstring>
 
+#include "cpu/entry_points.h"
+#include "cpu/parallel.h"
+#include "cpu/scratch.h"
+#include "cpu/simd.h"
 #include "cpu/single.h"
+#include "numbers.h"
+#include "routing.h"
 
 namespace fastcaps {
 namespace FASTCAPS_ISA {

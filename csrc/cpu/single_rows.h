@@ -5,6 +5,7 @@
 // coefficients, one number for an input capsule, fill the lanes with a chunk of L input capsules.
 #pragma once
 
+#include <cstdint>
 #include <cstring>
 #include <type_traits>
 
@@ -242,8 +243,9 @@ struct SingleRows : Matrices<Real> {
 
   // sum[j] += <u_j, q_j>, a lane for each input capsule
   void dots(const Rows& u, const Real* q, vec* sum) const {
+    const int64_t stride_j = one_row() ? 0 : row;
     for (int64_t j = 0; j < z.J; ++j) {
-      const int64_t first = one_row() ? 0 : j * row;
+      const int64_t first = j * stride_j;
       vec products[L];
       unroll<L>([&](auto l) FASTCAPS_LAMBDA { products[l] = vec{}; });
       for_vectors(row / L, [&](int64_t v, auto W) FASTCAPS_LAMBDA {

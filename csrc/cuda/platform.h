@@ -255,7 +255,7 @@ bool launch_cooperative(void (*kernel)(Argument), Grid grid, cudaStream_t stream
     error = cudaLaunchCooperativeKernel(kernel, dim3(unsigned(grid.blocks)), dim3(grid.threads), arguments,
                                         grid.shared_bytes, stream);
   }
-  if (error == cudaErrorCooperativeLaunchTooLarge) {  // a process may have only a part of the GPU
+  if (error == cudaErrorCooperativeLaunchTooLarge) {  // a process may have only some of the GPU
     cudaGetLastError();
     return false;
   }

@@ -51,10 +51,10 @@ struct TileArguments {
 };
 
 // A partial gradient of a panel: of the weight, [chunk, J, D_out, 8], and of a prior for all samples, [chunk, J].
-FASTCAPS_HOST_DEVICE constexpr int64_t partial_weight_size(const TileArguments& args) {
+FASTCAPS_INDEX int64_t partial_weight_size(const TileArguments& args) {
   return int64_t(args.chunk_capsules) * args.J * args.D_out * 8;
 }
-FASTCAPS_HOST_DEVICE constexpr int64_t partial_panel_size(const TileArguments& args) {
+FASTCAPS_INDEX int64_t partial_panel_size(const TileArguments& args) {
   return partial_weight_size(args) + int64_t(args.chunk_capsules) * args.J;
 }
 

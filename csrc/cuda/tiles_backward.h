@@ -24,8 +24,8 @@ namespace fastcaps::cuda {
 // multiple of 128 bytes, so that no two of them meet in a bank.
 template <class T>
 struct MatrixRows {
-  static FASTCAPS_HOST_DEVICE constexpr int stride(int section) { return 8 * T::entries(section) + 4; }
-  static FASTCAPS_HOST_DEVICE constexpr int place(int section, int g) {
+  static FASTCAPS_INDEX int stride(int section) { return 8 * T::entries(section) + 4; }
+  static FASTCAPS_INDEX int place(int section, int g) {
     return (section == 0 ? 0 : 8 * stride(0)) + g * stride(section);
   }
   static constexpr int size = 8 * stride(0) + (T::sections > 1 ? 8 * stride(1) : 0);
@@ -332,7 +332,7 @@ struct SplitArguments {
   Stored stored;  // of d_weight
 };
 constexpr int kSplitNumbers = 4;  // of a thread
-FASTCAPS_HOST_DEVICE constexpr int64_t split_blocks_of_panel(const TileArguments& args) {
+FASTCAPS_INDEX int64_t split_blocks_of_panel(const TileArguments& args) {
   return ceil_div(partial_panel_size(args), kSplitNumbers * kVectorThreads);
 }
 template <class Real>

@@ -18,7 +18,7 @@ enum class TileKind { none, capsules8, capsules10, capsules5 };
 
 // Calls body.operator()<Tile>() with the type of a kind that is not `none`.
 template <class Body>
-FASTCAPS_HOST_DEVICE constexpr auto with_tile(TileKind kind, Body&& body) {
+FASTCAPS_INDEX auto with_tile(TileKind kind, Body&& body) {
   if (kind == TileKind::capsules8) return body.template operator()<Tile<8, 16>>();
   if (kind == TileKind::capsules10) return body.template operator()<Tile<10, 16>>();
   return body.template operator()<Tile<5, 32>>();
@@ -79,17 +79,17 @@ __device__ inline Real squash_scale(Real q, Real eps) {
 // output capsule, whose sums lie in whole sectors of 32 bytes (the forward of the paper's layer: 42 us less).
 constexpr int kSetSamples = 4;
 constexpr int kSetNumbers = 64;  // whose sums over the slices a block takes at a time, about
-FASTCAPS_HOST_DEVICE constexpr int64_t set_rows(TileKind kind, int64_t D_out) {
+FASTCAPS_INDEX int64_t set_rows(TileKind kind, int64_t D_out) {
   return kind != TileKind::none ? kSetSamples : D_out < kSetNumbers ? kSetNumbers / D_out : 1;
 }
 template <class Real>
-FASTCAPS_HOST_DEVICE constexpr int64_t count_sets(const VectorArguments<Real>& args) {
+FASTCAPS_INDEX int64_t count_sets(const VectorArguments<Real>& args) {
   if (args.kind != TileKind::none) return ceil_div(args.B, kSetSamples) * args.J;
   return ceil_div(args.B * args.J, set_rows(args.kind, args.D_out));
 }
 constexpr int kSums = 8;  // of every eighth slice, which warps take side by side
 // Numbers in shared memory that a block needs for a set.
-FASTCAPS_HOST_DEVICE constexpr int64_t vector_memory(TileKind kind, int64_t D_out) {
+FASTCAPS_INDEX int64_t vector_memory(TileKind kind, int64_t D_out) {
   return set_rows(kind, D_out) * D_out + kSums * kSetNumbers;
 }
 
@@ -177,7 +177,7 @@ __device__ inline void sum_slices(Real* total, Real* sums, const VectorSet<Real>
 // Of the arguments for all iterations, those of one. Forward: s = bias + the sum of the slices becomes the output and,
 // before the last iteration, V. Backward: from the incoming gradient or the sum of later dV, ds.
 template <class Real>
-FASTCAPS_HOST_DEVICE constexpr VectorArguments<Real> forward_iteration(VectorArguments<Real> args, int64_t t) {
+FASTCAPS_INDEX VectorArguments<Real> forward_iteration(VectorArguments<Real> args, int64_t t) {
   const bool last = t == args.T - 1;
   args.new_sums += t * args.B * args.J * args.D_out;
   args.V = t > 0 ? args.V_next : nullptr;
@@ -186,7 +186,7 @@ FASTCAPS_HOST_DEVICE constexpr VectorArguments<Real> forward_iteration(VectorArg
   return args;
 }
 template <class Real>
-FASTCAPS_HOST_DEVICE constexpr VectorArguments<Real> backward_iteration(VectorArguments<Real> args, int64_t t) {
+FASTCAPS_INDEX VectorArguments<Real> backward_iteration(VectorArguments<Real> args, int64_t t) {
   args.sums += t * args.B * args.J * args.D_out;
   args.ds += t * args.stride_t;
   if (t < args.T - 1) args.grad = nullptr;
