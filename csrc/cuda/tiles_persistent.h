@@ -21,10 +21,11 @@ struct PersistentMemory {
 };
 template <class T>
 PersistentMemory persistent_memory(const TileArguments& args, TileKind kind) {
-  const int64_t poses_of_tile = ceil_div(args.I, args.slices) * ceil_div(args.D_in, 8);
-  const int64_t poses = poses_of_tile * T::M * 512, sums = poses + poses_of_tile * args.band_tiles * 256;
-  const int64_t vectors = sums + (args.band_tiles < 4 ? kTileThreads / 32 * T::M * 512 : 0);
-  return {poses, sums, vectors, vectors + vector_memory(kind, args.D_out) * 4};
+  constexpr int64_t fragment = 32 * sizeof(float4), pose = 32 * sizeof(float2);  // of all lanes
+  const int64_t octets_of_slice = ceil_div(args.I, args.slices) * ceil_div(args.D_in, kOctet);
+  const int64_t poses = octets_of_slice * T::M * fragment, sums = poses + octets_of_slice * args.band_tiles * pose;
+  const int64_t vectors = sums + (args.band_tiles < 4 ? kTileThreads / 32 * T::M * fragment : 0);
+  return {poses, sums, vectors, vectors + vector_memory(kind, args.D_out) * int64_t(sizeof(float))};
 }
 
 // As for launches of single sweeps, with the pointers of iteration 0.
@@ -37,7 +38,7 @@ struct PersistentArguments {
 template <class F, class T, bool BACKWARD>
 struct Persistent {
   const PersistentArguments& args;
-  const int bands = int(ceil_div(ceil_div(args.tile.B, 8), args.tile.band_tiles));
+  const int bands = int(ceil_div(ceil_div(args.tile.B, kTileSamples), args.tile.band_tiles));
   const int band = blockIdx.x % bands, slice = blockIdx.x / bands;
   const int begin = int(share_begin(args.tile.I, args.tile.slices, slice));
   const int end = int(share_begin(args.tile.I, args.tile.slices, slice + 1));
@@ -91,11 +92,11 @@ struct Persistent {
     float* const total = reinterpret_cast<float*>(shared(args.memory.vectors));
     const VectorArguments<float> now =
         BACKWARD ? backward_iteration(args.vectors, t) : forward_iteration(args.vectors, t);
-    for (int64_t rows = blockIdx.x; rows < count_sets(now); rows += gridDim.x) {
+    for (int64_t set = blockIdx.x; set < count_sets(now); set += gridDim.x) {
       if constexpr (BACKWARD)
-        squash_rows_backward<kTileThreads>(now, rows, total);
+        squash_rows_backward<kTileThreads>(now, set, total);
       else
-        squash_rows<kTileThreads>(now, rows, total);
+        squash_rows<kTileThreads>(now, set, total);
     }
   }
 

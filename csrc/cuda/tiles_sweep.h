@@ -186,7 +186,8 @@ struct Sums {
 template <class F, class T, Sweep kind, bool BACKWARD>
 __global__ void __launch_bounds__(kTileThreads, BACKWARD ? kBackwardBlocks : kForwardBlocks)
     tile_sweep(TileArguments args) {
-  const int bands = int(ceil_div(ceil_div(args.B, 8), args.band_tiles)), tiles = int(ceil_div(args.J, T::JT));
+  const int bands = int(ceil_div(ceil_div(args.B, kTileSamples), args.band_tiles)),
+            tiles = int(ceil_div(args.J, T::JT));
   const int band = blockIdx.x % bands, slice = blockIdx.x / bands / (kind == Sweep::stats_only ? 1 : tiles);
   const int warp = warp_of_block(), turn = warp / args.band_tiles, turns = 4 / args.band_tiles;
   const int begin = int(share_begin(args.I, args.slices, slice)),

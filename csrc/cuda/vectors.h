@@ -196,9 +196,9 @@ FASTCAPS_INDEX VectorArguments<Real> backward_iteration(VectorArguments<Real> ar
 
 // s = bias + the sum of the slices, and what an iteration leaves to the next one or to the caller.
 template <int THREADS, class Real>
-__device__ inline void squash_rows(const VectorArguments<Real>& args, int64_t number, Real* total) {
+__device__ inline void squash_rows(const VectorArguments<Real>& args, int64_t set_number, Real* total) {
   const int lane = threadIdx.x % 32;
-  const VectorSet<Real> set(args, number);
+  const VectorSet<Real> set(args, set_number);
   sum_slices<THREADS>(total, total + set.rows * args.D_out, set);
   for (int64_t n = threadIdx.x / 32; n < set.rows && set.has(n); n += THREADS / 32) {
     const int64_t at = set.row(n) * args.D_out;
@@ -228,9 +228,9 @@ __global__ void __launch_bounds__(kVectorThreads) squash_vectors(VectorArguments
 
 // ds = squash'(s)^T dv, dv the incoming gradient or the sum over later iterations' dV.
 template <int THREADS, class Real>
-__device__ inline void squash_rows_backward(const VectorArguments<Real>& args, int64_t number, Real* total) {
+__device__ inline void squash_rows_backward(const VectorArguments<Real>& args, int64_t set_number, Real* total) {
   const int lane = threadIdx.x % 32;
-  const VectorSet<Real> set(args, number);
+  const VectorSet<Real> set(args, set_number);
   if (!args.grad) sum_slices<THREADS>(total, total + set.rows * args.D_out, set);
   for (int64_t n = threadIdx.x / 32; n < set.rows && set.has(n); n += THREADS / 32) {
     const int64_t at = set.row(n) * args.D_out;
