@@ -40,9 +40,12 @@ test-kernels: $(READY)
 	TRITON_INTERPRET=1 $(PYTEST) $(ROUTING_TESTS) tests/core/test_contracts.py
 	for level in $(LESSER); do ATEN_CPU_CAPABILITY=$$level $(PYTEST) -m native $(ROUTING_TESTS) || exit 1; done
 
+SOURCES := $(foreach kind,h cpp cu,$(wildcard csrc/*.$(kind) csrc/*/*.$(kind) tests/*/*.$(kind) benchmarks/*.$(kind)))
+
 lint: $(READY)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
 	$(BIN)/mypy
 	$(BIN)/python benchmarks/report.py --check
 	$(BIN)/python docs/settings_table.py --check
@@ -50,6 +53,7 @@ lint: $(READY)
 format: $(READY)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(SOURCES)
 
 # The site, in build/site; a warning is an error.
 docs: $(VENV)/docs

@@ -9,21 +9,21 @@
 #define SEPARATE(n) asm volatile("mulps %1, %0\n\taddps %2, %0" : "+x"(a##n) : "x"(x), "x"(y));
 
 // GFLOP/s in float32: 12 sums that do not wait for each other, for about `seconds`.
-#define PEAK(name, bytes, target_, step)                                                              \
-  __attribute__((target(target_))) static double name(double seconds) {                               \
-    typedef float vec __attribute__((vector_size(bytes)));                                            \
-    vec x = {}, y = {};                                                                               \
-    REPEAT12(DECLARE)                                                                                 \
-    const auto start = std::chrono::steady_clock::now();                                              \
-    double elapsed = 0, flop = 0;                                                                     \
-    while (elapsed < seconds) {                                                                       \
-      for (int n = 0; n < 100000; ++n) {                                                              \
-        REPEAT12(step)                                                                                \
-      }                                                                                               \
-      flop += 2.0 * 12 * 100000 * (bytes / 4);                                                        \
-      elapsed = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();      \
-    }                                                                                                 \
-    return flop / elapsed / 1e9;                                                                      \
+#define PEAK(name, bytes, target_, step)                                                         \
+  __attribute__((target(target_))) static double name(double seconds) {                          \
+    typedef float vec __attribute__((vector_size(bytes)));                                       \
+    vec x = {}, y = {};                                                                          \
+    REPEAT12(DECLARE)                                                                            \
+    const auto start = std::chrono::steady_clock::now();                                         \
+    double elapsed = 0, flop = 0;                                                                \
+    while (elapsed < seconds) {                                                                  \
+      for (int n = 0; n < 100000; ++n) {                                                         \
+        REPEAT12(step)                                                                           \
+      }                                                                                          \
+      flop += 2.0 * 12 * 100000 * (bytes / 4);                                                   \
+      elapsed = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count(); \
+    }                                                                                            \
+    return flop / elapsed / 1e9;                                                                 \
   }
 
 #ifdef __x86_64__

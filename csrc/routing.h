@@ -1,5 +1,4 @@
-// What the CPU kernels take and who calls them. No torch header, no standard-library template: the sources that include
-// this are compiled for different instruction sets, and a template instantiated in two of them would be shared.
+// A call of the kernels, on the CPU or on a GPU.
 //
 // Letters as everywhere in fastcaps: B samples, I input capsules, J output capsules, D_in and D_out pose sizes,
 // T iterations.
@@ -41,24 +40,5 @@ struct Gradients {
   Real* d_prior;
   Real* d_bias;
 };
-
-// Calls body(context, begin, end) on parts of 0 .. n - 1, in any order and on any thread, and waits.
-using Body = void (*)(void* context, int64_t begin, int64_t end);
-using Parallel = void (*)(int64_t n, void* context, Body body);
-
-// `out` is [B, J, D_out], stored as the poses; sample_by_sample: whether samples go one at a time.
-#define FASTCAPS_DECLARE(isa)                                            \
-  namespace isa {                                                        \
-  template <class Real>                                                  \
-  void forward(const Routing<Real>&, void* out, Real* sums, Parallel);   \
-  template <class Real>                                                  \
-  void backward(const Routing<Real>&, const Gradients<Real>&, Parallel); \
-  template <class Real>                                                  \
-  bool sample_by_sample(const Routing<Real>&);                           \
-  }
-FASTCAPS_DECLARE(baseline)
-FASTCAPS_DECLARE(avx2)
-FASTCAPS_DECLARE(avx512)
-FASTCAPS_DECLARE(avx512bf16)
 
 }  // namespace fastcaps

@@ -1,35 +1,56 @@
-// Which kernel serves which sizes, for one instruction set; each dynamic_routing_<isa>.cpp includes this once.
+// Which kernel serves which sizes, for one instruction set; each cpu/<isa>.cpp includes this once, with FASTCAPS_ISA
+// and FASTCAPS_VECTOR_BYTES set and the compiler told what it may use.
 //
 //   one matrix for all input capsules        a sample at a time, poses routed instead of votes
 //   votes in whole vectors, given            a sample at a time, votes read where they lie
 //   up to about 12 samples of 16 lanes       a sample at a time, votes kept in the cache
-//   more samples                             samples in the lanes, votes computed again in every pass
+//   more samples                             samples in the lanes, votes computed again in every sweep
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "cpu/batch.h"
+#include "cpu/batch_backward.h"
+#include "cpu/entry_points.h"
+#include "cpu/matrices.h"
+#include "cpu/simd.h"
+#include "cpu/single.h"
 #include "cpu/single_backward.h"
+#include "numbers.h"
+#include "routing.h"
 
 namespace fastcaps {
 namespace FASTCAPS_ISA {
 
+// Where samples one at a time and samples in the lanes take as long, in eighths of the lanes: 12 of 16 samples with
+// AVX-512, 6 of 8 with AVX2. Where rows of a matrix must be copied to fit into vectors (D_in = 12) it is 1 to 2.
+constexpr int64_t kCrossingEighths = 6, kCopiedEighths = 1;
+// Bytes of V and the sums of two vectors of samples, which must share 32 KB of L1 with the rest. With AVX-512 a larger
+// layer takes 9.8 ms with one vector and 10.9 with two; with AVX2 two were always better.
+constexpr int64_t kTwoVectorsBytes = 16 << 10;
+
 template <class Real>
 bool sample_by_sample(const Routing<Real>& in) {
-  using C = Capsules<Real>;
+  using Single = SingleForward<Real>;
   const Sizes& z = in.size;
-  if (in.weight ? !in.stride_i : in.stored == Stored::real && z.D_out % C::L == 0) return true;
-  // With samples in the lanes 1 to L of them take the same time; one at a time they meet at 12 of 16, or earlier: where
-  // lanes are left without an entry or an input capsule, or rows of a matrix must be copied to fit into vectors. The
-  // votes of a block must fit into the cache.
-  const int64_t row = C::whole(z.D_out), lanes = ceil_div(z.I, C::L) * C::L;
-  const int64_t votes = C::L * (in.stride_j ? z.J : 1) * row * int64_t(sizeof(Real));
-  const int64_t some = in.weight && C::padded(z.D_in) != z.D_in ? 1 : 6;  // eighths of the lanes
-  return 8 * z.B * lanes * row <= some * C::L * z.I * z.D_out && votes <= C::kLocal;
+  if (in.weight ? !in.stride_i : in.stored == Stored::real && z.D_out % Single::L == 0) return true;
+  // With samples in the lanes 1 to L of them take the same time. Samples one at a time take longer where lanes are left
+  // without an entry or an input capsule. The votes of a chunk must fit into the cache.
+  const int64_t row = Single::whole(z.D_out), lanes = ceil_div(z.I, Single::L) * Single::L;
+  const int64_t votes = Single::L * (in.stride_j ? z.J : 1) * row * int64_t(sizeof(Real));
+  const int64_t eighths = in.weight && Single::padded(z.D_in) != z.D_in ? kCopiedEighths : kCrossingEighths;
+  return 8 * z.B * lanes * row <= eighths * Single::L * z.I * z.D_out && votes <= Single::kLocalBytes;
 }
-// In the backward a block of input capsules keeps the votes of all samples, their gradients, poses and those of these.
+// In the backward a chunk of input capsules keeps the votes of all samples, their gradients, poses and those of these.
 template <class Real>
 bool votes_fit(const Routing<Real>& in) {
-  using C = Capsules<Real>;
+  using Single = SingleForward<Real>;
   const Sizes& z = in.size;
-  const int64_t votes = 2 * (in.stride_j ? z.J : 1) * C::whole(z.D_out),
-                poses = 2 * Matrices<Real>::padded(most(z.D_in, C::L));
-  return !in.weight || !in.stride_i || z.B <= 1 || z.B * C::L * (votes + poses) * int64_t(sizeof(Real)) <= C::kLocal;
+  const int64_t votes = 2 * (in.stride_j ? z.J : 1) * Single::whole(z.D_out),
+                poses = 2 * Matrices<Real>::padded(most(z.D_in, Single::L));
+  return !in.weight || !in.stride_i || z.B <= 1 ||
+         z.B * Single::L * (votes + poses) * int64_t(sizeof(Real)) <= Single::kLocalBytes;
 }
 
 // f(N, kPairs): N vectors of samples share each broadcast entry of a weight as long as V and the sums of both stay in
@@ -42,7 +63,7 @@ void with_tiles(const Routing<Real>& in, const F& f) {
   constexpr bool pairs = false;
 #endif
   const int64_t bytes = 2 * in.size.J * in.size.D_out * FASTCAPS_VECTOR_BYTES;
-  const bool two = in.size.B > Kernel<Real>::L && bytes <= (16 << 10);
+  const bool two = in.size.B > Simd<Real>::L && bytes <= kTwoVectorsBytes;
   const auto with_pairs = [&](auto N) {
     if constexpr (pairs)
       if (in.stored == Stored::bfloat16 && in.weight && in.size.D_in % 2 == 0 &&
@@ -59,13 +80,13 @@ void with_tiles(const Routing<Real>& in, const F& f) {
 template <class Real>
 void forward(const Routing<Real>& in, void* out, Real* sums, Parallel parallel) {
   if (!in.size.B) return;
-  if (sample_by_sample(in)) return Capsules<Real>(in).forward(out, sums, parallel);
-  with_tiles(in, [&](auto N, auto pairs) { Pass<Real, N, pairs>(in, parallel).forward(out, sums); });
+  if (sample_by_sample(in)) return SingleForward<Real>(in).forward(out, sums, parallel);
+  with_tiles(in, [&](auto N, auto pairs) { BatchForward<Real, N, pairs>(in, parallel).forward(out, sums); });
 }
 template <class Real>
 void backward(const Routing<Real>& in, const Gradients<Real>& out, Parallel parallel) {
-  if (sample_by_sample(in) && votes_fit(in)) return CapsulesBackward<Real>(in, out).run(parallel);
-  with_tiles(in, [&](auto N, auto pairs) { Backward<Real, N, pairs>(in, parallel).run(out); });
+  if (sample_by_sample(in) && votes_fit(in)) return SingleBackward<Real>(in, out).run(parallel);
+  with_tiles(in, [&](auto N, auto pairs) { BatchBackward<Real, N, pairs>(in, parallel).run(out); });
 }
 template void forward(const Routing<float>&, void*, float*, Parallel);
 template void backward(const Routing<float>&, const Gradients<float>&, Parallel);

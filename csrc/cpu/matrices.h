@@ -1,15 +1,23 @@
 // Products with the matrices of input capsules one row after the other, the entries of a row in the lanes: what a few
-// samples need, whose poses do not fill the lanes.
-#include "cpu/batch_backward.h"
+// samples need, whose poses do not fill the lanes. L rows at a time, a lane for each product, are a strip.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "cpu/simd.h"
+#include "numbers.h"
+#include "routing.h"
 
 namespace fastcaps {
 namespace FASTCAPS_ISA {
 
 template <class Real>
-struct Matrices : Kernel<Real> {
-  using K = Kernel<Real>;
-  using typename K::vec;
-  static constexpr int L = K::L;
+struct Matrices : Simd<Real> {
+  using SIMD = Simd<Real>;
+  using typename SIMD::vec;
+  static constexpr int L = SIMD::L;
   const Routing<Real>& in;
   const Sizes z;
   const int64_t depth;  // of a row: D_in, padded to a power of two or to whole vectors
@@ -23,10 +31,11 @@ struct Matrices : Kernel<Real> {
     return power;
   }
 
-  // f(P) with P entries of a row per vector as a constant; 0: rows of whole vectors.
+  static constexpr int kWholeVectors = 0;
+  // f(P) with P entries of a row per vector as a constant, or kWholeVectors where a row has more than one.
   template <class F>
   FASTCAPS_INLINE void with_depth(const F& f) const {
-    if (depth > L) return f(std::integral_constant<int, 0>{});
+    if (depth > L) return f(std::integral_constant<int, kWholeVectors>{});
     if constexpr (L >= 16)
       if (depth == 16) return f(std::integral_constant<int, 16>{});
     if constexpr (L >= 8)
@@ -46,7 +55,7 @@ struct Matrices : Kernel<Real> {
   }
   // Whether L rows, from one that starts at `count` rows before the end, can be used where they lie.
   bool lies_as_used(int64_t count) const { return in.stored == Stored::real && depth == z.D_in && count >= L; }
-  const Real* block_of_rows(int64_t first, int64_t count, Real* buffer) const {
+  const Real* strip(int64_t first, int64_t count, Real* buffer) const {
     if (lies_as_used(count)) return (const Real*)in.weight + first;
     const int64_t there = least(L, count);
     std::memset(buffer, 0, L * depth * sizeof(Real));
@@ -60,81 +69,81 @@ struct Matrices : Kernel<Real> {
   // pose_vectors] repeated, out [samples, stride]. Writes whole vectors.
   void transform(int64_t first, int64_t count, int64_t samples, const vec* x, Real* out, int64_t stride,
                  Real* buffer) const {
-    const int64_t X = pose_vectors();
+    const int64_t vectors = pose_vectors();
     const bool direct = lies_as_used(count);
     with_depth([&](auto P) FASTCAPS_LAMBDA {
-      const auto block = [&](const Real* w, int64_t r) FASTCAPS_LAMBDA {
-        for (int64_t b = 0; b < samples; ++b) K::store(out + b * stride + r, products<P>(w, x + b * X));
+      const auto one_strip = [&](const Real* w, int64_t r) FASTCAPS_LAMBDA {
+        for (int64_t b = 0; b < samples; ++b) SIMD::store(out + b * stride + r, products<P>(w, x + b * vectors));
       };
       int64_t r = 0;
       if (direct)
-        for (const Real* w = (const Real*)in.weight + first; r + L <= count; r += L, w += L * depth) block(w, r);
-      for (; r < count; r += L) block(block_of_rows(first + r * z.D_in, count - r, buffer), r);
+        for (const Real* w = (const Real*)in.weight + first; r + L <= count; r += L, w += L * depth) one_strip(w, r);
+      for (; r < count; r += L) one_strip(strip(first + r * z.D_in, count - r, buffer), r);
     });
   }
-  // <row, x> for the L rows of a block, as the lanes of one vector.
+  // <row, x> for the L rows of a strip, as the lanes of one vector.
   template <int P>
   FASTCAPS_INLINE vec products(const Real* w, const vec* x) const {
-    if constexpr (P > 0) {
+    if constexpr (P != kWholeVectors) {
       vec product[P];
-      unroll<P>([&](auto n) FASTCAPS_LAMBDA { product[n] = K::load(w + n * L) * x[0]; });
-      K::template sum_groups<P>(product);
-      return K::template permute<LaneOf<P>>(product[0], product[0]);
+      unroll<P>([&](auto n) FASTCAPS_LAMBDA { product[n] = SIMD::load(w + n * L) * x[0]; });
+      SIMD::template sum_runs<P>(product);
+      return SIMD::template permute<LaneOf<P>>(product[0], product[0]);
     } else {
       vec product[L];
       unroll<L>([&](auto n) FASTCAPS_LAMBDA { product[n] = vec{}; });
       for (int64_t k = 0; k < depth; k += L)
-        unroll<L>([&](auto n) FASTCAPS_LAMBDA { product[n] += K::load(w + n * depth + k) * x[k / L]; });
-      return K::sum_lanes(product);
+        unroll<L>([&](auto n) FASTCAPS_LAMBDA { product[n] += SIMD::load(w + n * depth + k) * x[k / L]; });
+      return SIMD::sum_lanes(product);
     }
   }
-  // Where sum_groups leaves row r.
+  // Where sum_runs leaves row r.
   template <int P>
   struct LaneOf {
     static constexpr int of(int r) { return r % (L / P) * P + r / (L / P); }
   };
 
-  // Lane l of vector n: the row that entry n * L + l of a block belongs to, P entries a row.
+  // Lane l of vector n: the row that entry n * L + l of a strip belongs to, P entries a row.
   template <int P, int n>
   struct RowOf {
     static constexpr int of(int l) { return n * (L / P) + l / P; }
   };
   // For `count` rows from entry `first` on, with x repeated [samples, pose_vectors] and du [samples, stride_du]:
-  // d_weight = sum_b du x^T, and dx [samples, pose_vectors] += w^T du, still in parts where the pose was repeated.
+  // d_weight = sum_b du x^T, and dx [samples, pose_vectors] += w^T du, still to be summed where the pose was repeated.
   void transform_backward(int64_t first, int64_t count, int64_t samples, const vec* x, const Real* du,
                           int64_t stride_du, void* d_weight, vec* dx, Real* buffer) const {
-    const int64_t X = pose_vectors();
+    const int64_t vectors = pose_vectors();
     with_depth([&](auto P) FASTCAPS_LAMBDA {
       for (int64_t r = 0; r < count; r += L) {
         const int64_t entry = first + r * z.D_in;
         const bool direct = lies_as_used(count - r);
-        const Real* w = block_of_rows(entry, count - r, buffer);
+        const Real* w = strip(entry, count - r, buffer);
         Real* dw = direct ? (Real*)d_weight + entry : buffer + L * depth;
-        if constexpr (P > 0) {
+        if constexpr (P != kWholeVectors) {
           vec sum[P];
           unroll<P>([&](auto n) FASTCAPS_LAMBDA { sum[n] = vec{}; });
           for (int64_t b = 0; b < samples; ++b) {
-            const vec d = K::load(du + b * stride_du + r), xb = x[b * X];
-            vec part = {};
+            const vec d = SIMD::load(du + b * stride_du + r), xb = x[b * vectors];
+            vec products = {};
             unroll<P>([&](auto n) FASTCAPS_LAMBDA {
-              const vec dn = K::template permute<RowOf<P, n>>(d, d);
+              const vec dn = SIMD::template permute<RowOf<P, n>>(d, d);
               sum[n] += dn * xb;
-              part += dn * K::load(w + n * L);
+              products += dn * SIMD::load(w + n * L);
             });
-            dx[b * X] += part;
+            dx[b * vectors] += products;
           }
-          if (d_weight) unroll<P>([&](auto n) FASTCAPS_LAMBDA { K::store(dw + n * L, sum[n]); });
+          if (d_weight) unroll<P>([&](auto n) FASTCAPS_LAMBDA { SIMD::store(dw + n * L, sum[n]); });
         } else {
           for (int64_t n = 0; n < least(L, count - r); ++n)
-            for (int64_t v = 0; v < X; ++v) {
-              const vec wn = K::load(w + n * depth + v * L);
+            for (int64_t v = 0; v < vectors; ++v) {
+              const vec wn = SIMD::load(w + n * depth + v * L);
               vec sum = {};
               for (int64_t b = 0; b < samples; ++b) {
-                const vec dn = K::splat(du[b * stride_du + r + n]);
-                sum += dn * x[b * X + v];
-                dx[b * X + v] += dn * wn;
+                const vec dn = SIMD::splat(du[b * stride_du + r + n]);
+                sum += dn * x[b * vectors + v];
+                dx[b * vectors + v] += dn * wn;
               }
-              if (d_weight) K::store(dw + n * depth + v * L, sum);
+              if (d_weight) SIMD::store(dw + n * depth + v * L, sum);
             }
         }
         if (!d_weight || direct) continue;

@@ -1,23 +1,18 @@
 // Vectors for one instruction set: as many lanes as FASTCAPS_VECTOR_BYTES hold, the exponential, sums over lanes,
-// transposition from and to rows in memory, half types, scratch memory. Everything is in the namespace FASTCAPS_ISA, as
-// the same header is compiled for several of them.
+// transposition from and to rows in memory, half types. Everything is in the namespace FASTCAPS_ISA, as the same header
+// is compiled for several of them.
+#pragma once
+
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
-#include <new>
+#include <type_traits>
 #include <utility>
 
+#include "numbers.h"
+#include "routing.h"
+
 namespace fastcaps {
-
-#ifdef FASTCAPS_CHECK  // every array on the heap, where sanitizers see its end, and full of NaN
-constexpr int64_t kScratchStack = 0;
-#else
-constexpr int64_t kScratchStack = 64 << 10;
-#endif
-inline thread_local int64_t scratch_used = 0;
-alignas(64) inline thread_local char scratch_stack[kScratchStack + 64];
-
 namespace FASTCAPS_ISA {
 
 #ifdef FASTCAPS_CHECK  // sanitizers make so much of code put inline that it compiles for minutes
@@ -34,10 +29,6 @@ FASTCAPS_INLINE void prefetch(const void* from, int64_t bytes) {
   for (int64_t n = 0; n < bytes; n += 64) __builtin_prefetch((const char*)from + n, 0, kLocality);
 }
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-
 // f(0), f(1), ... f(N - 1) with constants: GCC keeps an array in registers only where every index is one.
 template <class F, int... n>
 FASTCAPS_INLINE void unroll(const F& f, std::integer_sequence<int, n...>) {
@@ -46,29 +37,6 @@ FASTCAPS_INLINE void unroll(const F& f, std::integer_sequence<int, n...>) {
 template <int N, class F>
 FASTCAPS_INLINE void unroll(const F& f) {
   unroll(f, std::make_integer_sequence<int, N>{});
-}
-
-// Half types as bits: e8m7 and e5m10, to float and back, rounding to nearest even. Loops over these are vectorised.
-inline float widen_bfloat16(uint16_t h) { return __builtin_bit_cast(float, uint32_t(h) << 16); }
-inline uint16_t narrow_bfloat16(float x) {
-  const uint32_t bits = __builtin_bit_cast(uint32_t, x);
-  return (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-}
-inline float widen_float16(uint16_t h) {
-  const uint32_t sign = uint32_t(h & 0x8000) << 16, bits = uint32_t(h & 0x7fff) << 13;
-  // Subnormal: its bits as an integer, times the smallest step, 2^-24.
-  const float value = (h & 0x7c00)
-                          ? __builtin_bit_cast(float, bits + ((h & 0x7c00) == 0x7c00 ? 0x70000000 : 0x38000000))
-                          : int32_t(h & 0x3ff) * 0x1p-24f;
-  return __builtin_bit_cast(float, __builtin_bit_cast(uint32_t, value) | sign);
-}
-inline uint16_t narrow_float16(float x) {
-  const uint32_t bits = __builtin_bit_cast(uint32_t, x), sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
-  // Normal: move the exponent and round. Subnormal: adding 0.5 leaves the rounded integer in the lowest bits.
-  const uint32_t normal = (size + 0xfff + (size >> 13 & 1) - 0x38000000) >> 13;
-  const uint32_t tiny = __builtin_bit_cast(uint32_t, __builtin_bit_cast(float, size) + 0.5f) - 0x3f000000;
-  const uint32_t rounded = size > 0x7f800000 ? 0x7e00 : size >= 0x477ff000 ? 0x7c00 : size < 0x38800000 ? tiny : normal;
-  return uint16_t(rounded | sign);
 }
 
 // Entries of a tensor as the kernel computes with them.
@@ -129,11 +97,10 @@ struct Lanes<double> {
 };
 
 template <class Real>
-struct Kernel {
+struct Simd {
   using vec = typename Lanes<Real>::vec;
   using ivec = typename Lanes<Real>::ivec;
-  static constexpr int L = FASTCAPS_VECTOR_BYTES / sizeof(Real);
-  static constexpr int kTogether = 4;  // input capsules whose votes are kept at a time
+  static constexpr int L = FASTCAPS_VECTOR_BYTES / sizeof(Real);  // lanes
 
   static FASTCAPS_INLINE vec splat(Real x) { return x - vec{}; }
   // a b + c; of pairs: both products of each lane, added to c.
@@ -157,7 +124,7 @@ struct Kernel {
     using C = Lanes<Real>;
     vec y = x > splat(C::kLowest) ? x : splat(C::kLowest);
     y = y < splat(C::kHighest) ? y : splat(C::kHighest);
-    const vec shifted = y * Real(1.44269504088896340736) + C::kMagic;  // its low bits are round(y / ln 2)
+    const vec shifted = y * kLog2e<Real> + C::kMagic;  // its low bits are round(y / ln 2)
     const vec n = shifted - C::kMagic;
     vec r = y - n * C::kLn2High;
     r = r - n * C::kLn2Low;
@@ -195,7 +162,7 @@ struct Kernel {
     return shuffle(a, b, decltype(map_lanes<F>(std::make_integer_sequence<int, L>{})){});
   }
 
-  // Of vectors a and b, lanes in groups of `step` by turns.
+  // Of vectors a and b, runs of `step` lanes by turns.
   template <int step>
   struct Own {
     static constexpr int of(int n) { return n & step ? n + L : n; }
@@ -204,20 +171,20 @@ struct Kernel {
   struct Other {
     static constexpr int of(int n) { return n & step ? (n ^ step) + L : n ^ step; }
   };
-  // Sums over P lanes side by side in P vectors -> one vector: lane n + m P has the sum of group m of vector n.
+  // Sums over runs of P lanes in P vectors -> one vector: lane n + m P has the sum of run m of vector n.
   template <int P, int step = 1>
-  static FASTCAPS_INLINE void sum_groups(vec* v) {
+  static FASTCAPS_INLINE void sum_runs(vec* v) {
     if constexpr (step < P) {
       unroll<P / (2 * step)>([&](auto n) FASTCAPS_LAMBDA {
         const vec a = v[2 * n], b = v[2 * n + 1];
         v[n] = permute<Own<step>>(a, b) + permute<Other<step>>(a, b);
       });
-      sum_groups<P, 2 * step>(v);
+      sum_runs<P, 2 * step>(v);
     }
   }
   // Lane n: the sum of the lanes of v[n], n < L.
   static FASTCAPS_INLINE vec sum_lanes(vec* v) {
-    sum_groups<L>(v);
+    sum_runs<L>(v);
     return v[0];
   }
 
@@ -271,9 +238,9 @@ struct Kernel {
             ((Real*)(to + c * step))[l] = get<s.value, Real>(from, first + l * stride + c);
         return;
       }
-      const auto blocks = [&](auto all) FASTCAPS_LAMBDA {  // all: whether every lane has a row
-        for (int64_t block = 0; block < count; block += L) {
-          const int64_t c = least(block, count - L);  // the last one may overlap the one before
+      const auto squares = [&](auto all) FASTCAPS_LAMBDA {  // all: whether every lane has a row
+        for (int64_t square = 0; square < count; square += L) {
+          const int64_t c = least(square, count - L);  // the last one may overlap the one before
           vec v[L];
           unroll<L>([&](auto l) FASTCAPS_LAMBDA {
             v[l] = all || l < n ? load_as<s.value>(from, first + l * stride + c) : vec{};
@@ -282,7 +249,7 @@ struct Kernel {
           unroll<L>([&](auto l) FASTCAPS_LAMBDA { to[(c + l) * step] = v[l]; });
         }
       };
-      n == L ? blocks(std::true_type{}) : blocks(std::false_type{});
+      n == L ? squares(std::true_type{}) : squares(std::false_type{});
     });
   }
   // And back.
@@ -295,9 +262,9 @@ struct Kernel {
             put<s.value, Real>(to, first + l * stride + c, ((const Real*)(from + c * step))[l]);
         return;
       }
-      const auto blocks = [&](auto all) FASTCAPS_LAMBDA {
-        for (int64_t block = 0; block < count; block += L) {
-          const int64_t c = least(block, count - L);
+      const auto squares = [&](auto all) FASTCAPS_LAMBDA {
+        for (int64_t square = 0; square < count; square += L) {
+          const int64_t c = least(square, count - L);
           vec v[L];
           unroll<L>([&](auto l) FASTCAPS_LAMBDA { v[l] = from[(c + l) * step]; });
           transpose(v);
@@ -306,7 +273,7 @@ struct Kernel {
           });
         }
       };
-      n == L ? blocks(std::true_type{}) : blocks(std::false_type{});
+      n == L ? squares(std::true_type{}) : squares(std::false_type{});
     });
   }
 
@@ -367,34 +334,6 @@ struct Kernel {
       for (int64_t j = 0; j < J; ++j) dc[j * N + n] = c[j * N + n] * (dc[j * N + n] - q);
     }
   }
-};
-
-// Scratch memory, not initialised; its start is moved by `line` cache lines so that arrays that are used together
-// do not fall on the same lines of a set (4 KB aliasing). Small ones come from a stack that each thread has.
-template <class T>
-struct Scratch {
-  explicit Scratch(int64_t count, int line = 0) {
-    const int64_t bytes = most(64, (count * int64_t(sizeof(T)) + 64 * line + 63) / 64 * 64);
-    near = scratch_used + bytes <= kScratchStack;
-    raw = near ? scratch_stack + scratch_used : (char*)std::aligned_alloc(64, bytes);
-    if (!raw) throw std::bad_alloc();
-    if (near) scratch_used += bytes;
-#ifdef FASTCAPS_CHECK
-    std::memset(raw, 0xff, bytes);
-#endif
-    data = (T*)(raw + 64 * line);
-  }
-  ~Scratch() {
-    if (near)
-      scratch_used = raw - scratch_stack;  // scopes end in the reverse order
-    else
-      std::free(raw);
-  }
-  Scratch(const Scratch&) = delete;
-  operator T*() const { return data; }
-  char* raw;
-  bool near;
-  T* data;
 };
 
 }  // namespace FASTCAPS_ISA

@@ -1,7 +1,8 @@
-// What the CUDA kernels need of CUDA: the matrix instruction, widening and rounding, fast functions, shared memory, launch.
-// With FASTCAPS_EMULATED the same kernels are compiled for the host, where tests run them thread by thread.
+// What the CUDA kernels need of CUDA: the matrix instruction, widening and rounding, fast functions, shared memory,
+// launch. With FASTCAPS_EMULATED the same kernels are compiled for the host, where tests run them thread by thread.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -148,7 +149,7 @@ __device__ inline Real sum_over_warp(Real x) {
   return x;
 }
 
-// All blocks of a launch_together wait for each other; what they have written before is seen after.
+// All blocks of a launch_cooperative wait for each other; what they have written before is seen after.
 __device__ inline void grid_barrier() {
 #ifdef FASTCAPS_EMULATED
   emulated::meet(emulated::of_grid);
@@ -184,10 +185,11 @@ void check_launch(cudaError_t error, const Grid& grid, cudaStream_t stream, cons
   cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
   cudaStreamIsCapturing(stream, &capture);
   throw std::runtime_error(
-      std::string("fastcaps::cuda::") + name + " with B = " + std::to_string(sizes.B) + ", I = " +
-      std::to_string(sizes.I) + ", J = " + std::to_string(sizes.J) + ", " + std::to_string(grid.blocks) +
+      std::string("fastcaps::cuda::") + name + " with B = " + std::to_string(sizes.B) +
+      ", I = " + std::to_string(sizes.I) + ", J = " + std::to_string(sizes.J) + ", " + std::to_string(grid.blocks) +
       " blocks, " + std::to_string(grid.shared_bytes) + " bytes of shared memory: " + cudaGetErrorString(error) +
-      (capture == cudaStreamCaptureStatusNone ? "" : ". A CUDA graph is being captured: call fastcaps.warmup before it"));
+      (capture == cudaStreamCaptureStatusNone ? ""
+                                              : ". A CUDA graph is being captured: call fastcaps.warmup before it"));
 }
 inline int device_attribute(cudaDeviceAttr attribute) {
   int device = 0, value = 0;
@@ -198,7 +200,7 @@ inline int device_attribute(cudaDeviceAttr attribute) {
 // All that there is, as a smaller permission would be taken from a launch of another thread.
 template <class Argument>
 cudaError_t allow_shared_memory(void (*kernel)(Argument), int64_t bytes) {
-  if (bytes <= 48 * 1024) return cudaSuccess;
+  if (bytes <= 48 * 1024) return cudaSuccess;  // which needs no permission
   const int most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
 }
@@ -230,10 +232,11 @@ void launch(void (*kernel)(Argument), Grid grid, cudaStream_t stream, const Argu
 #endif
 }
 
-// The same for a kernel with a grid_barrier; false, and nothing is launched, where not all blocks can be resident at once.
+// The same for a kernel with a grid_barrier; false, and nothing is launched, where not all blocks can be resident at
+// once.
 template <class Argument, class SizesLike>
-bool launch_together(void (*kernel)(Argument), Grid grid, cudaStream_t stream, const Argument& argument, const char* name,
-                     const SizesLike& sizes) {
+bool launch_cooperative(void (*kernel)(Argument), Grid grid, cudaStream_t stream, const Argument& argument,
+                        const char* name, const SizesLike& sizes) {
   if (grid.blocks == 0) return false;
 #ifdef FASTCAPS_EMULATED
   if (grid.blocks > emulated::resident_blocks || grid.shared_bytes > 99 * 1024) return false;
@@ -252,7 +255,7 @@ bool launch_together(void (*kernel)(Argument), Grid grid, cudaStream_t stream, c
     error = cudaLaunchCooperativeKernel(kernel, dim3(unsigned(grid.blocks)), dim3(grid.threads), arguments,
                                         grid.shared_bytes, stream);
   }
-  if (error == cudaErrorCooperativeLaunchTooLarge) {  // a process may have only a part of the GPU
+  if (error == cudaErrorCooperativeLaunchTooLarge) {  // a process may have only some of the GPU
     cudaGetLastError();
     return false;
   }

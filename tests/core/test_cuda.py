@@ -51,7 +51,7 @@ def test_the_order_of_threads_changes_nothing(emulated, monkeypatch, case, dtype
             assert torch.equal(value, descending[name]), name
 
 
-def test_one_launch_where_all_blocks_are_resident_and_one_for_each_pass_elsewhere(emulated, monkeypatch):
+def test_one_launch_where_all_blocks_are_resident_and_one_for_each_sweep_elsewhere(emulated, monkeypatch):
     def launches(*sizes: int, num_iterations: int = 3) -> list[int]:
         case = Case(sizes=sizes, num_iterations=num_iterations)
         poses, weight = make_inputs(case, torch.float32).tensors.values()

@@ -201,13 +201,14 @@ inline void run(int64_t first, int64_t blocks, int threads, int64_t shared_bytes
   }
 }
 
-// `together`: the blocks may wait for each other.
-inline void launch(int64_t blocks, int threads, int64_t shared_bytes, std::function<void()> kernel, bool together = false) {
+// `cooperative`: the blocks may wait for each other.
+inline void launch(int64_t blocks, int threads, int64_t shared_bytes, std::function<void()> kernel,
+                   bool cooperative = false) {
   require(threads <= kMostThreads && threads % 32 == 0, "threads of a block");
   require(shared_bytes <= 99 * 1024, "shared memory that not every GPU has");
   ++launches;
   body = std::move(kernel), blockDim.x = threads, gridDim.x = unsigned(blocks);
-  if (together) return run(0, blocks, threads, shared_bytes);
+  if (cooperative) return run(0, blocks, threads, shared_bytes);
   for (int64_t block = 0; block < blocks; ++block) run(block, 1, threads, shared_bytes);
 }
 
@@ -235,7 +236,8 @@ inline void mma(float* c, const float (&a)[4], const float (&b)[2]) {
       sum += double(left) * double(right);
     }
     const float rounded = float(sum);
-    c[r] = std::isfinite(rounded) && std::fabs(double(rounded)) > std::fabs(sum) ? std::nextafter(rounded, 0.f) : rounded;
+    c[r] =
+        std::isfinite(rounded) && std::fabs(double(rounded)) > std::fabs(sum) ? std::nextafter(rounded, 0.f) : rounded;
   }
 }
 

@@ -16,7 +16,7 @@ template <class Real>
 void forward(const Routing<Real>& in, bool allow_tf32, void* out, Real* sums) {
   const int64_t bytes = cuda::forward_scratch(in);
   std::unique_ptr<char[]> scratch(bytes > 0 ? new char[bytes] : nullptr);  // as PyTorch's empty tensors
-  std::memset(scratch.get(), 0xff, bytes);  // NaN
+  std::memset(scratch.get(), 0xff, bytes);                                 // NaN
   cuda::forward(in, allow_tf32, out, sums, scratch.get(), nullptr);
 }
 template <class Real>
@@ -28,7 +28,7 @@ void backward(const Routing<Real>& in, bool allow_tf32, const Gradients<Real>& o
 }
 
 template <class Real>
-void run(bool backwards_pass, const int64_t* n, void* const* p, double eps) {
+void run(bool is_backward, const int64_t* n, void* const* p, double eps) {
   Routing<Real> in{};
   in.size = {n[0], n[1], n[2], n[3], n[4], n[5]};
   in.stored = Stored(n[6]);
@@ -38,25 +38,18 @@ void run(bool backwards_pass, const int64_t* n, void* const* p, double eps) {
   in.mask = static_cast<const bool*>(p[4]);
   in.leaky = n[10], in.detach = n[11], in.eps = Real(eps);
   const bool allow_tf32 = n[12];
-  Gradients<Real> out{p[5], static_cast<const Real*>(p[6]), p[7], p[8], static_cast<Real*>(p[9]), static_cast<Real*>(p[10])};
-  if (backwards_pass)
+  Gradients<Real> out{p[5], static_cast<const Real*>(p[6]), p[7],
+                      p[8], static_cast<Real*>(p[9]),       static_cast<Real*>(p[10])};
+  if (is_backward)
     backward(in, allow_tf32, out);
   else
     forward(in, allow_tf32, p[5], static_cast<Real*>(p[6]));
 }
 }  // namespace
 
-// For kernels.cpp: the other order of threads, and one launch for each pass, where it wants the other order of parts.
+// For kernels.cpp: the other order of threads, and one launch for each sweep, where it wants the other order of tasks.
 #define FASTCAPS_ISA emulated_cuda
 namespace fastcaps::emulated_cuda {
-inline float widen_bfloat16(uint16_t x) { return cuda::widen(cuda::bfloat16{x}); }
-inline float widen_float16(uint16_t x) { return cuda::widen(cuda::float16{x}); }
-inline uint16_t narrow_bfloat16(float x) {
-  cuda::bfloat16 to;
-  cuda::narrow(x, to);
-  return to.bits;
-}
-inline uint16_t narrow_float16(float x) { return emulated::narrow_float16(x); }
 inline void choose(bool other) { emulated::backwards = other, emulated::resident_blocks = other ? 0 : 6; }
 template <class Real>
 void forward(const Routing<Real>& in, void* out, Real* sums, bool other) {
@@ -71,11 +64,10 @@ void backward(const Routing<Real>& in, const Gradients<Real>& out, bool other) {
 }  // namespace fastcaps::emulated_cuda
 
 // numbers: B, I, J, D_in, D_out, T, stored, stride_i, stride_j, prior_stride_b, leaky, detach, allow_tf32, descending,
-// resident_blocks, multiprocessors. pointers: poses, weight, prior, bias, mask; then out and sums, or grad, sums and the four
-// gradients.
-// Returns how many kernels were launched.
-extern "C" int64_t emulated_dynamic_routing(int is_double, int is_backward, const int64_t* numbers, void* const* pointers,
-                                            double eps) {
+// resident_blocks, multiprocessors. pointers: poses, weight, prior, bias, mask; then out and sums, or grad, sums and
+// the four gradients. Returns how many kernels were launched.
+extern "C" int64_t emulated_dynamic_routing(int is_double, int is_backward, const int64_t* numbers,
+                                            void* const* pointers, double eps) {
   emulated::backwards = numbers[13], emulated::resident_blocks = numbers[14], emulated::multiprocessors = numbers[15];
   emulated::launches = 0;
   if (is_double)
@@ -95,17 +87,18 @@ const char* check_tile() {
   using namespace fastcaps::cuda;
   bool seen[T::JT][T::D][8] = {};
   for (int lane = 0; lane < 32; ++lane)
-    for (int block = 0; block < T::blocks; ++block)
-      for (int n = 0; n < T::entries(block); ++n)
+    for (int section = 0; section < T::sections; ++section)
+      for (int n = 0; n < T::entries(section); ++n)
         for (int s = 0; s < 2; ++s) {
-          const int r = T::reg(block, n, s), m = r / 4, g = lane / 4, row = fragment_row(lane, r % 4);
-          const int j = T::capsule(block, g), e = T::first_entry(block, g) + n, b = 2 * (lane % 4) + s;
+          const int r = T::reg(section, n, s), m = r / 4, g = lane / 4, row = fragment_row(lane, r % 4);
+          const int j = T::capsule(section, g), e = T::first_entry(section, g) + n, b = 2 * (lane % 4) + s;
           if (T::row_capsule(m, row) != j || T::row_entry(m, row) != e) return "a register is of another row";
           if (fragment_column(lane, r % 4) != b) return "a register is of another column";
           if (seen[j][e][b]) return "an entry has two registers";
           seen[j][e][b] = true;
           // The same place in memory, here of the second batch tile and the third tile of output capsules of four.
-          if (T::place(4 * T::JT - 1, 8 + b, 2 * T::JT + j, e) != T::first_place(4 * T::JT, 1, 2) + m * 128 + lane * 4 + r % 4)
+          if (T::place(4 * T::JT - 1, 8 + b, 2 * T::JT + j, e) !=
+              T::first_place(4 * T::JT, 1, 2) + m * 128 + lane * 4 + r % 4)
             return "V lies elsewhere than where it is read";
         }
   for (auto& capsule : seen)
@@ -147,42 +140,45 @@ const char* check_product() {
   return nullptr;
 }
 
-// Slices cover everything once and differ by one at most, also far beyond 2^31.
-const char* check_parts() {
+// Shares cover everything once and differ by one at most, also far beyond 2^31.
+const char* check_shares() {
   for (int64_t n : {int64_t(0), int64_t(1), int64_t(1152), int64_t(1) << 40})
-    for (int64_t parts : {1, 2, 7, 33, 1000}) {
-      if (fastcaps::cuda::part_begin(n, parts, 0) != 0 || fastcaps::cuda::part_begin(n, parts, parts) != n)
-        return "slices do not cover everything";
-      for (int64_t part = 0; part < parts; ++part) {
-        const int64_t size = fastcaps::cuda::part_begin(n, parts, part + 1) - fastcaps::cuda::part_begin(n, parts, part);
-        if (size < n / parts || size > n / parts + 1) return "slices are not of one size";
+    for (int64_t shares : {1, 2, 7, 33, 1000}) {
+      if (fastcaps::cuda::share_begin(n, shares, 0) != 0 || fastcaps::cuda::share_begin(n, shares, shares) != n)
+        return "shares do not cover everything";
+      for (int64_t share = 0; share < shares; ++share) {
+        const int64_t size =
+            fastcaps::cuda::share_begin(n, shares, share + 1) - fastcaps::cuda::share_begin(n, shares, share);
+        if (size < n / shares || size > n / shares + 1) return "shares are not of one size";
       }
     }
   return nullptr;
 }
 
-// Every item belongs to one block, the one that the sum of a split group asks for; no two parts have one place.
+// Every item belongs to one block, the one that the sum of a split panel asks for; no two partial gradients have one
+// slot.
 const char* check_items() {
-  for (int64_t groups : {1, 5, 288})
+  for (int64_t panels : {1, 5, 288})
     for (int64_t tiles : {1, 7, 16})
       for (int64_t blocks : {1, 4, 264}) {
-        if (blocks > groups * tiles) continue;
-        const fastcaps::cuda::Items items{groups, tiles, blocks};
-        std::vector<int> places(2 * blocks);
+        if (blocks > panels * tiles) continue;
+        const fastcaps::cuda::Items items{panels, tiles, blocks};
+        std::vector<int> used(2 * blocks);
         for (int64_t block = 0, item = 0; block < blocks; ++block)
           for (; item < items.begin(block + 1); ++item) {
             if (items.block_of(item) != block) return "an item belongs to another block";
-            const int64_t group = item / tiles;
+            const int64_t panel = item / tiles;
             if (item != items.begin(block) && item % tiles != 0) continue;  // in the middle of a run
-            if (items.first_block(group) == items.last_block(group)) continue;
-            ++places[items.part(block, block == items.first_block(group))];
-            if ((block == items.first_block(group)) != (item % tiles == 0)) return "a group begins elsewhere";
+            if (items.first_block(panel) == items.last_block(panel)) continue;
+            ++used[items.slot(block, block == items.first_block(panel))];
+            if ((block == items.first_block(panel)) != (item % tiles == 0)) return "a panel begins elsewhere";
           }
-        for (int count : places)
-          if (count > 1) return "two parts have one place";
+        for (int count : used)
+          if (count > 1) return "two partial gradients have one slot";
       }
   const fastcaps::cuda::Items large{int64_t(1) << 30, int64_t(1) << 22, 264};
-  if (large.block_of(large.begin(263)) != 263 || large.block_of(large.begin(263) - 1) != 262) return "large items are wrong";
+  if (large.block_of(large.begin(263)) != 263 || large.block_of(large.begin(263) - 1) != 262)
+    return "large items are wrong";
   return nullptr;
 }
 
@@ -191,8 +187,8 @@ const char* check_items() {
 // What is wrong with the index maths, or null.
 extern "C" const char* check_index_maths() {
   using namespace fastcaps::cuda;
-  for (const char* found : {check_tile<Tile<8, 16>>(), check_tile<Tile<10, 16>>(), check_tile<Tile<5, 32>>(), check_product(),
-                            check_parts(), check_items()})
+  for (const char* found : {check_tile<Tile<8, 16>>(), check_tile<Tile<10, 16>>(), check_tile<Tile<5, 32>>(),
+                            check_product(), check_shares(), check_items()})
     if (found) return found;
   return nullptr;
 }

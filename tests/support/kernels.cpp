@@ -1,7 +1,7 @@
 // The CPU kernels of one instruction set, or the CUDA kernels in their emulation, without Python or torch, to be built
-// with sanitizers (make sanitize): random sizes and options, every tensor on a heap block of exactly its size. Checks that
-// outputs agree with a plain loop in double, gradients in double without detach with central differences of it, that
-// everything is finite, that the order in which parts run changes no bit, and that exp is within 2 ulp.
+// with sanitizers (make sanitize): random sizes and options, every tensor on a heap block of exactly its size. Checks
+// that outputs agree with a plain loop in double, gradients in double without detach with central differences of it,
+// that everything is finite, that the order in which tasks run changes no bit, and that exp is within 2 ulp.
 //
 //   kernels [number of cases] [first seed]
 #include <algorithm>
@@ -32,10 +32,10 @@ static void require(bool ok, const char* what, unsigned seed) {
 constexpr bool in_order = false, backwards = true;
 #else
 static void in_order(int64_t n, void* context, Body body) {
-  for (int64_t part = 0; part < n; ++part) body(context, part, part + 1);
+  for (int64_t task = 0; task < n; ++task) body(context, task, task + 1);
 }
 static void backwards(int64_t n, void* context, Body body) {
-  for (int64_t part = n; part-- > 0;) body(context, part, part + 1);
+  for (int64_t task = n; task-- > 0;) body(context, task, task + 1);
 }
 #endif
 
@@ -60,8 +60,8 @@ struct Values {
       : bytes(block<char>(count * (stored == Stored::real ? size : 2))), numbers(count) {
     for (int64_t n = 0; n < count; ++n) {
       double x = 2 * dice.value();
-      if (stored == Stored::bfloat16) x = isa::widen_bfloat16(((uint16_t*)bytes.get())[n] = isa::narrow_bfloat16(x));
-      if (stored == Stored::float16) x = isa::widen_float16(((uint16_t*)bytes.get())[n] = isa::narrow_float16(x));
+      if (stored == Stored::bfloat16) x = widen_bfloat16(((uint16_t*)bytes.get())[n] = narrow_bfloat16(x));
+      if (stored == Stored::float16) x = widen_float16(((uint16_t*)bytes.get())[n] = narrow_float16(x));
       if (stored == Stored::real && size == 4) x = ((float*)bytes.get())[n] = float(x);
       if (stored == Stored::real && size == 8) ((double*)bytes.get())[n] = x;
       numbers[n] = x;
@@ -90,25 +90,26 @@ static std::vector<double> routed(const Case& c, const Values& poses, const Valu
       for (int64_t n = 0; n < z.I * z.J; ++n) logits[n] = prior->numbers[b * c.prior_stride_b + n];
     double* v = out.data() + b * z.J * z.D_out;
     for (int64_t t = 0; t < z.T; ++t) {
-      for (int pass = 0; pass < 2; ++pass) {  // the logits from the last v, then the sum with them
-        if (pass == 0 && t == 0) continue;
-        if (pass == 1) std::fill(s.begin(), s.end(), 0.0);
+      for (int step = 0; step < 2; ++step) {  // the logits from the last v, then the sum with them
+        if (step == 0 && t == 0) continue;
+        if (step == 1) std::fill(s.begin(), s.end(), 0.0);
         for (int64_t i = 0; i < z.I; ++i) {
           for (int64_t j = 0; j < z.J; ++j)
             for (int64_t d = 0; d < z.D_out; ++d) {
               double& vote = u[j * z.D_out + d] = 0;
               const int64_t rows = c.stride_j ? z.J * z.D_out : z.D_out;
               if (c.mask && !c.mask[b * z.I + i]) continue;
-              if (c.votes) vote = poses.numbers[(b * z.I + i) * rows + j * c.stride_j + d];
+              if (c.votes)
+                vote = poses.numbers[(b * z.I + i) * rows + j * c.stride_j + d];
               else
                 for (int64_t k = 0; k < z.D_in; ++k)
                   vote += weight.numbers[i * c.stride_i + j * c.stride_j + d * z.D_in + k] *
                           poses.numbers[(b * z.I + i) * z.D_in + k];
             }
           double* logit = logits.data() + i * z.J;
-          if (pass == 0)
+          if (step == 0)
             for (int64_t n = 0; n < z.J * z.D_out; ++n) logit[n / z.D_out] += u[n] * v[n];
-          if (pass == 0) continue;
+          if (step == 0) continue;
           double total = c.leaky;
           for (int64_t j = 0; j < z.J; ++j) total += std::exp(logit[j]);
           for (int64_t n = 0; n < z.J * z.D_out; ++n) s[n] += std::exp(logit[n / z.D_out]) / total * u[n];
@@ -133,7 +134,7 @@ static void one_case(unsigned seed) {
   Dice dice{std::mt19937(seed)};
   Case c{};
   Sizes& z = c.z;
-  // Mostly small, now and then beyond a tile, a block of capsules, a block of outputs, a row of several vectors.
+  // Mostly small, now and then beyond a tile, a chunk of capsules, a section of outputs, a row of several vectors.
   const auto size = [&](int64_t small, int64_t large) { return dice.up_to(dice.up_to(8) == 1 ? large : small); };
   z = {size(6, 70) - (dice.up_to(40) == 1),
        size(9, 70) - (dice.up_to(40) == 1),
@@ -195,9 +196,13 @@ static void one_case(unsigned seed) {
   in.eps = Real(c.eps);
 
   // Output, sums and the four gradients, all forgotten before each run.
-  const int64_t counts[] = {n_out * stored_bytes, z.T * n_out * bytes,     n_poses * stored_bytes,
-                            n_weight * stored_bytes, n_prior * bytes, z.J * z.D_out * bytes};
-  const bool wanted[] = {true, true, dice.up_to(4) > 1, !c.votes && dice.up_to(4) > 1, with_prior && dice.up_to(4) > 1,
+  const int64_t counts[] = {n_out * stored_bytes,    z.T * n_out * bytes, n_poses * stored_bytes,
+                            n_weight * stored_bytes, n_prior * bytes,     z.J * z.D_out * bytes};
+  const bool wanted[] = {true,
+                         true,
+                         dice.up_to(4) > 1,
+                         !c.votes && dice.up_to(4) > 1,
+                         with_prior && dice.up_to(4) > 1,
                          with_bias && dice.coin()};
   Block<char> results[2][6];
   for (int run = 0; run < 2; ++run) {
@@ -210,14 +215,14 @@ static void one_case(unsigned seed) {
   }
   for (int n = 0; n < 6; ++n) {
     if (!wanted[n]) continue;
-    require(!std::memcmp(results[0][n].get(), results[1][n].get(), counts[n]), "the order of the parts changed bits",
+    require(!std::memcmp(results[0][n].get(), results[1][n].get(), counts[n]), "the order of the tasks changed bits",
             seed);
     const bool half = stored != Stored::real && (n == 0 || n == 2 || n == 3);
     for (int64_t e = 0; e < counts[n] / (half ? 2 : bytes); ++e) {
       const void* from = results[0][n].get();
-      const double x = !half                          ? double(((const Real*)from)[e])
-                       : stored == Stored::bfloat16 ? isa::widen_bfloat16(((const uint16_t*)from)[e])
-                                                      : isa::widen_float16(((const uint16_t*)from)[e]);
+      const double x = !half                        ? double(((const Real*)from)[e])
+                       : stored == Stored::bfloat16 ? widen_bfloat16(((const uint16_t*)from)[e])
+                                                    : widen_float16(((const uint16_t*)from)[e]);
       require(std::isfinite(x), "an entry is not finite, or was not written", seed);
     }
   }
@@ -248,13 +253,14 @@ static void one_case(unsigned seed) {
     }
     require(std::abs(change - by_gradient) <= 1e-6 * (1 + size), "a gradient differs from a central difference", seed);
   }
-  const std::vector<double> exact = routed(c, poses, weight, with_prior ? &prior : nullptr, with_bias ? &bias : nullptr);
+  const std::vector<double> exact =
+      routed(c, poses, weight, with_prior ? &prior : nullptr, with_bias ? &bias : nullptr);
   double error = 0, norm = 0;
   for (int64_t e = 0; e < n_out; ++e) {
     const void* from = results[0][0].get();
-    const double x = stored == Stored::real         ? double(((const Real*)from)[e])
-                     : stored == Stored::bfloat16 ? isa::widen_bfloat16(((const uint16_t*)from)[e])
-                                                    : isa::widen_float16(((const uint16_t*)from)[e]);
+    const double x = stored == Stored::real       ? double(((const Real*)from)[e])
+                     : stored == Stored::bfloat16 ? widen_bfloat16(((const uint16_t*)from)[e])
+                                                  : widen_float16(((const uint16_t*)from)[e]);
     error += (x - exact[e]) * (x - exact[e]);
     norm += exact[e] * exact[e];
   }
@@ -270,12 +276,12 @@ static void one_case(unsigned seed) {
 // The largest error of exp in units in the last place, over floats `step` apart in their bits and over random doubles.
 template <class Real>
 static double exp_error(uint32_t step) {
-  using K = isa::Kernel<Real>;
+  using SIMD = isa::Simd<Real>;
   double worst = 0;
   const auto check = [&](Real x) {
-    typename K::vec v = K::exp(K::splat(x));
+    typename SIMD::vec v = SIMD::exp(SIMD::splat(x));
     const long double exact = expl((long double)x);
-    for (int l = 0; l < K::L; l += K::L - 1) {
+    for (int l = 0; l < SIMD::L; l += SIMD::L - 1) {
       const Real y = v[l];
       if (std::isnan(x) || exact > (long double)std::numeric_limits<Real>::max()) {
         if (std::isnan(x) ? !std::isnan(y) : !std::isinf(y)) worst = INFINITY;
@@ -297,8 +303,8 @@ static double exp_error(uint32_t step) {
     }
   Dice dice{std::mt19937(1)};
   for (int n = 0; n < 300000; ++n) check(Real((2 * dice.value()) * (sizeof(Real) == 4 ? 110 : 760)));
-  for (double x : {0.0, -0.0, 1.0, -1.0, 88.72, 88.73, -87.3, -87.4, -103.9, -104.1, 709.7, 709.8, -745.1, -745.2, 1e30,
-                   -1e30})
+  for (double x :
+       {0.0, -0.0, 1.0, -1.0, 88.72, 88.73, -87.3, -87.4, -103.9, -104.1, 709.7, 709.8, -745.1, -745.2, 1e30, -1e30})
     check(Real(x));
   for (double x : {double(INFINITY), -double(INFINITY), std::nan("")}) check(Real(x));
   return worst;
@@ -308,15 +314,15 @@ static double exp_error(uint32_t step) {
 
 int main(int argc, char** argv) {
   const char* const name = STRING(FASTCAPS_ISA);
-  const bool runs = !std::strcmp(name, "baseline") || !std::strcmp(name, "emulated_cuda") ||
+  const bool runs =
+      !std::strcmp(name, "baseline") || !std::strcmp(name, "emulated_cuda") ||
 #ifdef __x86_64__
-                    (!std::strcmp(name, "avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) ||
-                    (!std::strcmp(name, "avx512") && __builtin_cpu_supports("avx512f") &&
-                     __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
-                     __builtin_cpu_supports("avx512vl")) ||
-                    (!std::strcmp(name, "avx512bf16") && __builtin_cpu_supports("avx512bf16")) ||
+      (!std::strcmp(name, "avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) ||
+      (!std::strcmp(name, "avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) ||
+      (!std::strcmp(name, "avx512bf16") && __builtin_cpu_supports("avx512bf16")) ||
 #endif
-                    false;
+      false;
   if (!runs) {
     std::printf("%s: skipped, this processor does not have it\n", name);
     return 0;
