@@ -76,9 +76,7 @@ def broadcast_routing(poses: Tensor, weight: Tensor, num_iterations: int, prior:
 
     u = (weight[None] @ poses[:, :, None, :, None])[..., 0]
     logits = _first_logits(u, prior)
-    return last_output(
-        iterations(u, logits, None, num_iterations, weighted_sum=weighted_sum, agreement=agreement)
-    )
+    return last_output(iterations(u, logits, None, num_iterations, weighted_sum=weighted_sum, agreement=agreement))
 
 
 def absorbed_routing(poses: Tensor, weight: Tensor, num_iterations: int, prior: Tensor | None = None) -> Tensor:

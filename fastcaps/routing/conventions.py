@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fastcaps._checks import check_number
-from fastcaps.functional import compute_dtype, squash
+from fastcaps.functional import compute_dtype, squash, without_autocast
 from fastcaps.routing.dynamic.reference import coupling, iterations, last_output, transform
 
 VOTES_AT_ONCE = 4_000_000  # entries; 16 MB in float32
@@ -86,8 +86,8 @@ class Convention:
         eps: float = 0.0,
     ) -> Tensor:
         """Poses ``[B, I, D_in]`` and weight ``[I or 1, J, D_out, D_in]`` to ``[B, J, D_out]``; prior ``[I, J]``."""
-        kind, dtype = poses.device.type, compute_dtype(poses.dtype)
-        with torch.autocast(kind, enabled=False):
+        dtype = compute_dtype(poses.dtype)
+        with without_autocast(poses.device.type):
             x, W = poses.to(dtype), weight.to(dtype).expand(poses.shape[1], -1, -1, -1)
             b, a = (None if t is None else t.to(dtype) for t in (prior, bias))
 
@@ -99,7 +99,8 @@ class Convention:
                 logits = x.new_zeros(W.shape[:2]) if b is None else b
                 steps = iterations(
                     _Factors(x, W), logits, a, num_iterations, leaky=leaky, detach=detach, eps=eps,
-                    coupling=self.coupling, weighted_sum=_sum_of_factors, squash=self.squashed, agreement=_mean_agreement,
+                    coupling=self.coupling, squash=self.squashed, weighted_sum=_sum_of_factors,
+                    agreement=_mean_agreement,
                 )  # fmt: skip
                 v = last_output(steps)
             else:  # samples are independent: a few at a time, computed again in the backward
@@ -173,6 +174,7 @@ def plain_routing(
         detach: as there.
         eps: as there.
     """
+
     def agreement(u: Tensor, v: Tensor) -> Tensor:
         each = (u * v[:, None]).sum(-1)
         return each.mean(0, keepdim=True) if convention.logits == "batch" else each
