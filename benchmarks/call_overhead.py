@@ -15,8 +15,8 @@ from torch import Tensor
 
 from fastcaps.benchmarking import einsum_routing
 from fastcaps.routing import dynamic_routing
-from fastcaps.routing.dynamic.api import _check_dynamic_routing
-from fastcaps.routing.dynamic.ops import DynamicRouting, EagerDynamicRouting
+from fastcaps.routing.dynamic.api import check_poses
+from fastcaps.routing.dynamic.ops import DynamicRouting, EagerDynamicRouting, Options, Tensors
 
 B, I, J, D_in, D_out, T = 8, 10, 10, 16, 16, 3
 ROUNDS, CALLS = 15, 200
@@ -49,11 +49,11 @@ def main() -> None:
     leaves = poses.clone().requires_grad_(), weight.clone().requires_grad_()
     grad = torch.randn(B, J, D_out)
     op = torch.ops.fastcaps.native_dynamic_routing_forward
-    options = (None, None, None, T, False, False, 0.0)
+    tensors, options = Tensors(poses, weight), Options(T, leaky=False, detach=False, eps=0.0)
 
-    def op_below_autograd(x: Tensor) -> object:
+    def op_below_autograd(poses: Tensor) -> object:
         with torch._C._AutoDispatchBelowAutograd():
-            return op(x, weight, *options)
+            return op(*Tensors(poses, weight), *options)
 
     def train(routing: Callable[..., Tensor]) -> Callable[[], object]:
         return lambda: routing(*leaves).backward(grad)
@@ -61,13 +61,13 @@ def main() -> None:
     calls: dict[str, Callable[[], object]] = {
         "dynamic_routing, no gradient": lambda: dynamic_routing(poses, weight),
         "dynamic_routing, to be differentiated": lambda: dynamic_routing(*leaves),
-        "checks": lambda: _check_dynamic_routing(poses, weight, T, None, None, None, False, False, 0.0),
-        "autograd.Function": lambda: EagerDynamicRouting.apply(*leaves, *options),
-        "autograd.Function with setup_context": lambda: DynamicRouting.apply(*leaves, *options),
-        "op": lambda: op(poses, weight, *options),
+        "checks": lambda: check_poses(tensors, options),
+        "autograd.Function": lambda: EagerDynamicRouting.apply("native", options, *Tensors(*leaves)),
+        "autograd.Function with setup_context": lambda: DynamicRouting.apply("native", options, *Tensors(*leaves)),
+        "op": lambda: op(*tensors, *options),
         "op, below autograd": lambda: op_below_autograd(poses),
         "op of no samples, below autograd": lambda: op_below_autograd(poses[:0]),
-        "op, differentiable by register_autograd": lambda: op(*leaves, *options),
+        "op, differentiable by register_autograd": lambda: op(*Tensors(*leaves), *options),
         "custom_op, no gradient": lambda: custom(poses, weight),
         "custom_op, to be differentiated": lambda: custom(*leaves),
         "einsum, no gradient": lambda: einsum_routing(poses, weight, T),

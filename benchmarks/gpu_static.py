@@ -27,7 +27,8 @@ from gpu_bench import PRECISIONS, SHAPES
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastcaps.routing.dynamic.triton import launch
+from fastcaps.routing.dynamic.ops import DIFFERENTIABLE, Options, Tensors
+from fastcaps.routing.dynamic.triton import gradients, launch, sweeps, vectors
 
 RESULTS = Path(__file__).parent / "results" / "triton-static.json"
 TOOLS = cuda_static.TOOLS
@@ -56,31 +57,20 @@ def recorded(call: Callable[[], Any], multiprocessors: int = 132) -> list[tuple[
     return list(found.values())
 
 
-def training_step(
-    poses: torch.Tensor,
-    weight: torch.Tensor | None,
-    prior: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    mask: torch.Tensor | None = None,
-    num_iterations: int = 3,
-    leaky: bool = False,
-    detach: bool = False,
-    eps: float = 0.0,
-    allow_tf32: bool = False,
-) -> None:
+def training_step(tensors: Tensors, options: Options) -> None:
     """Forward and backward, all gradients wanted."""
-    inputs = poses, weight, prior, bias, mask
-    out, sums = launch.forward(*inputs, num_iterations, leaky, detach, eps, allow_tf32)
-    needed = (True, weight is not None, prior is not None, bias is not None)
-    launch.backward(out, *inputs, sums, leaky, detach, eps, *needed, allow_tf32)
+    out, sums = launch.forward(tensors, options)
+    wanted = [name for name in DIFFERENTIABLE if getattr(tensors, name) is not None]
+    launch.backward(tensors, options, sums, out, wanted)
 
 
 def launches(shape: str, precision: str) -> list[tuple[Any, dict[str, Any]]]:
     """What a training step of three iterations launches."""
     (B, I, J, D_in, D_out), shared = SHAPES[shape]
     like: dict[str, Any] = {"dtype": PRECISIONS[precision], "device": "meta"}
-    poses, weight = torch.empty(B, I, D_in, **like), torch.empty(1 if shared else I, J, D_out, D_in, **like)
-    return recorded(lambda: training_step(poses, weight, allow_tf32=precision == "tf32"))
+    tensors = Tensors(torch.empty(B, I, D_in, **like), torch.empty(1 if shared else I, J, D_out, D_in, **like))
+    options = Options(num_iterations=3, leaky=False, detach=False, eps=0.0, allow_tf32=precision == "tf32")
+    return recorded(lambda: training_step(tensors, options))
 
 
 def specialisation(kernel: Any, arguments: dict[str, Any]) -> tuple[dict[str, str], dict[str, Any], list[str], dict]:
@@ -109,7 +99,7 @@ def specialisation(kernel: Any, arguments: dict[str, Any]) -> tuple[dict[str, st
 
 def compiled(name: str, types: dict, constants: dict, divisible: list[str], options: dict, capability: int) -> dict:
     """Registers, stack, shared memory and the instructions of the longest loop of one kernel."""
-    kernel = getattr(launch.kernels if name in ("sweep", "gradients") else launch.vectors, name)
+    kernel = getattr({"sweep": sweeps, "gradients": gradients}.get(name, vectors), name)
     index = {parameter.name: n for n, parameter in enumerate(kernel.params)}
     source = ASTSource(
         kernel, types, {(index[n],): value for n, value in constants.items()},
@@ -157,13 +147,8 @@ def role(name: str, arguments: dict[str, Any]) -> str:
     """What a launch of a kernel is for."""
     if name != "sweep":
         return name
-    if arguments["ds"] is not None:
-        kind = "dV"
-    elif arguments["V"] is not None:
-        kind = "sum"
-    else:
-        kind = "first sum"
-    return f"{kind}{'' if arguments['partial'] is not None else ', statistics'}"
+    kind = "dV" if arguments["ds"] is not None else "sum" if arguments["V"] is not None else "first sum"
+    return f"{kind}{', statistics' if arguments['MODE'] == 'statistics' else ''}"
 
 
 def table(shapes: list[str], precisions: list[str], capabilities: list[int], workers: int = 2) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from fastcaps.functional import length, squash
 from fastcaps.layers import CapsuleLayer, PrimaryCapsules
 from fastcaps.models import CapsNet, CapsNetOutput, Decoder
 from fastcaps.preload import warmup
-from fastcaps.routing import RoutingTrace, dynamic_routing, route_votes, routing_trace
+from fastcaps.routing import BackendUnavailable, RoutingTrace, dynamic_routing, route_votes, routing_trace
 
 if TYPE_CHECKING:
     from fastcaps import convert, data, doctor, losses, models, train
@@ -20,6 +20,7 @@ _deprecated.install_moved_modules()
 _SUBPACKAGES = ("convert", "data", "doctor", "losses", "models", "train")  # imported by their first use
 
 __all__ = [
+    "BackendUnavailable",
     "CapsNet",
     "CapsNetOutput",
     "CapsuleLayer",

@@ -31,8 +31,14 @@ MOVED = {  # the old path: where its names are now
     "fastcaps.report": ("fastcaps.train.report", "fastcaps.train.show"),
     "fastcaps.routing.dynamic_ops": ("fastcaps.routing.dynamic.ops",),
     "fastcaps.routing.dynamic_reference": ("fastcaps.routing.dynamic.reference",),
-    "fastcaps.routing.dynamic_triton": ("fastcaps.routing.dynamic.triton.launch",),
-    "fastcaps.routing.dynamic_triton_kernels": ("fastcaps.routing.dynamic.triton.sweeps",),
+    "fastcaps.routing.dynamic_triton": (
+        "fastcaps.routing.dynamic.triton.launch",
+        "fastcaps.routing.dynamic.triton.parameters",
+    ),
+    "fastcaps.routing.dynamic_triton_kernels": (
+        "fastcaps.routing.dynamic.triton.sweeps",
+        "fastcaps.routing.dynamic.triton.gradients",
+    ),
     "fastcaps.routing.dynamic_triton_tuning": ("fastcaps.routing.dynamic.triton.tuning",),
     "fastcaps.routing.dynamic_triton_vectors": ("fastcaps.routing.dynamic.triton.vectors",),
     "fastcaps.routing.trace": ("fastcaps.routing.dynamic.trace",),

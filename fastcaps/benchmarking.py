@@ -20,6 +20,7 @@ from fastcaps.exactness import relative_error
 from fastcaps.functional import squash
 from fastcaps.measure import reset_peak
 from fastcaps.routing import dynamic_routing
+from fastcaps.routing.dynamic.reference import iterations, last_output
 
 CHUNK = 8  # samples
 TOLERANCE = 1e-4  # relative, float32 against float64: a contestant with a larger error is not timed
@@ -63,33 +64,31 @@ class Timing:
     refused: str | None
 
 
-def _route(u: Tensor, num_iterations: int, prior: Tensor | None, sums: Callable[..., Tensor]) -> Tensor:
-    """Procedure 1 on votes ``u`` ``[B, I, J, D_out]``; ``sums(name, x, u)`` is the weighted sum or the agreement."""
-    logits = torch.zeros(u.shape[:3], dtype=u.dtype, device=u.device)
-    if prior is not None:
-        logits = logits + prior.to(u.dtype)
-    for t in range(num_iterations):
-        v = squash(sums("bij,bijd->bjd", logits.softmax(-1), u))
-        if t < num_iterations - 1:
-            logits = logits + sums("bijd,bjd->bij", u, v)
-    return v
+def _first_logits(u: Tensor, prior: Tensor | None) -> Tensor:
+    """``[B, I, J]`` for votes ``[B, I, J, D_out]``."""
+    zeros = torch.zeros(u.shape[:3], dtype=u.dtype, device=u.device)
+    return zeros if prior is None else zeros + prior.to(u.dtype)
 
 
 def einsum_routing(poses: Tensor, weight: Tensor, num_iterations: int, prior: Tensor | None = None) -> Tensor:
     """Routing in einsums, with the votes in memory: poses ``[B, I, D_in]`` to ``[B, J, D_out]``."""
     equation = "jdk,bik->bijd" if weight.shape[0] == 1 else "ijdk,bik->bijd"
     u = torch.einsum(equation, weight[0] if weight.shape[0] == 1 else weight, poses)
-    return _route(u, num_iterations, prior, torch.einsum)
+    return last_output(iterations(u, _first_logits(u, prior), None, num_iterations))
 
 
 def broadcast_routing(poses: Tensor, weight: Tensor, num_iterations: int, prior: Tensor | None = None) -> Tensor:
     """Routing as most tutorials write it: a broadcast matrix product, then products and sums of whole tensors."""
 
-    def sums(equation: str, x: Tensor, y: Tensor) -> Tensor:
-        return (x[..., None] * y).sum(1) if equation == "bij,bijd->bjd" else (x * y[:, None]).sum(-1)
+    def weighted_sum(c: Tensor, u: Tensor) -> Tensor:
+        return (c[..., None] * u).sum(1)
+
+    def agreement(u: Tensor, v: Tensor) -> Tensor:
+        return (u * v[:, None]).sum(-1)
 
     u = (weight[None] @ poses[:, :, None, :, None])[..., 0]
-    return _route(u, num_iterations, prior, sums)
+    logits = _first_logits(u, prior)
+    return last_output(iterations(u, logits, None, num_iterations, weighted_sum=weighted_sum, agreement=agreement))
 
 
 def absorbed_routing(poses: Tensor, weight: Tensor, num_iterations: int, prior: Tensor | None = None) -> Tensor:

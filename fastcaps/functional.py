@@ -1,4 +1,7 @@
-"""The two elementary functions of capsule networks: squash and length."""
+"""Elementary functions of capsule networks: squash and length."""
+
+import contextlib
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -11,6 +14,16 @@ __all__ = ["length", "squash"]
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that everything between input and output is computed in: float32 for half types, else their own."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def autocast_is_on(device_type: str) -> bool:
+    """Whether autocast is on for tensors of a device type; there is none to ask about for ``"meta"``."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """A context in which tensors of a device type keep their dtype; free where autocast is off anyway."""
+    return torch.autocast(device_type, enabled=False) if autocast_is_on(device_type) else contextlib.nullcontext()
 
 
 def _norm(s: Tensor, dim: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which implementation runs, and why another one cannot."""
+"""Choice of the backend, and why another one cannot run."""
 
 import functools
 import importlib
@@ -6,9 +6,13 @@ import importlib.machinery
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+
+F = TypeVar("F", bound=Callable[..., object])
 
 BACKENDS = ("native", "triton", "reference")  # fastest first, as measured (benchmarks/NOTES.md)
 
@@ -21,6 +25,28 @@ TRITON_D = 512  # entries of a vote, in registers
 CUDA_D = 4096  # in shared memory
 
 _REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps . (in a checkout of fastcaps)"
+
+
+class BackendUnavailable(RuntimeError, ValueError):
+    """The named backend cannot run here, or not on such tensors; the message says why, and what would help.
+
+    Example:
+        >>> try:
+        ...     choose_backend("native", torch.device("meta"))
+        ... except BackendUnavailable as error:
+        ...     print(error)
+        backend 'native' cannot run on 'meta': the native kernels are for CPU and CUDA tensors, not for 'meta'; use
+        backend='reference'
+    """
+
+
+def constant_when_traced(function: F) -> F:
+    """``torch.compiler.assume_constant_result``, which would import Dynamo, and with it as much again as all of torch.
+
+    Dynamo calls a function of this mark while it traces, and takes the result for a constant.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 _SOURCES = Path(__file__).resolve().parents[2]  # what lies beside the package
@@ -60,7 +86,7 @@ EXTENSION_BUILD, _EXTENSION_ERROR = _load_extension()
 _warned = False
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def _why_no_native_cuda(device: torch.device) -> str | None:
     return _look_for_native_cuda(device)
 
@@ -79,7 +105,7 @@ def _look_for_native_cuda(device: torch.device) -> str | None:
     return reason and f"{reason}; use backend='triton' or backend='reference'"
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def _why_no_triton(device: torch.device) -> str | None:
     return _look_for_triton(device)
 
@@ -165,7 +191,8 @@ def choose_backend(backend: str | None, device: torch.device, dtype: torch.dtype
         ``"triton"``, ``"native"`` or ``"reference"``.
 
     Raises:
-        ValueError: no backend has that name, or the named one cannot run here. A named backend never falls back.
+        ValueError: no backend has that name.
+        BackendUnavailable: the named backend cannot run here: it never falls back.
 
     Example:
         >>> choose_backend("reference", torch.device("cpu"))
@@ -179,7 +206,7 @@ def choose_backend(backend: str | None, device: torch.device, dtype: torch.dtype
             raise ValueError(f"{source} must be one of {', '.join(map(repr, BACKENDS))}, got {named!r}")
         reason = why_unavailable(named, device, dtype, D)
         if reason is not None:
-            raise ValueError(f"{source} {named!r} cannot run on '{device}': {reason}")
+            raise BackendUnavailable(f"{source} {named!r} cannot run on '{device}': {reason}")
         return named
     # Nobody wants the interpreter without having asked for it, and an exported program finds no Triton where it runs.
     skipped = "triton" if device.type == "cpu" or torch.compiler.is_exporting() else None

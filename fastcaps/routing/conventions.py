@@ -1,4 +1,4 @@
-"""Routing as published capsule layers do it, mistakes included, in plain PyTorch: for parity, and to recognise them.
+"""Routing conventions of published capsule layers, mistakes included: for parity, and to recognise them.
 
 The op knows none of this. Three conventions are wrong: a softmax over the input capsules (the shares that an input
 capsule gives away no longer sum to 1), logits that are averaged over the batch (the output for one image depends on
@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fastcaps._checks import check_number
-from fastcaps.functional import compute_dtype, squash
-from fastcaps.routing.dynamic.reference import coupling, transform
+from fastcaps.functional import compute_dtype, squash, without_autocast
+from fastcaps.routing.dynamic.reference import coupling, iterations, last_output, transform
 
 VOTES_AT_ONCE = 4_000_000  # entries; 16 MB in float32
 
@@ -86,8 +86,8 @@ class Convention:
         eps: float = 0.0,
     ) -> Tensor:
         """Poses ``[B, I, D_in]`` and weight ``[I or 1, J, D_out, D_in]`` to ``[B, J, D_out]``; prior ``[I, J]``."""
-        kind, dtype = poses.device.type, compute_dtype(poses.dtype)
-        with torch.autocast(kind, enabled=False):
+        dtype = compute_dtype(poses.dtype)
+        with without_autocast(poses.device.type):
             x, W = poses.to(dtype), weight.to(dtype).expand(poses.shape[1], -1, -1, -1)
             b, a = (None if t is None else t.to(dtype) for t in (prior, bias))
 
@@ -96,51 +96,57 @@ class Convention:
                 return v.poses
 
             if self.logits == "batch":
-                v = self._batch_shared(x, W, b, a, num_iterations, leaky, detach, eps)
+                logits = x.new_zeros(W.shape[:2]) if b is None else b
+                steps = iterations(
+                    _Factors(x, W), logits, a, num_iterations, leaky=leaky, detach=detach, eps=eps,
+                    coupling=self.coupling, squash=self.squashed, weighted_sum=_sum_of_factors,
+                    agreement=_mean_agreement,
+                )  # fmt: skip
+                v = last_output(steps)
             else:  # samples are independent: a few at a time, computed again in the backward
                 chunk = max(1, VOTES_AT_ONCE // max(1, W[..., 0].numel()))
                 v = torch.cat([checkpoint(part, few, use_reentrant=False) for few in x.split(chunk)])
         return v.to(poses.dtype)
 
-    def _batch_shared(
-        self,
-        x: Tensor,
-        W: Tensor,
-        prior: Tensor | None,
-        bias: Tensor | None,
-        num_iterations: int,
-        leaky: bool,
-        detach: bool,
-        eps: float,
-    ) -> Tensor:
-        """One set of logits needs no votes: ``sum_i c u = sum_i (c W) x``, and the mean agreement likewise."""
-        B, I, D_in = x.shape
-        J, D_out = W.shape[1:3]
-        logits = x.new_zeros(I, J) if prior is None else prior.detach() if detach else prior
-        for t in range(num_iterations):
-            last = t == num_iterations - 1
-            constant = detach and not last
-            y, w = (x.detach(), W.detach()) if constant else (x, W)
-            c = self.coupling(logits, leaky)  # [I, J]
-            matrix = (c[..., None, None] * w).permute(0, 3, 1, 2).reshape(I * D_in, J * D_out)
-            s = (y.reshape(B, I * D_in) @ matrix).view(B, J, D_out)
-            v = self._squash(s if bias is None else s + (bias.detach() if constant else bias), eps)
-            if not last:
-                mean = (y.reshape(B, I * D_in).mT @ v.reshape(B, J * D_out)).view(I, D_in, J, D_out) / max(B, 1)
-                logits = logits + torch.einsum("ijdk,ikjd->ij", w, mean)
-        return v
-
     def coupling(self, logits: Tensor, leaky: bool) -> Tensor:
         """``[..., I, J]``, summing to 1 over J or over I."""
         return coupling(logits, leaky) if self.softmax == "outputs" else coupling(logits.mT, leaky).mT
 
-    def _squash(self, s: Tensor, eps: float) -> Tensor:
+    def squashed(self, s: Tensor, eps: float) -> Tensor:
+        """``[..., D_out]``, of the length that the convention gives it."""
         if self.squash == "elementwise":
-            return replace(self, squash="norm")._squash(s[..., None], eps)[..., 0]
+            return replace(self, squash="norm").squashed(s[..., None], eps)[..., 0]
         if self.norm_eps:
             n = (s * s).sum(-1, keepdim=True).sqrt()
             return s * (n * n / (1 + n * n) / (n + self.norm_eps))
         return squash(s, eps=eps)
+
+
+class _Factors(NamedTuple):
+    """Votes ``weight @ poses`` that are never computed: logits ``[I, J]`` of the whole batch need none."""
+
+    poses: Tensor  # [B, I, D_in]
+    weight: Tensor  # [I, J, D_out, D_in]
+
+    def detach(self) -> "_Factors":
+        """The same as constants."""
+        return _Factors(self.poses.detach(), self.weight.detach())
+
+
+def _sum_of_factors(c: Tensor, factors: _Factors) -> Tensor:
+    """``sum_i c W x`` as one product of matrices, c being ``[I, J]``."""
+    x, W = factors
+    (B, I, D_in), (J, D_out) = x.shape, W.shape[1:3]
+    matrix = (c[..., None, None] * W).permute(0, 3, 1, 2).reshape(I * D_in, J * D_out)
+    return (x.reshape(B, I * D_in) @ matrix).view(B, J, D_out)
+
+
+def _mean_agreement(factors: _Factors, v: Tensor) -> Tensor:
+    """The mean over the batch of ``<W x, v>``, ``[I, J]``: ``<W, mean of v x^T>``."""
+    x, W = factors
+    (B, I, D_in), (J, D_out) = x.shape, W.shape[1:3]
+    mean = (x.reshape(B, I * D_in).mT @ v.reshape(B, J * D_out)).view(I, D_in, J, D_out) / max(B, 1)
+    return torch.einsum("ijdk,ikjd->ij", W, mean)
 
 
 def plain_routing(
@@ -168,18 +174,16 @@ def plain_routing(
         detach: as there.
         eps: as there.
     """
+
+    def agreement(u: Tensor, v: Tensor) -> Tensor:
+        each = (u * v[:, None]).sum(-1)
+        return each.mean(0, keepdim=True) if convention.logits == "batch" else each
+
     u = transform(poses, weight)  # [B, I, J, D_out]
-    routed = u.detach() if detach else u
-    logits = u.new_zeros(()) if prior is None else prior.detach() if detach else prior
-    logits = logits.expand(u.shape[:-1])
-    for t in range(num_iterations):
-        last = t == num_iterations - 1
-        c = convention.coupling(logits, leaky)
-        s = (c[..., None] * (u if last else routed)).sum(1)
-        if bias is not None:
-            s = s + (bias.detach() if detach and not last else bias)
-        v = convention._squash(s, eps)
-        if not last:
-            agreement = (routed * v[:, None]).sum(-1)
-            logits = logits + (agreement.mean(0, keepdim=True) if convention.logits == "batch" else agreement)
-    return Routed(v, c, s)
+    logits = (u.new_zeros(()) if prior is None else prior).expand(u.shape[:-1])
+    for step in iterations(
+        u, logits, bias, num_iterations, leaky=leaky, detach=detach, eps=eps, coupling=convention.coupling,
+        weighted_sum=lambda c, u: (c[..., None] * u).sum(1), squash=convention.squashed, agreement=agreement,
+    ):  # fmt: skip
+        last = step
+    return Routed(last.v, last.c, last.s)

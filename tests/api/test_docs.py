@@ -43,6 +43,8 @@ def test_docstring_is_complete(name):
         assert "Attributes:" in text
         return
     assert ">>> " in text, f"{name} has no example"
+    if inspect.isclass(thing) and issubclass(thing, Exception):
+        return
     assert "Raises:" in text, f"{name} does not say what it raises"
     for parameter in inspect.signature(thing).parameters.values():
         if parameter.name != "self":

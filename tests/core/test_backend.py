@@ -12,7 +12,7 @@ from support.implementations import IMPLEMENTATIONS, why_not_tested
 
 import fastcaps
 from fastcaps.routing import backend as backends
-from fastcaps.routing.backend import choose_backend, why_unavailable
+from fastcaps.routing.backend import BackendUnavailable, choose_backend, why_unavailable
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -46,12 +46,17 @@ def test_default_is_the_fastest_that_can_run(monkeypatch):
 
 
 def test_unknown_and_unavailable_backends_raise_and_never_fall_back(monkeypatch):
-    with pytest.raises(ValueError, match=r"backend must be one of 'native', 'triton', 'reference', got 'cuda'"):
+    with pytest.raises(
+        ValueError, match=r"backend must be one of 'native', 'triton', 'reference', got 'cuda'"
+    ) as error:
         choose_backend("cuda", CPU)
+    assert not isinstance(error.value, BackendUnavailable)
     if not backends.INTERPRET:
-        with pytest.raises(ValueError, match="'triton' cannot run on 'cpu': the Triton kernels are for CUDA tensors"):
+        with pytest.raises(
+            BackendUnavailable, match="'triton' cannot run on 'cpu': the Triton kernels are for CUDA tensors"
+        ):
             choose_backend("triton", CPU)
-    with pytest.raises(ValueError, match="native kernels are for CPU and CUDA tensors"):
+    with pytest.raises(BackendUnavailable, match="native kernels are for CPU and CUDA tensors"):
         choose_backend("native", torch.device("meta"))
     with pytest.raises(ValueError, match="backend must be one of"):
         why_unavailable("cuda", "cpu")
@@ -59,8 +64,15 @@ def test_unknown_and_unavailable_backends_raise_and_never_fall_back(monkeypatch)
     with pytest.raises(ValueError, match="FASTCAPS_BACKEND must be one of"):
         choose_backend(None, CPU)
     monkeypatch.setattr(backends, "ENVIRONMENT", "triton")
-    with pytest.raises(ValueError, match="FASTCAPS_BACKEND 'triton' cannot run"):
+    with pytest.raises(BackendUnavailable, match="FASTCAPS_BACKEND 'triton' cannot run"):
         choose_backend(None, torch.device("meta"))
+
+
+@pytest.mark.parametrize("kind", [fastcaps.BackendUnavailable, RuntimeError, ValueError])
+def test_a_named_backend_that_cannot_run_is_an_error_of_its_own_kind(kind):
+    """A caller may catch it as what it is, as a failure of the machine, or as a wrong argument."""
+    with pytest.raises(kind, match="not for 'meta'"):
+        fastcaps.route_votes(torch.zeros(1, 2, 3, 4, device="meta"), backend="native")
 
 
 def test_environment_variable_chooses_where_the_call_does_not():

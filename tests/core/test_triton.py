@@ -18,12 +18,14 @@ import fastcaps
 from fastcaps import cli
 from fastcaps.routing import backend as backends
 from fastcaps.routing.backend import choose_backend, why_unavailable
+from fastcaps.routing.dynamic.ops import Options, Tensors
 from fastcaps.routing.dynamic.reference import output_capsules
 
 ROOT = Path(__file__).parents[2]
 triton = pytest.importorskip("triton", reason="Triton is not installed: it is for Linux only")
-dynamic_triton = pytest.importorskip("fastcaps.routing.dynamic.triton.launch")
-dynamic_triton_tuning = pytest.importorskip("fastcaps.routing.dynamic.triton.tuning")
+launch = pytest.importorskip("fastcaps.routing.dynamic.triton.launch")
+parameters = pytest.importorskip("fastcaps.routing.dynamic.triton.parameters")
+tuning = pytest.importorskip("fastcaps.routing.dynamic.triton.tuning")
 
 # -------------------------------------------------------------------------------------------------------- the compiler
 
@@ -122,7 +124,7 @@ def test_what_is_compiled_here_is_what_triton_would_launch():
 
 
 def meta_step(case: Case, dtype: torch.dtype) -> None:
-    """A training step of a case on tensors without memory, as ``dynamic.py`` calls the ops."""
+    """A training step of a case on tensors without memory, as ``ops.py`` calls the ops."""
     import gpu_static
 
     inputs = make_inputs(case, dtype)
@@ -137,7 +139,7 @@ def meta_step(case: Case, dtype: torch.dtype) -> None:
         prior = prior.float().reshape(prior.shape[-len(shape) :]).expand(shape)
     bias = None if bias is None else bias.float().expand(J, -1)
     mask = None if inputs.mask is None else inputs.mask.to("meta")
-    gpu_static.training_step(poses, weight, prior, bias, mask, **case.options)
+    gpu_static.training_step(Tensors(poses, weight, prior, bias, mask), Options(**case.options))
 
 
 def test_a_batch_of_another_size_needs_no_other_kernel(monkeypatch):
@@ -158,10 +160,8 @@ def test_scratch_is_small(monkeypatch):
     import gpu_static
 
     sizes: list[int] = []
-    new = dynamic_triton.Call.new
-    monkeypatch.setattr(
-        dynamic_triton.Call, "new", lambda call, *shape: sizes.append(math.prod(shape)) or new(call, *shape)
-    )
+    new = launch.Call.new
+    monkeypatch.setattr(launch.Call, "new", lambda call, *shape: sizes.append(math.prod(shape)) or new(call, *shape))
     for shape, (B, I, J, D_in, D_out), shared in ((name, *value) for name, value in gpu_static.SHAPES.items()):
         if B * I * J < 1e6:
             continue
@@ -179,29 +179,30 @@ def test_scratch_is_small(monkeypatch):
 
 def test_the_table_comes_before_the_heuristic(monkeypatch, tmp_path):
     table = tmp_path / "tuned.json"
-    monkeypatch.setattr(dynamic_triton, "TUNED", table)
-    monkeypatch.setattr(dynamic_triton_tuning, "TUNED", table)
-    monkeypatch.setattr(dynamic_triton, "_gpu", lambda index: ("some GPU", 132))
-    dynamic_triton.tuned.cache_clear()
+    monkeypatch.setattr(parameters, "TUNED", table)
+    monkeypatch.setattr(tuning, "TUNED", table)
+    monkeypatch.setattr(launch, "_gpu", lambda index: ("some GPU", 132))
+    parameters.tuned.cache_clear()
     like = {"device": "meta"}
-    call = dynamic_triton.Call(torch.empty(60, 9, 4, **like), torch.empty(9, 5, 16, 4, **like), None, None, 5, False)
+    tensors = Tensors(torch.empty(60, 9, 4, **like), torch.empty(9, 5, 16, 4, **like))
+    call = launch.Call(tensors, Options(3, leaky=False, detach=False, eps=0.0))
     heuristic = call.parameters("sum")
     other = heuristic._replace(JG=4, JT=2, num_warps=4)
-    dynamic_triton_tuning._write("some GPU", {call.key("sum", 0): other})
-    dynamic_triton.tuned.cache_clear()
+    tuning._write("some GPU", {call.key("sum", 0): other})
+    parameters.tuned.cache_clear()
     try:
         assert call.parameters("sum") == other
         assert call.parameters("dV") != other
         monkeypatch.setattr(call, "gpu", "another GPU")
         assert call.parameters("sum") == heuristic
     finally:
-        dynamic_triton.tuned.cache_clear()
+        parameters.tuned.cache_clear()
 
 
 @pytest.mark.parametrize("J", [1, 10, 100])
 def test_candidates_are_tiles_that_cover_the_capsules(J):
-    start = dynamic_triton.sweep_parameters(J, 8, 16, False, 3, 4)
-    found = dynamic_triton_tuning.candidates(start, J)
+    start = parameters.sweep_parameters(J, 8, 16, False, 3, 4)
+    found = tuning.candidates(start, J)
     assert found[0] == start
     assert len(found) == len(set(found)) > 5
     for p in found:

@@ -1,4 +1,4 @@
-"""dynamic_routing and route_votes: documentation, checks, choice of the backend."""
+"""Public functions dynamic_routing and route_votes: documentation, checks, choice of the backend."""
 
 from typing import Any
 
@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from fastcaps._checks import check_number
-from fastcaps.functional import compute_dtype
-from fastcaps.routing import backend as _backend
-from fastcaps.routing.dynamic.ops import compiled_dynamic_routing, upcast
-from fastcaps.routing.dynamic.reference import dynamic_routing_reference, masked, output_capsules
+from fastcaps.functional import autocast_is_on, compute_dtype
+from fastcaps.routing.backend import choose_backend, constant_when_traced
+from fastcaps.routing.dynamic.ops import Options, Tensors, route
+from fastcaps.routing.dynamic.reference import output_capsules
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -62,15 +62,17 @@ def dynamic_routing(
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: sizes or devices do not fit, or the named backend is unknown or cannot run here.
+        ValueError: sizes or devices do not fit, or no backend has the name.
+        BackendUnavailable: the named backend cannot run here, or not on such tensors.
 
     Example:
         >>> poses, weight = torch.randn(2, 6, 4), torch.randn(6, 3, 8, 4)
         >>> dynamic_routing(poses, weight, num_iterations=3).shape
         torch.Size([2, 3, 8])
     """
-    poses, weight = _check_dynamic_routing(poses, weight, num_iterations, prior, bias, mask, leaky, detach, eps)
-    return _route(poses, weight, prior, bias, mask, num_iterations, leaky, detach, eps, backend)
+    options = Options(num_iterations, leaky, detach, eps)
+    tensors = check_poses(Tensors(poses, weight, prior, bias, mask), options)
+    return route(*_resolved(backend, tensors, options))
 
 
 def route_votes(
@@ -103,48 +105,36 @@ def route_votes(
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: sizes or devices do not fit, or the named backend is unknown or cannot run here.
+        ValueError: sizes or devices do not fit, or no backend has the name.
+        BackendUnavailable: the named backend cannot run here, or not on such tensors.
 
     Example:
         >>> route_votes(torch.randn(2, 6, 3, 8), num_iterations=2).shape
         torch.Size([2, 3, 8])
     """
-    _check_tensor("votes", votes, "[B, I, J or 1, D_out]", 4)
-    _check_options(num_iterations, leaky, detach, eps)
-    votes = _autocast(votes)
-    if 0 in votes.shape[2:]:
-        raise ValueError(f"J and D_out must be at least 1, got votes {tuple(votes.shape)}")
-    _check_extras(votes, None, prior, bias, mask, D_out=votes.shape[3])
-    return _route(votes, None, prior, bias, mask, num_iterations, leaky, detach, eps, backend)
+    options = Options(num_iterations, leaky, detach, eps)
+    tensors = _check_votes(Tensors(votes, None, prior, bias, mask), options)
+    return route(*_resolved(backend, tensors, options))
 
 
 # ---------------------------------------------------------------------------------------------------------- checks
 
 
-def _check_tensor(name: str, value: Any, wanted: str, rank: int | None) -> None:
+def _check_tensor(name: str, value: Any, wanted: str, rank: int | None) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor {wanted}, got {type(value).__name__}")
     if value.dtype not in DTYPES:
         raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {value.dtype}")
     if rank is not None and value.dim() != rank:
         raise ValueError(f"{name} must be {wanted}, got {value.dim()} dimensions: {tuple(value.shape)}")
+    return value
 
 
-def _check_dynamic_routing(
-    poses: Tensor,
-    weight: Tensor,
-    num_iterations: int,
-    prior: Tensor | None,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    leaky: bool,
-    detach: bool,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    """Check the arguments of dynamic_routing; poses and weight, cast by autocast."""
-    _check_tensor("poses", poses, "[B, I, D_in]", 3)
-    _check_tensor("weight", weight, "[I or 1, J or 1, D_out, D_in]", 4)
-    _check_options(num_iterations, leaky, detach, eps)
+def check_poses(tensors: Tensors, options: Options) -> Tensors:
+    """Check the arguments of dynamic_routing; the same tensors, poses and weight cast by autocast."""
+    poses = _check_tensor("poses", tensors.poses, "[B, I, D_in]", 3)
+    weight = _check_tensor("weight", tensors.weight, "[I or 1, J or 1, D_out, D_in]", 4)
+    _check_options(options)
     poses, weight = _autocast(poses), _autocast(weight)
     _check_like("weight", weight, poses)
     I, D_in = poses.shape[1:]
@@ -157,11 +147,25 @@ def _check_dynamic_routing(
         )
     if shape[3] != D_in:
         raise ValueError(f"weight must have D_in = {D_in} on its last axis, as poses have, got {shape}")
-    _check_extras(poses, weight, prior, bias, mask, D_out=shape[2])
-    return poses, weight
+    tensors = Tensors(poses, weight, tensors.prior, tensors.bias, tensors.mask)
+    _check_extras(tensors, D_out=shape[2])
+    return tensors
 
 
-def _check_options(num_iterations: Any, leaky: Any, detach: Any, eps: Any) -> None:
+def _check_votes(tensors: Tensors, options: Options) -> Tensors:
+    """Check the arguments of route_votes; the same tensors, the votes cast by autocast."""
+    votes = _check_tensor("votes", tensors.poses, "[B, I, J or 1, D_out]", 4)
+    _check_options(options)
+    votes = _autocast(votes)
+    if 0 in votes.shape[2:]:
+        raise ValueError(f"J and D_out must be at least 1, got votes {tuple(votes.shape)}")
+    tensors = Tensors(votes, None, tensors.prior, tensors.bias, tensors.mask)
+    _check_extras(tensors, D_out=votes.shape[3])
+    return tensors
+
+
+def _check_options(options: Options) -> None:
+    num_iterations, leaky, detach, eps, _ = options
     if isinstance(num_iterations, bool) or not isinstance(num_iterations, int):
         raise TypeError(f"num_iterations must be an int, got {num_iterations!r} ({type(num_iterations).__name__})")
     if num_iterations < 1:
@@ -176,7 +180,7 @@ def _check_like(name: str, value: Tensor, poses: Tensor) -> None:
     if value.device != poses.device:
         raise ValueError(f"{name} must be on the device of the poses or votes, {poses.device}, got {value.device}")
     # Under autocast the poses change their dtype; a prior or bias may stay float32.
-    amp = name in ("prior", "bias") and value.dtype == torch.float32 and _autocast_is_on(poses.device.type)
+    amp = name in ("prior", "bias") and value.dtype == torch.float32 and autocast_is_on(poses.device.type)
     if value.dtype != poses.dtype and not amp:
         raise TypeError(f"{name} must have the dtype of the poses or votes, {poses.dtype}, got {value.dtype}")
 
@@ -191,9 +195,9 @@ def check_prior(prior: Any, B: int, I: int, J: int) -> None:
         )
 
 
-def _check_extras(
-    poses: Tensor, weight: Tensor | None, prior: Tensor | None, bias: Tensor | None, mask: Tensor | None, D_out: int
-) -> None:
+def _check_extras(tensors: Tensors, D_out: int) -> None:
+    """Check prior, bias and mask against poses and weight, or votes."""
+    poses, weight, prior, bias, mask = tensors
     B, I = poses.shape[:2]
     if bias is not None:
         _check_tensor("bias", bias, "[J or 1, D_out]", 2)
@@ -220,14 +224,10 @@ def _check_extras(
             raise ValueError(f"mask must be on the device of the poses or votes, {poses.device}, got {mask.device}")
 
 
-def _autocast_is_on(kind: str) -> bool:
-    return kind != "meta" and torch.is_autocast_enabled(kind)  # there is no autocast for meta tensors to ask about
-
-
 def _autocast(tensor: Tensor) -> Tensor:
     """What autocast does to the inputs of a matrix product; like it, leaves float64 alone."""
     kind = tensor.device.type
-    if tensor.dtype == torch.float64 or not _autocast_is_on(kind):
+    if tensor.dtype == torch.float64 or not autocast_is_on(kind):
         return tensor
     return tensor.to(torch.get_autocast_dtype(kind))
 
@@ -235,47 +235,20 @@ def _autocast(tensor: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------------- execution
 
 
-def _route(
-    poses: Tensor,  # [B, I, D_in], or votes [B, I, J or 1, D_out]
-    weight: Tensor | None,  # [I or 1, J or 1, D_out, D_in]
-    prior: Tensor | None,  # broadcastable to [B, I, J]
-    bias: Tensor | None,  # [J or 1, D_out]
-    mask: Tensor | None,  # [B, I]
-    num_iterations: int,
-    leaky: bool,
-    detach: bool,
-    eps: float,
-    backend: str | None,
-) -> Tensor:
-    kind = poses.device.type
-    if _autocast_is_on(kind):  # everything inside is float32 at least
-        with torch.autocast(kind, enabled=False):
-            return _route(poses, weight, prior, bias, mask, num_iterations, leaky, detach, eps, backend)
+def _resolved(backend: str | None, tensors: Tensors, options: Options) -> tuple[str, Tensors, Options]:
+    """The backend that runs, and what it is given."""
+    poses, weight, prior, bias, mask = tensors
+    num_iterations, leaky, detach, eps, _ = options
     # What is summed over the input capsules: votes, or poses where one matrix is for all of them.
     shared = weight is not None and weight.shape[0] == 1 and poses.shape[1] > 1
     D = poses.shape[-1] if weight is None or shared else weight.shape[2]
-    chosen = _backend.choose_backend(backend, poses.device, poses.dtype, D)
+    chosen = choose_backend(backend, poses.device, poses.dtype, D)
     if detach and prior is not None:
         prior = prior.detach()  # constant coupling: nothing reaches the prior
-    compute = compute_dtype(poses.dtype)
-    eps = max(float(eps), torch.finfo(compute).tiny) if eps else 0.0  # no smaller one survives a cast to this dtype
-    traced = torch.compiler.is_compiling()
-    # torch.func inside torch.compile would take the op for a constant in a second derivative.
-    if chosen == "reference" or (traced and torch._C._are_functorch_transforms_active()):
-        inputs = upcast(compute, masked(poses, mask), weight, prior, bias)
-        out = dynamic_routing_reference(*inputs, num_iterations=num_iterations, leaky=leaky, detach=detach, eps=eps)
-        return out.to(poses.dtype)
-    B, I = poses.shape[:2]
-    J = output_capsules(poses, weight, prior, bias)
-    if prior is not None:
-        # Kernels see [I, J] or [B, I, J]. Autograd sums an expanded gradient back: not in a half type.
-        shape = (B, I, J) if prior.dim() == 3 and prior.shape[0] != 1 else (I, J)
-        if prior.shape != shape:
-            prior = prior.to(compute).reshape(prior.shape[-len(shape) :]).expand(shape)
-    if bias is not None:
-        bias = bias.to(compute).expand(J, -1)
-    options = num_iterations, leaky, detach, eps, allows_tf32(poses)
-    return compiled_dynamic_routing(chosen, poses, weight, prior, bias, mask, *options)
+    if eps:  # no smaller one survives a cast to this dtype
+        eps = max(float(eps), torch.finfo(compute_dtype(poses.dtype)).tiny)
+    options = Options(num_iterations, leaky, detach, eps, allows_tf32(poses))
+    return chosen, Tensors(poses, weight, prior, bias, mask), options
 
 
 def allows_tf32(poses: Tensor) -> bool:
@@ -283,6 +256,6 @@ def allows_tf32(poses: Tensor) -> bool:
     return poses.device.type == "cuda" and poses.dtype == torch.float32 and _tf32_is_on()
 
 
-@torch.compiler.assume_constant_result  # a change of the setting is one of those that make a traced call stale
+@constant_when_traced  # a change of the setting is one of those that make a traced call stale
 def _tf32_is_on() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"

@@ -1,22 +1,57 @@
-"""The compiled ops of dynamic routing as PyTorch sees them: derivatives, vmap, shapes for tracing, registration.
+"""Compiled ops of dynamic routing: derivatives, vmap, shapes for tracing, registration.
 
-Tensors are as in ``reference.py``; checks and the choice of the backend are in ``api.py``.
+Letters are those of ``reference.py``. ``api.py`` checks the arguments and chooses the backend.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastcaps.functional import compute_dtype
+from fastcaps.functional import compute_dtype, without_autocast
 from fastcaps.routing.backend import EXTENSION_BUILD
 from fastcaps.routing.dynamic.reference import dynamic_routing_reference, masked, output_capsules
 
 
-def upcast(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Any, ...]:
-    """The tensors in ``dtype``; None stays None."""
-    return tuple(x if x is None else x.to(dtype) for x in tensors)
+class Tensors(NamedTuple):
+    """The tensors of a call, in the order of the ops' arguments.
+
+    Attributes:
+        poses: ``[B, I, D_in]``, or the votes ``[B, I, J or 1, D_out]`` where ``weight`` is None.
+        weight: ``[I or 1, J or 1, D_out, D_in]``, or None.
+        prior: initial routing logits, broadcastable to ``[B, I, J]``, or None; an op takes ``[I, J]`` and
+            ``[B, I, J]``, at least float32.
+        bias: ``[J or 1, D_out]``, or None; an op takes ``[J, D_out]``, at least float32.
+        mask: ``[B, I]`` bool, or None.
+    """
+
+    poses: Tensor
+    weight: Tensor | None
+    prior: Tensor | None = None
+    bias: Tensor | None = None
+    mask: Tensor | None = None
+
+
+class Options(NamedTuple):
+    """The other arguments of a call, in the order of the ops' arguments; as in :func:`fastcaps.dynamic_routing`.
+
+    Attributes:
+        num_iterations: T.
+        leaky: whether a vote may go to no output capsule.
+        detach: whether the coupling coefficients are constants for the gradient.
+        eps: that of ``squash``.
+        allow_tf32: whether matrix products of float32 may be rounded to tf32.
+    """
+
+    num_iterations: int
+    leaky: bool
+    detach: bool
+    eps: float
+    allow_tf32: bool = False
+
+
+DIFFERENTIABLE = ("poses", "weight", "prior", "bias")  # the tensors that may have a gradient
 
 
 def op(backend: str, direction: str) -> Any:
@@ -24,96 +59,148 @@ def op(backend: str, direction: str) -> Any:
     return getattr(torch.ops.fastcaps, f"{backend}_dynamic_routing_{direction}").default
 
 
-def compiled_dynamic_routing(
-    backend: str,
-    poses: Tensor,
-    weight: Tensor | None,
-    prior: Tensor | None,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    *options: Any,
-) -> Tensor:
-    """The output ``[B, J, D_out]`` of a backend's op, by the cheapest way that keeps every derivative.
+def route(backend: str, tensors: Tensors, options: Options) -> Tensor:
+    """The output ``[B, J, D_out]``, in the dtype of the poses, by the cheapest way that keeps every derivative."""
+    with without_autocast(tensors.poses.device.type):  # everything inside is float32 at least
+        traced, transformed = torch.compiler.is_compiling(), torch._C._are_functorch_transforms_active()
+        # torch.func inside torch.compile would take the op for a constant in a second derivative.
+        if backend == "reference" or (traced and transformed):
+            return reference_output(tensors, options)
+        tensors = _expanded(tensors)
+        if traced:
+            # The op alone, whose derivatives are registered: tracing an autograd.Function would cut a second
+            # derivative off without a word.
+            return op(backend, "forward")(*_widened(tensors), *options)[0]
+        if transformed or torch.autograd.forward_ad._current_level >= 0:
+            return DynamicRouting.apply(backend, options, *tensors)[0]
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+            return EagerDynamicRouting.apply(backend, options, *tensors)
+        return _forward(backend, tensors, options)[0]
 
-    ``options`` are num_iterations, leaky, detach, eps and allow_tf32.
-    """
-    if torch.compiler.is_compiling():
-        # A traced call is the op alone, whose derivatives are registered: tracing an autograd.Function would cut
-        # a second derivative off without a word.
-        prior, bias = upcast(compute_dtype(poses.dtype), prior, bias)
-        return op(backend, "forward")(poses, weight, prior, bias, mask, *options)[0]
-    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
-        return DynamicRouting.apply(backend, poses, weight, prior, bias, mask, *options)[0]
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (poses, weight, prior, bias)):
-        return EagerDynamicRouting.apply(backend, poses, weight, prior, bias, mask, *options)
-    return DynamicRouting.forward(backend, poses, weight, prior, bias, mask, *options)[0]
+
+def reference_output(tensors: Tensors, options: Options) -> Tensor:
+    """The output ``[B, J, D_out]`` of the reference, in the dtype of the poses."""
+    with without_autocast(tensors.poses.device.type):
+        poses, weight, prior, bias, _ = upcast(tensors)
+        out = dynamic_routing_reference(
+            poses,
+            weight,
+            prior,
+            bias,
+            num_iterations=options.num_iterations,
+            leaky=options.leaky,
+            detach=options.detach,
+            eps=options.eps,
+        )
+    return out.to(tensors.poses.dtype)
+
+
+def upcast(tensors: Tensors) -> Tensors:
+    """The tensors as the reference takes them: in their compute dtype, the mask applied to the poses."""
+    poses, weight, prior, bias, mask = tensors
+    dtype = compute_dtype(poses.dtype)
+    weight, prior, bias = (x if x is None else x.to(dtype) for x in (weight, prior, bias))
+    return Tensors(masked(poses, mask).to(dtype), weight, prior, bias)
+
+
+def _expanded(tensors: Tensors) -> Tensors:
+    """Prior ``[I, J]`` or ``[B, I, J]`` and bias ``[J, D_out]``."""
+    poses, weight, prior, bias, mask = tensors
+    if prior is None and bias is None:
+        return tensors
+    (B, I), J = poses.shape[:2], output_capsules(poses, weight, prior, bias)
+    dtype = compute_dtype(poses.dtype)  # autograd sums an expanded gradient back: not in a half type
+    if prior is not None:
+        shape = (B, I, J) if prior.dim() == 3 and prior.shape[0] != 1 else (I, J)
+        if prior.shape != shape:
+            prior = prior.to(dtype).reshape(prior.shape[-len(shape) :]).expand(shape)
+    if bias is not None:
+        bias = bias.to(dtype).expand(J, -1)
+    return Tensors(poses, weight, prior, bias, mask)
+
+
+def _widened(tensors: Tensors) -> Tensors:
+    """Prior and bias in float32 at least."""
+    poses, weight, prior, bias, mask = tensors
+    dtype = compute_dtype(poses.dtype)
+    prior, bias = (x if x is None else x.to(dtype) for x in (prior, bias))
+    return Tensors(poses, weight, prior, bias, mask)
+
+
+# ----------------------------------------------------------------------------------------------- eager and torch.func
+
+
+def _forward(backend: str, tensors: Tensors, options: Options) -> tuple[Tensor, Tensor]:
+    """The output ``[B, J, D_out]``, in the dtype of the poses, and the weighted sums ``[T, B, J, D_out]``."""
+    with torch._C._AutoDispatchBelowAutograd():  # the registered derivatives are for traced calls
+        return op(backend, "forward")(*_widened(tensors), *options)
+
+
+def _save(ctx: Any, backend: str, tensors: Sequence[Tensor | None], options: Options, sums: Tensor) -> None:
+    """Keep what the backward needs: the inputs and the sums, no votes."""
+    ctx.backend, ctx.options = backend, options
+    ctx.save_for_backward(*tensors, sums)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients of backend, options and the tensors: by the op, or differentiably for a second derivative."""
+    *saved, sums = ctx.saved_tensors
+    _, _, *needed = ctx.needs_input_grad
+    tensors, wanted = Tensors(*saved), _names(needed)
+    if torch.is_grad_enabled():
+        found = _differentiable_gradients(tensors, ctx.options, grad, wanted)
+    else:
+        found = _op_gradients(ctx.backend, tensors, ctx.options, sums, grad, wanted)
+    return None, None, *(found.get(name) for name in Tensors._fields)
 
 
 class DynamicRouting(torch.autograd.Function):
-    """Connects the forward and backward ops, which read and write half types; prior and bias are at least float32."""
+    """Connects the forward and the backward op, also under the transforms of ``torch.func``."""
 
     @staticmethod
-    def forward(
-        backend: str,
-        poses: Tensor,
-        weight: Tensor | None,
-        prior: Tensor | None,
-        bias: Tensor | None,
-        mask: Tensor | None,
-        num_iterations: int,
-        leaky: bool,
-        detach: bool,
-        eps: float,
-        allow_tf32: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """Output ``[B, J, D_out]`` in the dtype of ``poses``, and the weighted sums ``[T, B, J, D_out]``."""
-        prior, bias = upcast(compute_dtype(poses.dtype), prior, bias)
-        with torch._C._AutoDispatchBelowAutograd():  # the registered derivatives are for traced calls
-            return op(backend, "forward")(
-                poses, weight, prior, bias, mask, num_iterations, leaky, detach, eps, allow_tf32
-            )
+    def forward(backend: str, options: Options, *tensors: Any) -> tuple[Tensor, Tensor]:
+        """The output ``[B, J, D_out]`` and the weighted sums ``[T, B, J, D_out]``."""
+        return _forward(backend, Tensors(*tensors), options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         """Save the inputs and the sums."""
-        ctx.backend = inputs[0]
-        ctx.save_for_backward(*inputs[1:6], output[1])
-        ctx.mark_non_differentiable(output[1])
-        ctx.num_iterations, ctx.leaky, ctx.detach, ctx.eps, ctx.allow_tf32 = inputs[6:]
+        (backend, options, *tensors), (_, sums) = inputs, output
+        ctx.mark_non_differentiable(sums)
+        _save(ctx, backend, tensors, options, sums)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        """By the op, or differentiably where a second derivative may be wanted."""
-        if torch.is_grad_enabled():
-            *inputs, mask, _ = ctx.saved_tensors
-            return None, *_differentiable_backward(ctx, inputs, mask, grad, ctx.needs_input_grad[1:5]), *[None] * 6
-        return None, *_compiled_backward(ctx, grad, ctx.needs_input_grad[1:5])
+        """The gradients of all arguments."""
+        return _backward(ctx, grad)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], backend: str, options: Options, *tensors: Any
+    ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
         """Fold the mapped axis into the batch, which gives every sample poses, prior and mask of its own, no weight."""
-        backend, poses, weight, prior, bias, mask, *options = args
-        in_dims = in_dims[1:]
-        if in_dims[1] is not None or in_dims[3] is not None:
+        _, _, *tensor_dims = in_dims
+        dims, (poses, weight, prior, bias, mask) = Tensors(*tensor_dims), Tensors(*tensors)
+        if dims.weight is not None or dims.bias is not None:
             raise NotImplementedError(
                 f"vmap over the weight or bias of dynamic_routing: the {backend} backend has one of each per call; "
                 "pass backend='reference', or map over poses, prior and mask only"
             )
         N = info.batch_size
 
-        def stack(x: Tensor, dim: int | None) -> Tensor:
+        def stack(x: Tensor, dim: Any) -> Tensor:
             return x.expand(N, *x.shape) if dim is None else x.movedim(dim, 0)
 
-        poses = stack(poses, in_dims[0])  # [N, B, ...]
+        poses = stack(poses, dims.poses)  # [N, B, ...]
         B = poses.shape[1]
-        if prior is not None and (in_dims[2] is not None or prior.dim() == 3):
-            prior = stack(prior, in_dims[2])  # [N, B, I, J] or [N, I, J]
+        if prior is not None and (dims.prior is not None or prior.dim() == 3):
+            prior = stack(prior, dims.prior)  # [N, B, I, J] or [N, I, J]
             if prior.dim() == 3:
                 prior = prior[:, None].expand(-1, B, -1, -1)
             prior = prior.flatten(0, 1)
         if mask is not None:
-            mask = stack(mask, in_dims[4]).flatten(0, 1)
-        out, sums = DynamicRouting.apply(backend, poses.flatten(0, 1), weight, prior, bias, mask, *options)
+            mask = stack(mask, dims.mask).flatten(0, 1)
+        out, sums = DynamicRouting.apply(backend, options, poses.flatten(0, 1), weight, prior, bias, mask)
         return (out.unflatten(0, (N, B)), sums.unflatten(1, (N, B))), (0, 1)
 
 
@@ -121,91 +208,72 @@ class EagerDynamicRouting(torch.autograd.Function):
     """The same without torch.func: ``setup_context`` costs 20 us a call (benchmarks/call_overhead.py)."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
-        """Output ``[B, J, D_out]``."""
-        out, sums = DynamicRouting.forward(*args)
-        ctx.backend = args[0]
-        ctx.save_for_backward(*args[1:6], sums)
-        ctx.num_iterations, ctx.leaky, ctx.detach, ctx.eps, ctx.allow_tf32 = args[6:]
+    def forward(ctx: Any, backend: str, options: Options, *tensors: Any) -> Tensor:
+        """The output ``[B, J, D_out]``."""
+        out, sums = _forward(backend, Tensors(*tensors), options)
+        _save(ctx, backend, tensors, options, sums)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """As :meth:`DynamicRouting.backward`."""
-        return DynamicRouting.backward(ctx, grad, grad)
+        """The gradients of all arguments."""
+        return _backward(ctx, grad)
 
 
-def _compiled_backward(ctx: Any, grad: Tensor, needed: Sequence[bool]) -> tuple[Tensor | None, ...]:
-    """The gradients of all arguments but the backend by its backward op; eager and traced calls share it."""
-    *inputs, mask, sums = ctx.saved_tensors
-    needed = [bool(need) for need in needed]
-    grads = op(ctx.backend, "backward")(
+# ---------------------------------------------------------------------------------------------------------- gradients
+
+
+def _names(needed: Sequence[bool]) -> list[str]:
+    """Which of the differentiable tensors have ``needed`` set; the mask behind them never has."""
+    return [name for name, need in zip(DIFFERENTIABLE, needed, strict=False) if need]
+
+
+def _op_gradients(
+    backend: str, tensors: Tensors, options: Options, sums: Tensor, grad: Tensor, wanted: Sequence[str]
+) -> dict[str, Tensor]:
+    """The wanted gradients by the backward op, in the dtypes of their tensors."""
+    gradients = op(backend, "backward")(
         grad,
-        *inputs[:2],
-        *upcast(sums.dtype, *inputs[2:]),
-        mask,
+        *_widened(tensors),
         sums,
-        ctx.leaky,
-        ctx.detach,
-        ctx.eps,
-        *needed,
-        ctx.allow_tf32,
+        options.leaky,
+        options.detach,
+        options.eps,
+        *(name in wanted for name in DIFFERENTIABLE),
+        options.allow_tf32,
     )
-    returned = (g.to(x.dtype) if need else None for g, x, need in zip(grads, inputs, needed, strict=True))
-    return *returned, *[None] * 6
+    found = zip(DIFFERENTIABLE, gradients, strict=True)
+    return {name: gradient.to(getattr(tensors, name).dtype) for name, gradient in found if name in wanted}
 
 
-def _differentiable_backward(
-    ctx: Any, inputs: Sequence[Tensor | None], mask: Tensor | None, grad: Tensor, needed: Sequence[bool]
-) -> list[Tensor | None]:
-    """The gradients as differentiable functions of inputs and grad: rebuild the reference and differentiate it."""
-    wanted = [n for n in range(4) if needed[n]]
+def _differentiable_gradients(
+    tensors: Tensors, options: Options, grad: Tensor, wanted: Sequence[str]
+) -> dict[str, Tensor]:
+    """The wanted gradients as differentiable functions of tensors and grad: those of the reference."""
 
-    def reference(*primals: Tensor) -> Tensor:
-        full = list(inputs)
-        for n, primal in zip(wanted, primals, strict=True):
-            full[n] = primal
-        poses = full[0]
-        assert poses is not None
-        with torch.autocast(poses.device.type, enabled=False):  # as in the forward
-            out = dynamic_routing_reference(
-                *upcast(compute_dtype(poses.dtype), masked(poses, mask), *full[1:]),
-                num_iterations=ctx.num_iterations,
-                leaky=ctx.leaky,
-                detach=ctx.detach,
-                eps=ctx.eps,
-            )
-        return out.to(poses.dtype)
+    def output(*inputs: Tensor) -> Tensor:
+        return reference_output(tensors._replace(**dict(zip(wanted, inputs, strict=True))), options)
 
-    vjp = torch.func.vjp(reference, *(inputs[n] for n in wanted))[1]
-    grads: list[Tensor | None] = [None] * 4
-    for n, gradient in zip(wanted, vjp(grad), strict=True):
-        grads[n] = gradient
-    return grads
+    vjp = torch.func.vjp(output, *(getattr(tensors, name) for name in wanted))[1]
+    return dict(zip(wanted, vjp(grad), strict=True))
 
 
-# ---------------------------------------------------------------------------------------------------- registration
+# ------------------------------------------------------------------------------------------------------- registration
 
 
-def _forward_fake(
+def _forward_arguments(
     poses: Tensor,
     weight: Tensor | None,
     prior: Tensor | None,
     bias: Tensor | None,
     mask: Tensor | None,
-    num_iterations: int,
-    leaky: bool,
-    detach: bool,
-    eps: float,
-    allow_tf32: bool = False,
-) -> tuple[Tensor, Tensor]:
-    D_out = poses.shape[3] if weight is None else weight.shape[2]
-    shape = (poses.shape[0], output_capsules(poses, weight, prior, bias), D_out)
-    sums = poses.new_empty((num_iterations, *shape), dtype=compute_dtype(poses.dtype))
-    return poses.new_empty(shape), sums
+    *options: Any,
+) -> tuple[Tensors, Options]:
+    """The arguments of a forward op; a trailing one that has its default may be missing."""
+    return Tensors(poses, weight, prior, bias, mask), Options(*options)
 
 
-def _backward_fake(
+def _backward_arguments(
     grad: Tensor,
     poses: Tensor,
     weight: Tensor | None,
@@ -216,82 +284,105 @@ def _backward_fake(
     leaky: bool,
     detach: bool,
     eps: float,
-    *needed: bool,
-) -> tuple[Tensor, ...]:
-    """A gradient per input, in its shape; of size 0 where it is not needed or there is no such input."""
-    inputs = (poses, weight, prior, bias)
+    need_poses: bool,
+    need_weight: bool,
+    need_prior: bool,
+    need_bias: bool,
+    allow_tf32: bool = False,
+) -> tuple[Tensors, Options, Tensor, Tensor, list[str]]:
+    """The arguments of a backward op: tensors, options, sums, grad, and which gradients are wanted."""
+    tensors = Tensors(poses, weight, prior, bias, mask)
+    needed = zip(DIFFERENTIABLE, (need_poses, need_weight, need_prior, need_bias), strict=True)
+    wanted = [name for name, need in needed if need and getattr(tensors, name) is not None]
+    return tensors, Options(sums.shape[0], leaky, detach, eps, allow_tf32), sums, grad, wanted
+
+
+def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    (poses, weight, prior, bias, _), options = _forward_arguments(*arguments)
+    D_out = poses.shape[3] if weight is None else weight.shape[2]
+    shape = (poses.shape[0], output_capsules(poses, weight, prior, bias), D_out)
+    sums = poses.new_empty((options.num_iterations, *shape), dtype=compute_dtype(poses.dtype))
+    return poses.new_empty(shape), sums
+
+
+def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    """A gradient per tensor, in its shape; of size 0 where it is not wanted or there is no such tensor."""
+    tensors, _, _, grad, wanted = _backward_arguments(*arguments)
+    inputs = {name: getattr(tensors, name) for name in wanted}
     return tuple(
-        x.new_empty(x.shape) if x is not None and need else grad.new_empty(0)
-        for x, need in zip(inputs, needed[:4], strict=True)  # behind them: allow_tf32
+        inputs[name].new_empty(inputs[name].shape) if name in inputs else grad.new_empty(0) for name in DIFFERENTIABLE
     )
-
-
-def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:6])
-    ctx.num_iterations = inputs[6].shape[0]
-    ctx.leaky, ctx.detach, ctx.eps = inputs[7:10]
-    ctx.needed = inputs[10:14]
-
-
-def _backward_backward(ctx: Any, *seconds: Tensor) -> tuple[Tensor | None, ...]:
-    """The second derivative of a traced call: the reference differentiated twice."""
-    grad, *inputs, mask = ctx.saved_tensors
-    needed = [need and x is not None for need, x in zip(ctx.needed, inputs, strict=True)]
-    wanted = [n for n in range(4) if needed[n]]
-
-    def gradients(grad: Tensor, *primals: Tensor) -> tuple[Tensor | None, ...]:
-        full = list(inputs)
-        for n, primal in zip(wanted, primals, strict=True):
-            full[n] = primal
-        found = _differentiable_backward(ctx, full, mask, grad, needed)
-        return tuple(found[n] for n in wanted)
-
-    vjp = torch.func.vjp(gradients, grad, *(inputs[n] for n in wanted))[1]
-    d_grad, *d_inputs = vjp(tuple(seconds[n] for n in wanted))
-    result: list[Tensor | None] = [None] * 4
-    for n, gradient in zip(wanted, d_inputs, strict=True):
-        result[n] = gradient
-    return d_grad, *result, *([None] * 10)
 
 
 def _register(backend: str) -> None:
     """Shapes for tracing and derivatives, for a backend whose schemas are there."""
+    forward, backward = (f"fastcaps::{backend}_dynamic_routing_{direction}" for direction in ("forward", "backward"))
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        DynamicRouting.setup_context(ctx, (backend, *inputs), output)
+    def by_argument(direction: str, found: dict[str, Tensor]) -> tuple[Tensor | None, ...]:
+        return tuple(found.get(argument.name) for argument in op(backend, direction)._schema.arguments)
 
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        return _compiled_backward(ctx, grad, ctx.needs_input_grad[:4])
+    def forward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        (tensors, options), (_, sums) = _forward_arguments(*inputs), output
+        ctx.mark_non_differentiable(sums)
+        _save(ctx, backend, tensors, options, sums)
 
-    names = [f"fastcaps::{backend}_dynamic_routing_{direction}" for direction in ("forward", "backward")]
-    torch.library.register_fake(names[0], _forward_fake)
-    torch.library.register_fake(names[1], _backward_fake)
-    torch.library.register_autograd(names[0], backward, setup_context=setup_context)
-    torch.library.register_autograd(names[1], _backward_backward, setup_context=_backward_setup)
+    def forward_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        *saved, sums = ctx.saved_tensors
+        found = _op_gradients(backend, Tensors(*saved), ctx.options, sums, grad, _names(ctx.needs_input_grad))
+        return by_argument("forward", found)
+
+    def backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        tensors, ctx.options, _, grad, ctx.wanted = _backward_arguments(*inputs)
+        ctx.save_for_backward(*tensors, grad)
+
+    def backward_backward(ctx: Any, *seconds: Tensor) -> tuple[Tensor | None, ...]:
+        """The second derivative of a traced call: the reference differentiated twice."""
+        *saved, grad = ctx.saved_tensors
+        tensors, wanted = Tensors(*saved), ctx.wanted
+
+        def gradients(grad: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+            at = tensors._replace(**dict(zip(wanted, inputs, strict=True)))
+            return tuple(_differentiable_gradients(at, ctx.options, grad, wanted).values())
+
+        vjp = torch.func.vjp(gradients, grad, *(getattr(tensors, name) for name in wanted))[1]
+        second = dict(zip(DIFFERENTIABLE, seconds, strict=True))
+        found = dict(zip(("grad", *wanted), vjp(tuple(second[name] for name in wanted)), strict=True))
+        return by_argument("backward", found)
+
+    torch.library.register_fake(forward, _forward_fake)
+    torch.library.register_fake(backward, _backward_fake)
+    torch.library.register_autograd(forward, forward_backward, setup_context=forward_setup)
+    torch.library.register_autograd(backward, backward_backward, setup_context=backward_setup)
 
 
-def _triton(direction: str) -> Callable[..., tuple[Tensor, ...]]:
-    """A Triton op, whose kernels are imported with its first call."""
+def _triton_forward(*arguments: Any) -> tuple[Tensor, ...]:
+    from fastcaps.routing.dynamic.triton import launch
 
-    def call(*arguments: Any) -> tuple[Tensor, ...]:
-        from fastcaps.routing.dynamic.triton import launch
+    return _launched(launch.forward, *_forward_arguments(*arguments))
 
-        device = arguments[0].device
-        if device.type != "cuda":  # the interpreter
-            return getattr(launch, direction)(*arguments)
-        with torch.cuda.device(device):
-            capturing = torch.cuda.is_current_stream_capturing()
-            try:
-                return getattr(launch, direction)(*arguments)
-            except Exception as error:
-                if capturing:
-                    raise RuntimeError(
-                        "dynamic_routing failed in a CUDA graph capture. A capture forbids to load kernels: call "
-                        "fastcaps.warmup with these sizes, dtype and options before it"
-                    ) from error
-                raise
 
-    return call
+def _triton_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    from fastcaps.routing.dynamic.triton import launch
+
+    return _launched(launch.backward, *_backward_arguments(*arguments))
+
+
+def _launched(launch: Callable[..., tuple[Tensor, ...]], tensors: Tensors, *arguments: Any) -> tuple[Tensor, ...]:
+    """Launch Triton kernels on the device of their tensors."""
+    device = tensors.poses.device
+    if device.type != "cuda":  # the interpreter
+        return launch(tensors, *arguments)
+    with torch.cuda.device(device):
+        capturing = torch.cuda.is_current_stream_capturing()
+        try:
+            return launch(tensors, *arguments)
+        except Exception as error:
+            if capturing:
+                raise RuntimeError(
+                    "dynamic_routing failed in a CUDA graph capture. A capture forbids to load kernels: call "
+                    "fastcaps.warmup with these sizes, dtype and options before it"
+                ) from error
+            raise
 
 
 _SCHEMAS = {  # those of the native ops, in csrc/ops.cpp
@@ -302,10 +393,10 @@ _SCHEMAS = {  # those of the native ops, in csrc/ops.cpp
     "bool allow_tf32=False) -> (Tensor d_poses, Tensor d_weight, Tensor d_prior, Tensor d_bias)",
 }
 _LIBRARY = torch.library.Library("fastcaps", "FRAGMENT")
-for _direction, _schema in _SCHEMAS.items():
-    _LIBRARY.define(f"triton_dynamic_routing_{_direction}{_schema}")
+for _direction, _run in (("forward", _triton_forward), ("backward", _triton_backward)):
+    _LIBRARY.define(f"triton_dynamic_routing_{_direction}{_SCHEMAS[_direction]}")
     for _key in ("CUDA", "CPU"):  # on CPU tensors in Triton's interpreter only
-        _LIBRARY.impl(f"triton_dynamic_routing_{_direction}", _triton(_direction), _key)
+        _LIBRARY.impl(f"triton_dynamic_routing_{_direction}", _run, _key)
 _register("triton")
 if EXTENSION_BUILD is not None:
     _register("native")

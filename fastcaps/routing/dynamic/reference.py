@@ -1,8 +1,11 @@
-"""Dynamic routing in plain PyTorch: the definition of correct, and the twin of every kernel.
+"""Reference implementation of dynamic routing in plain PyTorch, forward and backward: what every kernel must equal.
 
 Letters: B batch, I input capsules, J output capsules, D_in and D_out pose sizes, T iterations. Tensors have their
-compute dtype (float32 or float64); checks and half types are the business of ``api.py``.
+compute dtype (float32 or float64): ``api.py`` checks arguments and ``ops.py`` casts half types.
 """
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,6 +58,87 @@ def output_capsules(poses: Tensor, weight: Tensor | None, prior: Tensor | None, 
     return max(sizes)
 
 
+def weighted_sum(c: Tensor, u: Tensor) -> Tensor:
+    """``sum_i c u``: coupling ``[B, I, J]`` and votes ``[B, I, J, D_out]`` to ``[B, J, D_out]``."""
+    return torch.einsum("bij,bijd->bjd", c, u)
+
+
+def agreement(u: Tensor, v: Tensor) -> Tensor:
+    """``<u, v>``: votes ``[B, I, J, D_out]`` and outputs ``[B, J, D_out]`` to ``[B, I, J]``."""
+    return torch.einsum("bijd,bjd->bij", u, v)
+
+
+class Iteration(NamedTuple):
+    """What an iteration of procedure 1 computes.
+
+    Attributes:
+        c: ``[B, I, J]``, the coupling coefficients.
+        s: ``[B, J, D_out]``, the weighted sum of the votes, plus the bias.
+        v: ``[B, J, D_out]``, the squashed sum.
+        agreement: ``[B, I, J]``, what the next logits gain; None in the last iteration, which has no next.
+    """
+
+    c: Tensor
+    s: Tensor
+    v: Tensor
+    agreement: Tensor | None
+
+
+def iterations(
+    votes: Any,
+    logits: Tensor,
+    bias: Tensor | None,
+    num_iterations: int,
+    *,
+    leaky: bool = False,
+    detach: bool = False,
+    eps: float = 0.0,
+    coupling: Callable[..., Tensor] = coupling,
+    weighted_sum: Callable[[Tensor, Any], Tensor] = weighted_sum,
+    squash: Callable[..., Tensor] = squash,
+    agreement: Callable[[Any, Tensor], Tensor] = agreement,
+) -> Iterator[Iteration]:
+    """Procedure 1 of Sabour et al. (2017), iteration by iteration.
+
+    Args:
+        votes: ``[B, I, J, D_out]``, or whatever ``weighted_sum`` and ``agreement`` take for it; has ``detach()``.
+        logits: ``[B, I, J]``, those of the first iteration.
+        bias: ``[J or 1, D_out]``, added to the weighted sum in every iteration, or None.
+        num_iterations: T.
+        leaky: route over J + 1 capsules and drop the last.
+        detach: the coupling coefficients are constants for the gradient.
+        eps: as in ``squash``.
+        coupling: from ``(logits, leaky)`` to c.
+        weighted_sum: from ``(c, votes)`` to s without its bias.
+        squash: from ``(s, eps=eps)`` to v.
+        agreement: from ``(votes, v)`` to what the logits gain.
+
+    Yields:
+        T times an :class:`Iteration`.
+    """
+    routed, logits = (votes.detach(), logits.detach()) if detach else (votes, logits)  # all that the coupling sees
+    for t in range(num_iterations):
+        last = t == num_iterations - 1
+        c = coupling(logits, leaky)
+        s = weighted_sum(c, votes if last else routed)
+        if bias is not None:
+            s = s + (bias.detach() if detach and not last else bias)
+        v = squash(s, eps=eps)
+        gain = None if last else agreement(routed, v)
+        yield Iteration(c, s, v, gain)
+        if gain is not None:
+            logits = logits + gain
+        del c, gain  # not kept in memory beside those of the next iteration
+
+
+def last_output(steps: Iterator[Iteration]) -> Tensor:
+    """v of the last iteration; what an iteration computed is let go before the next one begins."""
+    for step in steps:
+        v = step.v
+        del step
+    return v
+
+
 def dynamic_routing_reference(
     poses: Tensor,
     weight: Tensor | None,
@@ -82,21 +166,9 @@ def dynamic_routing_reference(
         ``[B, J, D_out]``
     """
     J = output_capsules(poses, weight, prior, bias)
-    u = transform(poses, weight)
-    u = u.expand(-1, -1, J, -1)  # [B, I, J, D_out]
-    routed = u.detach() if detach else u  # what the logits see
-    logits = u.new_zeros(()) if prior is None else prior.detach() if detach else prior
-    logits = logits.expand(u.shape[:-1])  # [B, I, J]
-    for t in range(num_iterations):
-        last = t == num_iterations - 1
-        c = coupling(logits, leaky)
-        s = torch.einsum("bij,bijd->bjd", c, u if last else routed)
-        if bias is not None:
-            s = s + (bias if last or not detach else bias.detach())
-        v = squash(s, eps=eps)
-        if not last:
-            logits = logits + torch.einsum("bijd,bjd->bij", routed, v)
-    return v
+    u = transform(poses, weight).expand(-1, -1, J, -1)  # [B, I, J, D_out]
+    logits = (u.new_zeros(()) if prior is None else prior).expand(u.shape[:-1])  # [B, I, J]
+    return last_output(iterations(u, logits, bias, num_iterations, leaky=leaky, detach=detach, eps=eps))
 
 
 def squash_backward(s: Tensor, dv: Tensor, eps: float) -> Tensor:
@@ -154,18 +226,18 @@ def dynamic_routing_backward_reference(
         ds = squash_backward(sums[t], grad if t == T - 1 else dV, eps)
         logits = d_prior.new_zeros(()) if prior is None else prior
         if t > 0:
-            logits = logits + torch.einsum("bijd,bjd->bij", u, V[t - 1])
+            logits = logits + agreement(u, V[t - 1])
         c = coupling(logits.expand(d_prior.shape), leaky)
         du += c[..., None] * ds[:, None]
         d_bias += ds
         if detach:
             break
-        dc = torch.einsum("bijd,bjd->bij", u, ds)
+        dc = agreement(u, ds)
         db = c * (dc - (c * dc).sum(-1, keepdim=True))
         d_prior += db
         if t > 0:
             du += db[..., None] * V[t - 1][:, None]
-            dV += torch.einsum("bij,bijd->bjd", db, u)
+            dV += weighted_sum(db, u)
     d_weight = None
     if weight is None:
         d_poses = du.sum_to_size(poses.shape)

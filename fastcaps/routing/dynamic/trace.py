@@ -1,14 +1,15 @@
-"""routing_trace(): what routing did, iteration by iteration. Plain PyTorch, no gradient, a few samples at a time."""
+"""Record of what routing does in every iteration: in plain PyTorch, without gradient, a few samples at a time."""
 
-import contextlib
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
 
-from fastcaps.functional import compute_dtype, squash
-from fastcaps.routing.dynamic.api import _check_dynamic_routing
-from fastcaps.routing.dynamic.reference import coupling, masked, output_capsules, transform
+from fastcaps.functional import without_autocast
+from fastcaps.routing.dynamic.api import check_poses
+from fastcaps.routing.dynamic.ops import Options, Tensors, upcast
+from fastcaps.routing.dynamic.reference import iterations, output_capsules, transform
 
 _VOTES_AT_ONCE = 4_000_000  # entries; 16 MB in float32
 
@@ -70,40 +71,32 @@ def routing_trace(
         >>> trace.coupling.shape, trace.change.shape
         (torch.Size([5, 2, 6, 3]), torch.Size([5, 2, 3]))
     """
-    poses, weight = _check_dynamic_routing(poses, weight, num_iterations, prior, bias, mask, leaky, False, eps)
-    compute = compute_dtype(poses.dtype)
-    poses, weight = masked(poses, mask).to(compute), weight.to(compute)
-    prior, bias = (x if x is None else x.to(compute) for x in (prior, bias))
-    kind = poses.device.type
-    with torch.autocast(kind, enabled=False) if kind != "meta" else contextlib.nullcontext():
-        return _trace(poses, weight, num_iterations, prior, bias, leaky, eps)
+    options = Options(num_iterations, leaky, False, eps)
+    tensors = check_poses(Tensors(poses, weight, prior, bias, mask), options)
+    with without_autocast(poses.device.type):
+        return _trace(upcast(tensors), options)
 
 
-def _trace(
-    poses: Tensor,
-    weight: Tensor,
-    T: int,
-    prior: Tensor | None,
-    bias: Tensor | None,
-    leaky: bool,
-    eps: float,
-) -> RoutingTrace:
+def _trace(tensors: Tensors, options: Options) -> RoutingTrace:
+    poses, weight, prior, bias, _ = tensors
+    T, leaky, _, eps, _ = options
+    assert weight is not None
     B, I = poses.shape[:2]
     J, D_out = output_capsules(poses, weight, prior, bias), weight.shape[2]
-    logits = (poses.new_zeros(()) if prior is None else prior).expand(B, I, J).clone()
-    out, c, agreement = poses.new_empty(B, J, D_out), poses.new_empty(T, B, I, J), poses.new_empty(T, B, I, J)
-    change = poses.new_empty(T, B, J)
+    logits = (poses.new_zeros(()) if prior is None else prior).expand(B, I, J)
+    out, change = poses.new_empty(B, J, D_out), poses.new_empty(T, B, J)
+    coupling, agreement = poses.new_empty(T, B, I, J), poses.new_empty(T, B, I, J)
     step = max(1, _VOTES_AT_ONCE // max(1, I * J * D_out))
     for first in range(0, B, step):
         rows = slice(first, first + step)
         u = transform(poses[rows], weight).expand(-1, -1, J, -1)  # [b, I, J, D_out]
         v = u.new_zeros(u.shape[0], J, D_out)
-        for t in range(T):
-            c[t, rows] = coupling(logits[rows], leaky)
-            s = torch.einsum("bij,bijd->bjd", c[t, rows], u)
-            previous, v = v, squash(s if bias is None else s + bias, eps=eps)
-            agreement[t, rows] = torch.einsum("bijd,bjd->bij", u, v)
-            logits[rows] += agreement[t, rows]
+        # One more iteration than is looked at: the last one of all has no agreement.
+        steps = iterations(u, logits[rows], bias, T + 1, leaky=leaky, eps=eps)
+        for t, iteration in enumerate(islice(steps, T)):
+            previous, v = v, iteration.v
+            assert iteration.agreement is not None
+            coupling[t, rows], agreement[t, rows] = iteration.c, iteration.agreement
             change[t, rows] = (v - previous).norm(dim=-1)
         out[rows] = v
-    return RoutingTrace(out, c, torch.special.entr(c).sum(-1), agreement, change)
+    return RoutingTrace(out, coupling, torch.special.entr(coupling).sum(-1), agreement, change)

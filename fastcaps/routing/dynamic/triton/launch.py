@@ -1,4 +1,4 @@
-"""Dynamic routing on NVIDIA GPUs: how the Triton kernels are put together, and with which launch parameters.
+"""Launches of the Triton kernels: the forward and the backward of dynamic routing on NVIDIA GPUs.
 
 Forward, T times: ``sweep`` (partial sums over slices of the input capsules), ``squash`` (their sum in a fixed order,
 the output, V). Where the output capsules need several tiles, a ``sweep`` for the softmax's statistics goes first.
@@ -8,11 +8,9 @@ computed, as ``<W x, V> = <x, W^T V>`` and ``sum c W x = W sum c x``: poses stan
 """
 
 import functools
-import json
 import math
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,98 +18,20 @@ from triton.runtime.errors import OutOfResources
 from triton.runtime.interpreter import InterpretedFunction
 
 from fastcaps.functional import squash
+from fastcaps.routing.dynamic.ops import DIFFERENTIABLE, Options, Tensors
 from fastcaps.routing.dynamic.reference import dynamic_routing_backward_reference, output_capsules
-from fastcaps.routing.dynamic.triton import sweeps as kernels
-from fastcaps.routing.dynamic.triton import vectors
+from fastcaps.routing.dynamic.triton import gradients, sweeps, vectors
+from fastcaps.routing.dynamic.triton.parameters import (
+    BB,
+    Parameters,
+    gradients_parameters,
+    power_of_2,
+    sweep_parameters,
+    tuned,
+)
 
-INTERPRETED = isinstance(kernels.sweep, InterpretedFunction)
-BB = 16  # samples of a tile: the rows of a tensor-core instruction
+INTERPRETED = isinstance(sweeps.sweep, InterpretedFunction)
 SWEEPS = {"first sum": 2, "sum": 3, "dV": 4}  # tensors that live in registers
-REGISTERS = 160  # per thread, for the tensors that live through the loop over the input capsules
-TUNED = Path(__file__).with_name("tuned.json")  # {GPU: {key: parameters}}, by `fastcaps tune`
-
-
-# ----------------------------------------------------------------------------------------------- launch parameters
-
-
-class Parameters(NamedTuple):
-    """Of ``sweep`` and ``gradients``: JG x JT output capsules in a tile, K entries of D_in at a time, and how many
-    warps a multiprocessor is given."""
-
-    JG: int
-    JT: int
-    K: int
-    num_warps: int
-    num_stages: int = 2
-    warps_per_multiprocessor: int = 8
-
-
-def power_of_2(n: int) -> int:
-    """The smallest power of two that is at least n."""
-    return 1 << (n - 1).bit_length()
-
-
-def _tile(J: int, most_JT: int, most_JG: int) -> tuple[int, int]:
-    """JG and JT with the fewest tiles, then the fewest groups, then no more capsules than needed."""
-    JG = 1
-    while most_JG >= 2 * JG and JG * most_JT < J:
-        JG *= 2
-    return JG, math.ceil(J / (JG * math.ceil(J / (JG * most_JT))))
-
-
-def sweep_parameters(J: int, D_in: int, D: int, votes: bool, tensors: int, itemsize: int) -> Parameters:
-    """As many output capsules as the registers hold.
-
-    Args:
-        J: output capsules.
-        D_in: entries of a pose.
-        D: entries of what is summed, rounded up to a power of two.
-        votes: whether these are given, or poses stand for them.
-        tensors: how many there are of their size: sums, votes, V (but for the first uniform sum), ds in the backward.
-        itemsize: of poses and weight, in bytes.
-    """
-    if votes:  # no matrix product that wants its own layout: all warps share a tensor
-        num_warps = 4 if D <= 128 else 8
-        most = max(1, REGISTERS * 32 * num_warps // (tensors * BB * D))
-        JG, JT = _tile(J, min(most, 8), max(1, most // 8))
-        return Parameters(JG, JT, 16, num_warps)
-    wide = max(1, D // 64)  # warps that share the entries of a vote
-    K = min(power_of_2(max(D_in, 16)), 128 // itemsize, 512 // wide)
-    registers = REGISTERS - (K - 16) * itemsize // 4  # the poses, and their lo parts
-    most = max(1, registers * 32 * wide // (tensors * BB * D))
-    JG, JT = _tile(J, most, 8 if wide == 1 else 1)
-    if tensors == 4 and JG * JT < J and JT > 4:  # a loop over tiles needs some registers
-        JG, JT = _tile(J, 4, JG)
-    while K > 16 and JG * JT * K * D * itemsize > 48 * 1024:  # shared memory of a stage
-        K //= 2
-    return Parameters(JG, JT, K, JG * wide)
-
-
-def gradients_parameters(J: int, D_in: int, D: int, votes: bool, T: int) -> Parameters:
-    """As many output capsules as shared memory (V, ds of all iterations) and registers (the matrices' gradients) hold.
-
-    The arguments are those of :func:`sweep_parameters`, and T, the iterations.
-    """
-    if votes:
-        return Parameters(1, min(J, 4 if D <= 64 else 1), 16, 4 if D <= 128 else 8)
-    wide = max(1, D // 64)
-    K = max(16, min(power_of_2(D_in), 32, 1024 // D))
-    T = min(T, 5)  # more of them are not in flight at the same time
-    capsule = (2 * T - 1) * BB * D * 4 + 2 * D * K * 4  # bytes of shared memory
-    spills_beyond = 1 if D >= 32 else 5 if J <= 10 else 3  # as the compiler's reports say
-    most = max(1, min(spills_beyond, 64 * 32 * wide // (D * K), 40 * 1024 * wide // capsule))
-    groups = 1
-    while wide == 1 and groups < 2 and 2 * groups * most * capsule <= 80 * 1024:
-        groups *= 2
-    JG, JT = _tile(J, most, groups)
-    return Parameters(JG, JT, K, JG * wide, num_stages=2 if JG * JT * capsule <= 80 * 1024 else 1)
-
-
-@functools.cache
-def tuned(gpu: str) -> dict[str, Parameters]:
-    """The table of a GPU, by ``Call.key``; empty where nobody has tuned for it."""
-    table = json.loads(TUNED.read_text()) if TUNED.exists() else {}
-    return {key: Parameters(**value) for key, value in table.get(gpu, {}).items()}
 
 
 @functools.cache
@@ -141,27 +61,19 @@ def launch(kernel: Any, programs: int, **arguments: Any) -> None:
 class Call:
     """One call of the op: its tensors as the kernels want them, its sizes, and its launches."""
 
-    def __init__(
-        self,
-        poses: Tensor,  # [B, I, D_in], or votes [B, I, J or 1, D_out]
-        weight: Tensor | None,  # [I or 1, J or 1, D_out, D_in]
-        prior: Tensor | None,  # [I, J] or [B, I, J], float32
-        mask: Tensor | None,  # [B, I]
-        J: int,
-        leaky: bool,
-        allow_tf32: bool = False,
-    ) -> None:
-        self.poses, self.weight, self.prior = poses, weight, prior
-        self.B, self.I, self.J, self.leaky = *poses.shape[:2], J, leaky
+    def __init__(self, tensors: Tensors, options: Options) -> None:
+        poses, weight, prior, bias, mask = tensors
+        self.poses, self.weight, self.prior, self.leaky = poses, weight, prior, options.leaky
+        (self.B, self.I), self.J = poses.shape[:2], output_capsules(poses, weight, prior, bias)
         self.D_in, self.D_out = poses.shape[-1], poses.shape[3] if weight is None else weight.shape[2]
         self.absorbed = weight is not None and weight.shape[0] == 1 and self.I > 1
         self.votes = weight is None or self.absorbed
         votes_J = 1 if self.absorbed else poses.shape[2] if weight is None else weight.shape[1]
-        self.one_for_all = votes_J == 1 and J > 1  # one matrix, or one vote, for all output capsules
+        self.one_for_all = votes_J == 1 and self.J > 1  # one matrix, or one vote, for all output capsules
         self.D_sum = self.D_in if self.absorbed else self.D_out  # entries of what is summed over the input capsules
         self.D = power_of_2(self.D_sum) if self.votes else max(16, power_of_2(self.D_out))
         self.gpu, self.multiprocessors = _gpu(poses.device.index or 0)
-        self.precision = _precision(poses.dtype, allow_tf32)
+        self.precision = _precision(poses.dtype, options.allow_tf32)
         s_j = poses.stride(2) if weight is None and votes_J > 1 else 0
         w = (0, 0, 0, 0) if weight is None or self.absorbed else _strides(weight)
         p = (0, 0, 0) if prior is None else (0, *prior.stride())[-3:]
@@ -171,7 +83,7 @@ class Call:
             "B": self.B, "I": self.I,
             "s_b": poses.stride(0), "s_i": poses.stride(1), "s_j": s_j, "s_d": poses.stride(-1),
             "w_i": w[0], "w_j": w[1], "w_e": w[2], "w_d": w[3], "p_b": p[0], "p_i": p[1], "p_j": p[2],
-            "m_b": m[0], "m_i": m[1], "J": J, "D_OUT": self.D_sum, "D_IN": self.D_in, "D": self.D, "BB": BB,
+            "m_b": m[0], "m_i": m[1], "J": self.J, "D_OUT": self.D_sum, "D_IN": self.D_in, "D": self.D, "BB": BB,
             "PRECISION": self.precision, "B_EXACT": poses.dtype != torch.float32,
         }  # fmt: skip
 
@@ -199,21 +111,47 @@ class Call:
         warps = self.multiprocessors * parameters.warps_per_multiprocessor
         return max(1, min(most, math.ceil(warps / (programs * parameters.num_warps))))
 
-    def sweep(self, V: Tensor | None, ds: Tensor | None, stats: Tensor | None, sums: bool = True) -> Tensor:
-        """``[slices, B, J, D_sum]``, whose sum is sum_i c u or, where ds is given, sum_i db u; ``stats`` [3, I, B] is
-        written where given. Without ``sums`` only that."""
+    def sums(self, V: Tensor | None) -> Tensor:
+        """``[slices, B, J, D_sum]``, whose sum over the slices is sum_i c u; V is None in the first iteration."""
         uniform = V is None and self.prior is None
-        parameters = self.parameters("dV" if ds is not None else "first sum" if uniform else "sum")
-        tiles, batches = math.ceil(self.J / (parameters.JG * parameters.JT)), math.ceil(self.B / BB)
-        if sums and tiles > 1 and not uniform:
-            stats = self.new(3, self.I, self.B) if stats is None else stats
-            self.sweep(V, ds, stats, sums=False)
-        programs = batches * tiles if sums else batches
+        parameters = self.parameters("first sum" if uniform else "sum")
+        stats = None
+        if not uniform and self.tiles(parameters) > 1:
+            stats = self.new(3, self.I, self.B)
+            self.statistics(V, None, stats)
+        return self._sweep(V, None, stats, "uniform" if uniform else self.softmax(parameters), parameters)
+
+    def earlier_gradients(self, V: Tensor, ds: Tensor, stats: Tensor) -> Tensor:
+        """``[slices, B, J, D_sum]``, whose sum over the slices is dV = sum_i db u; writes the statistics [3, I, B]."""
+        parameters = self.parameters("dV")
+        if self.tiles(parameters) > 1:
+            self.statistics(V, ds, stats)
+        return self._sweep(V, ds, stats, self.softmax(parameters), parameters)
+
+    def statistics(self, V: Tensor | None, ds: Tensor | None, stats: Tensor) -> None:
+        """Write the statistics of the softmax, ``[3, I, B]``: the third where ds is given."""
+        kernel = "dV" if ds is not None else "first sum" if V is None and self.prior is None else "sum"
+        self._sweep(V, ds, stats, "statistics", self.parameters(kernel))
+
+    def tiles(self, parameters: Parameters) -> int:
+        """How many tiles cover the output capsules."""
+        return math.ceil(self.J / (parameters.JG * parameters.JT))
+
+    def softmax(self, parameters: Parameters) -> str:
+        """The mode of a sweep whose coupling is a softmax: see ``sweeps.sweep``."""
+        return "read" if self.tiles(parameters) > 1 else "softmax"
+
+    def _sweep(
+        self, V: Tensor | None, ds: Tensor | None, stats: Tensor | None, mode: str, parameters: Parameters
+    ) -> Tensor:
+        """Launch ``sweep`` in a mode; the sums ``[slices, B, J, D_sum]``, without slices where it writes none."""
+        writes_sums = mode != "statistics"
+        programs = math.ceil(self.B / BB) * (self.tiles(parameters) if writes_sums else 1)
         slices = self.pieces(programs, parameters, self.I)
-        partial = self.new(slices if sums else 0, self.B, self.J, self.D_sum)
+        partial = self.new(slices if writes_sums else 0, self.B, self.J, self.D_sum)
         launch(
-            kernels.sweep, programs * slices, V=V, ds=ds, stats=stats, partial=partial if sums else None, slices=slices,
-            LEAKY=self.leaky, **self.shared, **_tiling(parameters),
+            sweeps.sweep, programs * slices, V=V, ds=ds, stats=stats, partial=partial if writes_sums else None,
+            slices=slices, LEAKY=self.leaky, MODE=mode, **self.shared, **_tiling(parameters),
         )  # fmt: skip
         return partial
 
@@ -261,11 +199,12 @@ class Call:
         weight_given = self.weight is not None and not self.absorbed
         if weight and self.weight is not None:  # a gradient for each part, summed at the end: at most 32 MB of them
             parts = max(1, min(parts, 32 * 2**20 // (4 * self.weight.numel())))
-        tiles = math.ceil(self.J / (parameters.JG * parameters.JT))
         per_sample = self.prior is not None and self.prior.dim() == 3
         d_poses = d_weight = d_prior = None
         if poses:
-            added = tiles > 1 and (weight_given or self.one_for_all)  # tile by tile: in float32, to round it once
+            added = self.tiles(parameters) > 1 and (
+                weight_given or self.one_for_all
+            )  # tile by tile: in float32, to round it once
             dtype = torch.float32 if added else self.poses.dtype
             d_poses = torch.empty(self.poses.shape, dtype=dtype, device=V.device)
         if weight:
@@ -274,7 +213,7 @@ class Call:
         if prior:
             d_prior = self.new(self.B if per_sample else parts, self.I, self.J)
         launch(
-            kernels.gradients, self.I * chunks * parts, V=V, ds=ds, stats=stats, d_poses=d_poses, d_weight=d_weight,
+            gradients.gradients, self.I * chunks * parts, V=V, ds=ds, stats=stats, d_poses=d_poses, d_weight=d_weight,
             d_prior=d_prior, parts=parts, T=len(V), DETACH=detach, SHARED=self.one_for_all, PER_SAMPLE=per_sample,
             **self.shared, **_tiling(parameters),
         )  # fmt: skip
@@ -318,21 +257,11 @@ def _sum(parts: Tensor | None) -> Tensor | None:
 # ------------------------------------------------------------------------------------------------------ op and twin
 
 
-def forward(
-    poses: Tensor,
-    weight: Tensor | None,
-    prior: Tensor | None,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    num_iterations: int,
-    leaky: bool,
-    detach: bool,
-    eps: float,
-    allow_tf32: bool = False,
-) -> tuple[Tensor, Tensor]:
+def forward(tensors: Tensors, options: Options) -> tuple[Tensor, Tensor]:
     """The output ``[B, J, D_out]`` and the sums ``[T, B, J, D_out]``: twin of ``dynamic_routing_reference``."""
-    J = output_capsules(poses, weight, prior, bias)
-    call = Call(poses, weight, prior, mask, J, leaky, allow_tf32)
+    poses, bias = tensors.poses, tensors.bias
+    call = Call(tensors, options)
+    num_iterations, J, eps = options.num_iterations, call.J, options.eps
     sums, out = call.new(num_iterations, call.B, J, call.D_out), poses.new_empty(call.B, J, call.D_out)
     if call.B == 0 or call.I == 0:
         sums.copy_(sums.new_zeros(()) if bias is None else bias)
@@ -342,7 +271,7 @@ def forward(
     for t in range(num_iterations):
         last = t == num_iterations - 1
         seen = call.transform(V, back=True) if call.absorbed and V is not None else V
-        partial = call.sweep(seen, None, None)
+        partial = call.sums(seen)
         if call.absorbed:
             partial = call.transform(partial.sum(0))[None]
         V_next = None if last else V if V is not None else call.new(*sums[0].shape)
@@ -355,33 +284,19 @@ def forward(
 
 
 def backward(
-    grad: Tensor,
-    poses: Tensor,
-    weight: Tensor | None,
-    prior: Tensor | None,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    sums: Tensor,
-    leaky: bool,
-    detach: bool,
-    eps: float,
-    need_poses: bool,
-    need_weight: bool,
-    need_prior: bool,
-    need_bias: bool,
-    allow_tf32: bool = False,
+    tensors: Tensors, options: Options, sums: Tensor, grad: Tensor, wanted: Sequence[str]
 ) -> tuple[Tensor, ...]:
-    """The gradients of poses (or votes), weight, prior and bias, of size 0 where not needed: twin of
+    """The gradients of poses (or votes), weight, prior and bias, of size 0 where not wanted: twin of
     ``dynamic_routing_backward_reference``."""
-    inputs, needed = (poses, weight, prior, bias), (need_poses, need_weight, need_prior, need_bias)
+    poses, weight, prior, bias, _ = tensors
+    _, leaky, detach, eps, _ = options
     T, B, J, _ = sums.shape
     I = poses.shape[1]
     if B == 0 or I == 0:
-        wide = (None if x is None else x.to(sums.dtype) for x in (grad, *inputs))
+        wide = (None if x is None else x.to(sums.dtype) for x in (grad, poses, weight, prior, bias))
         twin: Any = dynamic_routing_backward_reference
-        found = twin(*wide, sums, leaky=leaky, detach=detach, eps=eps)
-        return _like_inputs(found, inputs, needed)
-    call = Call(poses, weight, prior, mask, J, leaky, allow_tf32)
+        return _like_inputs(twin(*wide, sums, leaky=leaky, detach=detach, eps=eps), tensors, wanted)
+    call = Call(tensors, options)
     V, ds, dv = call.new(*sums.shape), call.new(*sums.shape), call.new(*sums[0].shape)
     call.per_row(vectors.earlier_outputs, s=sums, V=V, T=T, eps=eps)
     seen, seen_ds = V, ds
@@ -401,35 +316,34 @@ def backward(
         if call.absorbed:
             seen_ds[t] = call.transform(ds[t], back=True)
         if t > 0 and not detach:
-            partial = call.sweep(seen[t], seen_ds[t], stats[t])
+            partial = call.earlier_gradients(seen[t], seen_ds[t], stats[t])
             if db_sums is not None:
                 torch.sum(partial, 0, out=db_sums[t])
                 partial = call.transform(db_sums[t])[None]
         elif t > 0 or prior is not None:
-            call.sweep(seen[t] if t > 0 else None, None if detach else seen_ds[t], stats[t], sums=False)
+            call.statistics(seen[t] if t > 0 else None, None if detach else seen_ds[t], stats[t])
         else:
             stats[0].zero_()
             stats[0, 1] = math.log2(J + leaky)
     d_poses, d_weight, d_prior = call.gradients(
-        seen, seen_ds, stats, detach, needed[0], needed[1] and not call.votes, needed[2] and not detach
-    )
+        seen, seen_ds, stats, detach, "poses" in wanted, "weight" in wanted and not call.votes,
+        "prior" in wanted and not detach,
+    )  # fmt: skip
     first = T - 1 if detach else 0
-    if db_sums is not None and needed[1]:
-        c_sums = [call.sweep(seen[t] if t > 0 else None, None, None).sum(0) for t in range(first, T)]
+    if db_sums is not None and "weight" in wanted:
+        c_sums = [call.sums(seen[t] if t > 0 else None).sum(0) for t in range(first, T)]
         d_weight = call.matrix_gradient(V[first:], ds[first:], torch.stack(c_sums), db_sums[first:])
-    d_bias = ds[first:].sum((0, 1)) if needed[3] else None
-    return _like_inputs((d_poses, d_weight, d_prior, d_bias), inputs, needed)
+    d_bias = ds[first:].sum((0, 1)) if "bias" in wanted else None
+    return _like_inputs((d_poses, d_weight, d_prior, d_bias), tensors, wanted)
 
 
-def _like_inputs(
-    found: Sequence[Tensor | None], inputs: Sequence[Tensor | None], needed: Sequence[bool]
-) -> tuple[Tensor, ...]:
-    """The gradients in shape and dtype of their inputs, 0 where nothing depends on one; of size 0 where not needed."""
+def _like_inputs(gradients: Sequence[Tensor | None], tensors: Tensors, wanted: Sequence[str]) -> tuple[Tensor, ...]:
+    """The gradients in shape and dtype of their tensors, 0 where nothing depends on one; of size 0 if not wanted."""
     result = []
-    for gradient, x, need in zip(found, inputs, needed, strict=True):
-        if x is None or not need:
-            assert inputs[0] is not None
-            result.append(inputs[0].new_empty(0))
+    for name, gradient in zip(DIFFERENTIABLE, gradients, strict=True):
+        if name not in wanted:
+            result.append(tensors.poses.new_empty(0))
         else:
+            x = getattr(tensors, name)
             result.append(x.new_zeros(x.shape) if gradient is None else gradient.to(x.dtype).reshape(x.shape))
     return tuple(result)

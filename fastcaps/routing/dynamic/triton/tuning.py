@@ -1,4 +1,4 @@
-"""Finds launch parameters for the GPU at hand and writes them into the table that ``launch.py`` reads.
+"""Measurement of launch parameters for the GPU at hand; writes the table that ``parameters.py`` reads.
 
 Only ``fastcaps tune`` comes here: no call of the op measures anything.
 """
@@ -12,8 +12,10 @@ import torch
 import triton
 
 from fastcaps._deprecated import once_positional
+from fastcaps.routing.dynamic.ops import Options, Tensors
 from fastcaps.routing.dynamic.triton import launch
-from fastcaps.routing.dynamic.triton.launch import TUNED, Call, Parameters, tuned
+from fastcaps.routing.dynamic.triton.launch import Call
+from fastcaps.routing.dynamic.triton.parameters import TUNED, Parameters, tuned
 
 
 def candidates(start: Parameters, J: int) -> list[Parameters]:
@@ -65,14 +67,14 @@ def tune(
         raise RuntimeError("fastcaps tune measures on a GPU, and torch sees no CUDA device")
     poses = torch.randn(B, I, D_in, device="cuda").to(dtype)
     weight = (torch.randn(I, J, D_out, D_in, device="cuda") / D_in**0.5).to(dtype)
+    tensors, options = Tensors(poses, weight), Options(num_iterations, leaky=False, detach=False, eps=0.0)
     grad = torch.randn(B, J, D_out, device="cuda").to(dtype)
 
     def step() -> None:
-        _, sums = launch.forward(poses, weight, None, None, None, num_iterations, False, False, 0.0)
-        needed = (True, True, False, False)
-        launch.backward(grad, poses, weight, None, None, None, sums, False, False, 0.0, *needed)
+        _, sums = launch.forward(tensors, options)
+        launch.backward(tensors, options, sums, grad, ("poses", "weight"))
 
-    call = Call(poses, weight, None, None, J, False)
+    call = Call(tensors, options)
     table, chosen = tuned(call.gpu), {}
     repeated = [("sum", 0), ("dV", 0)] if num_iterations > 1 else []
     for kernel, T in (("first sum", 0), *repeated, ("gradients", num_iterations)):
