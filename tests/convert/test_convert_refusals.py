@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import inspect
-import pickle
 import threading
 
 import numpy as np
@@ -346,29 +345,6 @@ def test_lazy_modules_beside_and_instead_of_the_layer():
     assert report.replaced == ["layer"]
     assert "lazy (DenseCapsule) was not recognised: recipe 'xifengguo'" in str(report)
     assert "weight has no shape yet: call the model once" in str(report)
-
-
-class Secretive(seed.Capsule):
-    def __init__(self):
-        super().__init__(I, D_IN, J, D_OUT, 3)
-        self.lock = threading.Lock()
-
-    def __getstate__(self):
-        return {name: value for name, value in vars(self).items() if name not in ("lock", "_fastcaps_plan")}
-
-    def __setstate__(self, state):
-        super().__setstate__(state)
-        self.lock = threading.Lock()
-
-
-def test_pickles_hold_what_the_old_class_says():
-    layer, x = Secretive(), torch.randn(4, I, D_IN)
-    recipe = dataclasses.replace(BY_NAME["capsule"], classes="Secretive")
-    assert quietly(layer, x, recipes=[recipe]).replaced == [""]
-    for other in (pickle.loads(pickle.dumps(layer)), copy.deepcopy(layer)):
-        assert isinstance(other, ConvertedCapsules)
-        assert other.lock is not layer.lock
-        assert torch.equal(other(x), layer(x))
 
 
 def test_an_argument_that_is_equal_to_its_default():

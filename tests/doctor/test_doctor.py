@@ -1,46 +1,33 @@
 """The doctor: published networks have exactly the mistakes that are known of them; planted ones are found, alone."""
 
-import sys
 import threading
 
 import pytest
 import torch
-from peers import adambielski, cedrickchee, danielhavir, gram_ai, higgsfield, readable_capsnet, seed, xifengguo
-from safetensors.torch import save_file
+from peers import adambielski, gram_ai, higgsfield, readable_capsnet, seed
+from support.networks_to_examine import (
+    BATCH,
+    INPUTS,
+    ITERATIONS,
+    KNOWN,
+    LOSS,
+    SCRAMBLED,
+    SHAPE,
+    SMALL,
+    SOFTMAX,
+    SQUASH,
+    TRAINS,
+    ZERO,
+    look,
+    wrong,
+)
 from torch import nn
 
 import fastcaps
-from fastcaps import cli
 from fastcaps.convert import replace_capsules
-from fastcaps.convert.checkpoints import convert_checkpoint
 from fastcaps.doctor import FINE, SUSPICIOUS, UNKNOWN, WRONG, examine
-from fastcaps.doctor.loss_checks import margin_reduction
 from fastcaps.doctor.targets import random_sample
 from fastcaps.losses import margin_loss
-
-SMALL = {"size": 12, "kernel": 3, "stem": 5, "types": 3, "dim": 4, "classes": 10, "out_dim": 6}
-SHAPE = (1, 12, 12)
-SCRAMBLED, ZERO, BATCH = "capsules keep their place", "zero capsules", "samples are independent"
-SOFTMAX, ITERATIONS, SQUASH = "softmax over the output capsules", "number of iterations", "squash over a pose"
-INPUTS, TRAINS, LOSS = "squash of the input poses", "it trains from here", "margin loss"
-
-KNOWN = {
-    "capsule": (seed, set()),
-    "xifengguo": (xifengguo, {SCRAMBLED}),
-    "gram-ai": (gram_ai, {SOFTMAX, ZERO}),
-    "adambielski": (adambielski, {ITERATIONS, ZERO}),
-    "higgsfield": (higgsfield, {BATCH, SOFTMAX, SQUASH, SCRAMBLED, ZERO}),
-    "cedrickchee": (cedrickchee, {BATCH, INPUTS, ZERO}),
-    "danielhavir": (danielhavir, {SCRAMBLED, ZERO}),
-}
-
-
-def wrong(findings):
-    return {finding.check for finding in findings if finding.verdict == WRONG}
-
-
-def look(model, shape=SHAPE, **losses):
-    return examine(model, random_sample(model, shape), **losses)
 
 
 @pytest.mark.parametrize("name", KNOWN)
@@ -314,163 +301,87 @@ def test_an_output_that_is_not_finite_is_called_so_and_nothing_else(where):
     assert not any(f.verdict == SUSPICIOUS or "nan" in f.evidence for f in findings), "\n".join(map(str, findings))
 
 
-# --------------------------------------------------------------------------------------------------------------- losses
+# ------------------------------------------------------------------------------- axes of one size are not mixed up
 
 
-def unsquared(lengths, labels):
-    target = nn.functional.one_hot(labels, lengths.shape[1])
-    return (target * (0.9 - lengths).relu() + 0.5 * (1 - target) * (lengths - 0.1).relu()).sum(1).mean()
+@pytest.mark.parametrize("mistake", ["none", "squash"])
+def test_as_many_output_capsules_as_entries_of_a_pose(mistake):
+    """J = D_out = 10: only its place tells the axis that squash takes the norm of."""
+    model = seed.Network(**{**SMALL, "out_dim": 10})
+    model.digits.__class__ = type("Planted", (Planted,), {"mistake": mistake})
+    finding = next(f for f in look(model) if f.check == SQUASH)
+    assert finding.verdict == (FINE if mistake == "none" else WRONG), str(finding)
 
 
-def unreduced(lengths, labels):
-    return torch.stack([margin_loss(*pair) for pair in zip(lengths.split(1), labels.split(1), strict=True)])
+def test_as_many_input_capsules_as_entries_of_a_pose():
+    """I = D_in = 16: the shape does not tell which axis was squashed, but a layer of fastcaps does."""
+    model = seed.Network(**{**SMALL, "types": 1, "dim": 16})
+    assert {f.verdict for f in look(model) if f.check == INPUTS} == {UNKNOWN}
+    model = fastcaps.CapsNet(SHAPE, 10, kernel_size=3, stem_channels=5, types=1, primary_dim=16)
+    assert model.capsules.weight.shape[0] == 16
+    assert {f.verdict for f in look(model) if f.check == INPUTS} == {FINE}
+    model = seed.Network(**{**SMALL, "types": 1, "dim": 16})
+    replace_capsules(model, random_sample(model, SHAPE), measure=False)
+    assert {f.verdict for f in look(model) if f.check == INPUTS} == {FINE}
 
 
-def one_hot_margin(lengths, target):
-    if target.dim() != 2:
-        raise TypeError("one-hot labels, please")
-    return (target * (0.9 - lengths).relu() ** 2 + 0.5 * (1 - target) * (lengths - 0.1).relu() ** 2).sum(1).mean()
+@pytest.mark.parametrize(("axis", "verdict"), [(1, UNKNOWN), (2, UNKNOWN)])
+def test_as_many_input_capsules_as_entries_of_an_output_pose(axis, verdict):
+    """Votes [B, 48, 10, 48]: an axis of 48 in the output need not be that of the output capsules."""
+
+    class Route(nn.Module):
+        def forward(self, votes):
+            logits = votes.new_zeros(votes.shape[:3])
+            for _ in range(2):
+                s = (logits.softmax(axis)[..., None] * votes).sum(1)
+                v = fastcaps.squash(s)
+                logits = logits + (votes * v[:, None]).sum(-1)
+            return v
+
+    class Layer(seed.Capsule):
+        def __init__(self, *sizes):
+            super().__init__(*sizes)
+            self.route = Route()
+
+        def forward(self, x):
+            return self.route(torch.einsum("ijod,bid->bijo", self.weights[0], x))
+
+    model = seed.Network(**{**SMALL, "out_dim": 48})
+    model.digits = Layer(48, 4, 10, 48, 2)
+    finding = next(f for f in look(model) if f.check == SOFTMAX)
+    assert finding.verdict == verdict, str(finding)
 
 
-def one_hot_by_product(lengths, target):
-    """Made for one-hot labels; indices broadcast where there are as many samples as classes."""
-    return (target * (0.9 - lengths).relu() ** 2 + 0.5 * (1 - target) * (lengths - 0.1).relu() ** 2).sum(1).mean()
+def test_a_softmax_over_another_axis_is_no_iteration():
+    class Gated(seed.Capsule):
+        """The gate has an axis of J, too, but sums to 1 over D_out."""
+
+        def forward(self, x):
+            v = super().forward(x)
+            return v * v.softmax(-1).sum(-1, keepdim=True)
+
+    model = seed.Network(**SMALL)
+    model.digits.__class__ = Gated
+    findings = look(model)
+    assert wrong(findings) == set()
+    assert "the coupling is computed 3 times" in next(f for f in findings if f.check == ITERATIONS).evidence
 
 
-MARGINS = {
-    "the paper's": (margin_loss, FINE, "it is the paper's"),
-    "one-hot": (one_hot_margin, FINE, "it is the paper's"),
-    "mean over classes": (lambda v, y: margin_loss(v, y) / v.shape[1], WRONG, "averaged over the classes"),
-    "sum over samples": (lambda v, y: margin_loss(v, y) * len(v), WRONG, "summed over the samples"),
-    "both": (lambda v, y: margin_loss(v, y) * len(v) / v.shape[1], WRONG, "summed over the samples and averaged"),
-    "unsquared": (unsquared, WRONG, "not a multiple of the paper's"),
-    "scaled": (lambda v, y: 3 * margin_loss(v, y), SUSPICIOUS, "it is 3 times the paper's"),
-    "unreduced": (lambda v, y: (v - 0.1).relu()[:, :1].expand(-1, 3), WRONG, "no scalar"),
-    "unreduced, labels first": (lambda y, v: unreduced(v, y), WRONG, ",), no scalar"),
-    "nothing": (lambda v, y: None, WRONG, "it returns NoneType, no scalar"),
-    "a float": (lambda v, y: margin_loss(v, y).item(), FINE, "it is the paper's"),
-    "labels first": (lambda y, v: margin_loss(v, y), FINE, "it is the paper's"),
-    "three arguments": (lambda v, y, images: margin_loss(v, y), UNKNOWN, "does not take lengths"),
-    "broadcast": (one_hot_by_product, FINE, "it is the paper's"),
-}
+def test_a_convolution_called_by_keyword():
+    class ByKeyword(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return self.inner(input=x)
+
+    model = seed.Network(**SMALL)
+    model.primary = ByKeyword(model.primary)
+    assert {f.verdict for f in look(model) if f.check == SCRAMBLED} == {FINE}
 
 
-CASES = [(name, J) for J in (4, 7, 8, 10) for name in MARGINS]
-CASES += [(name, 1) for name in MARGINS if name not in ("mean over classes", "both", "unsquared")]  # alike for J = 1
-
-
-@pytest.mark.parametrize(("name", "J"), CASES)
-def test_reductions_of_the_margin_loss(name, J):
-    loss, verdict, text = MARGINS[name]
-    finding = margin_reduction(loss, J, torch.float32)
-    assert (finding.verdict, text in finding.evidence) == (verdict, True), str(finding)
-
-
-RECONSTRUCTIONS = {
-    "summed": (lambda a, b: (a - b).pow(2).flatten(1).sum(1).mean(), FINE, "it is the paper's"),
-    "weighted": (lambda a, b: 0.0005 * (a - b).pow(2).flatten(1).sum(1).mean(), FINE, "times 0.0005"),
-    "mean": (nn.MSELoss(), WRONG, "averaged over the pixels"),
-    "weighted mean": (
-        lambda a, b: 0.0005 * nn.functional.mse_loss(a, b),
-        WRONG,
-        "averaged over the pixels, times 0.0005",
-    ),
-    "sum": (nn.MSELoss(reduction="sum"), WRONG, "summed over the samples"),
-    "unreduced": (nn.MSELoss(reduction="none"), WRONG, "no scalar"),
-    "three": (lambda a, b, c: a.sum(), UNKNOWN, "does not take two batches"),
-    "other": (lambda a, b: 0.3 * (a - b).pow(2).flatten(1).sum(1).mean(), SUSPICIOUS, "0.3 times"),
-}
-
-
-@pytest.mark.parametrize("name", RECONSTRUCTIONS)
-def test_reductions_of_the_reconstruction_loss(name):
-    loss, verdict, text = RECONSTRUCTIONS[name]
-    findings = look(fastcaps.CapsNet(SHAPE, 10, kernel_size=3), reconstruction_loss=loss)
-    finding = next(f for f in findings if f.check == "reconstruction loss")
-    assert (finding.verdict, text in finding.evidence) == (verdict, True), str(finding)
-
-
-# ---------------------------------------------------------------------------------------------------------- the command
-
-SCRIPT = """
-import torch
-from peers import gram_ai, seed
-from torch import nn
-S = {"size": 12, "kernel": 3, "stem": 5, "types": 3, "dim": 4}
-def alone(): return seed.Network(**S)
-def with_sample(): return gram_ai.Network(**S), torch.rand(7, 1, 12, 12)
-def everything():
-    return {"model": seed.Network(**S), "sample": torch.rand(7, 1, 12, 12), "reconstruction_loss": nn.MSELoss()}
-def nothing(): return 3
-def sized(n): return seed.Network(**S)
-"""
-
-
-def test_the_command(tmp_path, capsys, monkeypatch):
-    file = tmp_path / "some_model.py"
-    file.write_text(SCRIPT)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    assert cli.main(["doctor", f"{file}:alone", "--image-shape", "1", "12", "12"]) == 0
-    assert "0 of 12 checks found something wrong" in capsys.readouterr().out
-    assert cli.main(["doctor", f"{file}:with_sample"]) == 1
-    out = capsys.readouterr().out
-    assert "WRONG       softmax over the output capsules, digit_capsules" in out
-    assert out.index("WRONG") < out.index("FINE")
-    assert cli.main(["doctor", f"{file}:everything"]) == 1
-    assert "averaged over the pixels" in capsys.readouterr().out
-    assert cli.main(["doctor", f"{file}:with_sample", "--image-shape", "1", "12", "12"]) == 2
-    assert "--image-shape has nothing to say" in capsys.readouterr().err
-    (tmp_path / "m.txt").write_text(SCRIPT)
-    (tmp_path / "broken.py").write_text("import nowhere_to_be_found")
-    (tmp_path / "random.py").write_text("def build(): pass")
-    import random
-
-    for target, text in {
-        str(file): "which function of",
-        f"{tmp_path}/m.txt:alone": "is no .py file",
-        f"{tmp_path}/broken.py:build": "cannot be imported: ModuleNotFoundError",
-        f"{tmp_path}/random.py:build": "must return a module",
-        f"{file}:sized": "must be a function without arguments",
-        f"{file}:nothing": "must return a module, (module, sample), or a dict with model, sample, margin_loss",
-        f"{file}:missing": "has no function 'missing'",
-        f"{tmp_path}/no.py:build": "there is no file",
-        f"{file}:alone": "the model takes none of these images; give --image-shape C H W",
-        f"{tmp_path}/no.pt": "there is no file",
-    }.items():
-        assert cli.main(["doctor", target]) == 2
-        assert text in capsys.readouterr().err
-    assert sys.modules["random"] is random
-
-
-@pytest.mark.parametrize("name", KNOWN)
-def test_a_checkpoint_tells_what_is_known_of_its_network(name, tmp_path, capsys):
-    module, mistakes = KNOWN[name]
-    torch.save(module.Network(**SMALL).state_dict(), tmp_path / "a.pt")
-    assert cli.main(["doctor", str(tmp_path / "a.pt")]) == (1 if mistakes else 0)
-    out = capsys.readouterr().out
-    assert f"the network of {name}, run as it is converted" in out
-    checks = (SCRAMBLED, ZERO, BATCH, SOFTMAX, ITERATIONS, SQUASH, INPUTS)
-    found = {check for check in checks if f"WRONG       {check}" in out}
-    # What a square root does to a gradient does not stand in a checkpoint.
-    assert found == mistakes - {"danielhavir": {ZERO}}.get(name, set())
-    assert not [check for check in found if f"FINE        {check}" in out]
-    assert out.count("(known of this network, not computed)") == (2 if name == "cedrickchee" else 0)
-
-
-def test_our_own_file_and_other_files(tmp_path, capsys):
-    convert_checkpoint(xifengguo.Network(**SMALL).state_dict(), "xifengguo").save(tmp_path / "a.safetensors")
-    assert cli.main(["doctor", str(tmp_path / "a.safetensors")]) == 1
-    out = capsys.readouterr().out
-    assert "a fastcaps.CapsNet: 1 of" in out
-    assert f"WRONG       {SCRAMBLED}" in out
-    assert cli.main(["doctor", str(tmp_path / "a.safetensors"), "--image-shape", "3", "12", "12"]) == 2
-    assert "is of a network for images (1, 12, 12), not --image-shape" in capsys.readouterr().err
-    save_file({"a": torch.ones(1)}, tmp_path / "damaged.safetensors", {"fastcaps": "{"})
-    assert cli.main(["doctor", str(tmp_path / "damaged.safetensors")]) == 2
-    assert "is not a whole safetensors file" in capsys.readouterr().err
-    torch.save({"a": torch.ones(1)}, tmp_path / "b.pt")
-    assert cli.main(["doctor", str(tmp_path / "b.pt")]) == 2
-    assert "is of no network that is known" in capsys.readouterr().err
+# ------------------------------------------------------------------------------------------------------------ bad input
 
 
 def test_bad_input():
