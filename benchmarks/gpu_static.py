@@ -23,6 +23,7 @@ from typing import Any
 import cuda_static
 import torch
 import triton
+import triton.language as tl
 from gpu_bench import PRECISIONS, SHAPES
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -73,38 +74,43 @@ def launches(shape: str, precision: str) -> list[tuple[Any, dict[str, Any]]]:
     return recorded(lambda: training_step(tensors, options))
 
 
-def specialisation(kernel: Any, arguments: dict[str, Any]) -> tuple[dict[str, str], dict[str, Any], list[str], dict]:
-    """Types, constants, names of arguments that 16 divides, and options, as Triton's own launcher finds them."""
-    types: dict[str, str] = {}
-    constants: dict[str, Any] = {}
-    divisible = []
-    names = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.bool: "*i1"}
-    for parameter in kernel.params:
+def specialisation(kernel: Any, arguments: dict[str, Any]) -> tuple[dict[str, Any], dict, list, dict[str, Any]]:
+    """Types, constants, what 16 divides, and options, as Triton's own launcher finds them.
+
+    Types are by name; constants and what 16 divides by place, ``(n,)`` or ``(n, m)`` in a tuple.
+    """
+    constants: dict[tuple[int, ...], Any] = {}
+    divisible: list[tuple[int, ...]] = []
+    pointers = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.bool: "*i1"}
+
+    def type_of(value: Any, place: tuple[int, ...], plain: bool) -> Any:
+        if isinstance(value, tuple):
+            return type(value)(*(type_of(entry, (*place, n), plain) for n, entry in enumerate(value)))
+        if isinstance(value, tl.constexpr) or value is None or (type(value) is int and value == 1 and not plain):
+            constants[place] = value.value if isinstance(value, tl.constexpr) else value
+            return "constexpr"
+        if isinstance(value, torch.Tensor):
+            divisible.append(place)
+            return pointers[value.dtype]
+        if isinstance(value, float):
+            return "fp32"
+        if value % 16 == 0 and not plain:
+            divisible.append(place)
+        return "i32" if abs(value) < 2**31 else "i64"
+
+    types = {}
+    for n, parameter in enumerate(kernel.params):
         value = arguments[parameter.name]
-        plain = parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1 and not plain):
-            types[parameter.name], constants[parameter.name] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            types[parameter.name] = names[value.dtype]
-            divisible.append(parameter.name)
-        elif isinstance(value, float):
-            types[parameter.name] = "fp32"
-        else:
-            types[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
-            if value % 16 == 0 and not plain:
-                divisible.append(parameter.name)
+        value = tl.constexpr(value) if parameter.is_constexpr else value
+        types[parameter.name] = type_of(value, (n,), parameter.do_not_specialize)
     options = {name: arguments[name] for name in ("num_warps", "num_stages") if name in arguments}
     return types, constants, divisible, options
 
 
-def compiled(name: str, types: dict, constants: dict, divisible: list[str], options: dict, capability: int) -> dict:
+def compiled(name: str, types: dict, constants: dict, divisible: list, options: dict, capability: int) -> dict:
     """Registers, stack, shared memory and the instructions of the longest loop of one kernel."""
     kernel = getattr({"sweep": sweeps, "gradients": gradients}.get(name, vectors), name)
-    index = {parameter.name: n for n, parameter in enumerate(kernel.params)}
-    source = ASTSource(
-        kernel, types, {(index[n],): value for n, value in constants.items()},
-        {(index[n],): [["tt.divisibility", 16]] for n in divisible},
-    )  # fmt: skip
+    source = ASTSource(kernel, types, constants, {place: [["tt.divisibility", 16]] for place in divisible})
     result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(result.asm["cubin"])

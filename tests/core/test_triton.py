@@ -117,9 +117,13 @@ def test_what_is_compiled_here_is_what_triton_would_launch():
             bind = create_function_from_signature(kernel.signature, kernel.params, backend)
             _, found, options = bind(**arguments)
             types, _, divisible, ours = gpu_static.specialisation(kernel, arguments)
-            for parameter, (kind, *extra) in zip(kernel.params, found, strict=True):
+            for n, (parameter, (kind, *extra)) in enumerate(zip(kernel.params, found, strict=True)):
                 assert kind == types[parameter.name], parameter.name
-                assert (extra == ["D"]) == (parameter.name in divisible), parameter.name
+                entries = extra[0] if isinstance(kind, tuple) else None
+                flat = {(n,): extra == ["D"]} if entries is None else {(n, m): e == "D" for m, e in enumerate(entries)}
+                assert {place for place, divides in flat.items() if divides} == {
+                    place for place in divisible if place[0] == n
+                }, parameter.name
             assert options == ours
 
 

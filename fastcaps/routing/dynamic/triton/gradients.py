@@ -50,8 +50,7 @@ def gradients(
     d_poses,  # like poses, contiguous, or None where not wanted
     d_weight,  # [parts, I, J or 1, D_out, D_in] float32, or None
     d_prior,  # [B, I, J] or [parts, I, J] float32, or None
-    B, I, parts, s_b, s_i, s_j: tl.constexpr, s_d: tl.constexpr,
-    w_i, w_j: tl.constexpr, w_e: tl.constexpr, w_d: tl.constexpr, p_b, p_i, p_j: tl.constexpr, m_b, m_i,
+    B, I, parts, s, w, p, m,
     J: tl.constexpr, D_OUT: tl.constexpr, D_IN: tl.constexpr, D: tl.constexpr, K: tl.constexpr,
     BB: tl.constexpr, JG: tl.constexpr, JT: tl.constexpr, DETACH: tl.constexpr,
     T: tl.constexpr, SHARED: tl.constexpr, PER_SAMPLE: tl.constexpr, PRECISION: tl.constexpr, B_EXACT: tl.constexpr,
@@ -92,32 +91,32 @@ def gradients(
             b_ok = b < (part + 1) * B // parts
             valid = b_ok
             if mask is not None:
-                valid &= tl.load(mask + b * m_b + i * m_i, mask=b_ok, other=0) != 0
+                valid &= tl.load(mask + b * m.b + i * m.i, mask=b_ok, other=0) != 0
             new_dws, new_dps = (), ()
             if VOTES:
                 dx = tl.zeros((JG, BB, D), tl.float32)
             else:
-                x_at = poses + b[:, None] * s_b + i * s_i + d[None, :] * s_d
-                x = tl.load(x_at + chunk * K * s_d, mask=valid[:, None] & (dk < D_IN)[None, :], other=0.0)
+                x_at = poses + b[:, None] * s.b + i * s.i + d[None, :] * s.d
+                x = tl.load(x_at + chunk * K * s.d, mask=valid[:, None] & (dk < D_IN)[None, :], other=0.0)
                 dx = tl.zeros((JG, BB, K), tl.float32)
             for n in tl.static_range(JT):
                 jn = j + n * JG
                 ok = b_ok[None, :, None] & (e < D_OUT) & (jn < J)  # [JG, BB, D]
                 at = (b[None, :, None] * J + jn) * D_OUT + e
                 if VOTES:
-                    u_at = poses + b[None, :, None] * s_b + i * s_i + jn * s_j + e * s_d
+                    u_at = poses + b[None, :, None] * s.b + i * s.i + jn * s.j + e * s.d
                     u = tl.load(u_at, mask=ok & valid[None, :, None], other=0.0).to(tl.float32)
                 else:
-                    w_at = weight + i * w_i + jn * w_j + e * w_e + d[None, :, None] * w_d
+                    w_at = weight + i * w.i + jn * w.j + e * w.e + d[None, :, None] * w.d
                     u = votes(
                         x, x_at, valid[:, None], w_at, (e < D_OUT) & (jn < J),
-                        s_d, w_d, JG, BB, D_IN, D, K, PRECISION, B_EXACT,
+                        s.d, w.d, JG, BB, D_IN, D, K, PRECISION, B_EXACT,
                     )  # fmt: skip
                 j2 = tl.reshape(jn, (JG, 1))
                 ok2 = b_ok[None, :] & (j2 < J)  # [JG, BB]
                 logit0 = tl.zeros((JG, BB), tl.float32)
                 if PRIOR:
-                    logit0 = tl.load(prior + b[None, :] * p_b + i * p_i + j2 * p_j, mask=ok2, other=0.0) * LOG2E
+                    logit0 = tl.load(prior + b[None, :] * p.b + i * p.i + j2 * p.j, mask=ok2, other=0.0) * LOG2E
                 db = tl.zeros((JG, BB), tl.float32)
                 du = tl.zeros((JG, BB, D), tl.float32)
                 if T <= UNROLLED:
@@ -147,7 +146,7 @@ def gradients(
                 else:
                     if d_poses is not None:
                         w_ok = (order < D_OUT) & (jn < J) & (dk < D_IN)[None, None, :]
-                        wk_at = weight + i * w_i + jn * w_j + order * w_e + dk[None, None, :] * w_d
+                        wk_at = weight + i * w.i + jn * w.j + order * w.e + dk[None, None, :] * w.d
                         dx += dot(_reorder(du, JG, BB, D), tl.load(wk_at, mask=w_ok, other=0.0), WIDE, B_EXACT)
                     if d_weight is not None:
                         du_t = tl.trans(du, 0, 2, 1)

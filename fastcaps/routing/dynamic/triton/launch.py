@@ -10,9 +10,10 @@ computed, as ``<W x, V> = <x, W^T V>`` and ``sum c W x = W sum c x``: poses stan
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import triton.language as tl
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 from triton.runtime.interpreter import InterpretedFunction
@@ -55,6 +56,44 @@ def launch(kernel: Any, programs: int, **arguments: Any) -> None:
         kernel[(programs,)](**{**arguments, "num_stages": 1})
 
 
+# ---------------------------------------------------------------------------------------------------------- strides
+
+# A kernel is compiled for the constants among them; the others may change from call to call.
+
+
+class PosesStrides(NamedTuple):
+    """Of poses ``[B, I, D_in]`` or votes ``[B, I, J, D_out]``: j is 0 for poses and where one vote is for all."""
+
+    b: int
+    i: int
+    j: tl.constexpr
+    d: tl.constexpr
+
+
+class WeightStrides(NamedTuple):
+    """Of matrices ``[I, J, D_out, D_in]``: 0 over an axis that shares them."""
+
+    i: int
+    j: tl.constexpr
+    e: tl.constexpr
+    d: tl.constexpr
+
+
+class PriorStrides(NamedTuple):
+    """Of logits ``[B, I, J]``: b is 0 where all samples have the same."""
+
+    b: int
+    i: int
+    j: tl.constexpr
+
+
+class MaskStrides(NamedTuple):
+    """Of the mask ``[B, I]``."""
+
+    b: int
+    i: int
+
+
 # -------------------------------------------------------------------------------------------------------- one call
 
 
@@ -74,16 +113,18 @@ class Call:
         self.D = power_of_2(self.D_sum) if self.votes else max(16, power_of_2(self.D_out))
         self.gpu, self.multiprocessors = _gpu(poses.device.index or 0)
         self.precision = _precision(poses.dtype, options.allow_tf32)
+        s_b, s_i, *_, s_d = poses.stride()
         s_j = poses.stride(2) if weight is None and votes_J > 1 else 0
-        w = (0, 0, 0, 0) if weight is None or self.absorbed else _strides(weight)
-        p = (0, 0, 0) if prior is None else (0, *prior.stride())[-3:]
-        m = (0, 0) if mask is None else mask.stride()
+        w_i, w_j, w_e, w_d = (0, 0, 0, 0) if weight is None or self.absorbed else _strides(weight)
+        p_b, p_i, p_j = (0, 0, 0) if prior is None else (0, *prior.stride())[-3:]
+        m_b, m_i = (0, 0) if mask is None else mask.stride()
         self.shared: dict[str, Any] = {
             "poses": poses, "weight": None if self.absorbed else weight, "prior": prior, "mask": mask,
             "B": self.B, "I": self.I,
-            "s_b": poses.stride(0), "s_i": poses.stride(1), "s_j": s_j, "s_d": poses.stride(-1),
-            "w_i": w[0], "w_j": w[1], "w_e": w[2], "w_d": w[3], "p_b": p[0], "p_i": p[1], "p_j": p[2],
-            "m_b": m[0], "m_i": m[1], "J": self.J, "D_OUT": self.D_sum, "D_IN": self.D_in, "D": self.D, "BB": BB,
+            "s": PosesStrides(s_b, s_i, tl.constexpr(s_j), tl.constexpr(s_d)),
+            "w": WeightStrides(w_i, tl.constexpr(w_j), tl.constexpr(w_e), tl.constexpr(w_d)),
+            "p": PriorStrides(p_b, p_i, tl.constexpr(p_j)), "m": MaskStrides(m_b, m_i),
+            "J": self.J, "D_OUT": self.D_sum, "D_IN": self.D_in, "D": self.D, "BB": BB,
             "PRECISION": self.precision, "B_EXACT": poses.dtype != torch.float32,
         }  # fmt: skip
 

@@ -6,6 +6,9 @@ one n are one batched ``tl.dot`` of poses ``[BB, K]`` and matrices ``[JG, K, D]`
 and a vote's entries in four lanes, so only the softmax crosses warps, and J is not padded. D and K are D_out and D_in
 (or a part of D_in) rounded up to powers of two.
 
+Strides come as tuples, defined in ``launch.py``: s of the poses or votes, w of the weight, p of the prior, m of the
+mask.
+
 Logits are to base 2, and so is V: the kernels see log2(e) V. Statistics of the softmax are ``[3, I, B]``: the largest
 logit, log2 of the sum of 2^(logit - largest) and, in the backward, ``sum_j c dc``. The first two are apart because in
 their sum a large logit would round the coupling away.
@@ -133,8 +136,7 @@ def sweep(
     ds,  # [B, J, D_out] float32; None: the forward
     stats,  # [3, I, B] float32, read or written; or None
     partial,  # [slices, B, J, D_out] float32, written; None where only the statistics are
-    B, I, slices, s_b, s_i, s_j: tl.constexpr, s_d: tl.constexpr,
-    w_i, w_j: tl.constexpr, w_e: tl.constexpr, w_d: tl.constexpr, p_b, p_i, p_j: tl.constexpr, m_b, m_i,
+    B, I, slices, s, w, p, m,
     J: tl.constexpr, D_OUT: tl.constexpr, D_IN: tl.constexpr, D: tl.constexpr, K: tl.constexpr,
     BB: tl.constexpr, JG: tl.constexpr, JT: tl.constexpr, LEAKY: tl.constexpr,
     PRECISION: tl.constexpr, B_EXACT: tl.constexpr, MODE: tl.constexpr,
@@ -175,10 +177,10 @@ def sweep(
         j = tile * (JG * JT) + g  # [JG, 1, 1]
         at = (b[None, :, None] * J + j) * D_OUT + e  # [JG, BB, D]
         if VOTES:
-            x_at = poses + b[None, :, None] * s_b + j * s_j + e * s_d
+            x_at = poses + b[None, :, None] * s.b + j * s.j + e * s.d
         else:
-            x_at = poses + b[:, None] * s_b + d[None, :] * s_d
-            w_at = weight + j * w_j + e * w_e + d[None, :, None] * w_d  # [JG, K, D]
+            x_at = poses + b[:, None] * s.b + d[None, :] * s.d
+            w_at = weight + j * w.j + e * w.e + d[None, :, None] * w.d  # [JG, K, D]
         accs, Vs, dss = (), (), ()
         for n in tl.static_range(JT):
             ok = e_ok & (j + n * JG < J)  # [JG, BB, D]
@@ -190,20 +192,20 @@ def sweep(
         for i in range(part * I // slices, (part + 1) * I // slices):
             valid = b_ok
             if mask is not None:
-                valid &= tl.load(mask + b * m_b + i * m_i, mask=b_ok, other=0) != 0
+                valid &= tl.load(mask + b * m.b + i * m.i, mask=b_ok, other=0) != 0
             x = None
             if not VOTES and D_IN <= K:
-                x = tl.load(x_at + i * s_i, mask=valid[:, None] & (d < D_IN)[None, :], other=0.0)
+                x = tl.load(x_at + i * s.i, mask=valid[:, None] & (d < D_IN)[None, :], other=0.0)
             us, logits, dcs, new = (), (), (), ()
             for n in tl.static_range(JT):
                 j_ok = j + n * JG < J
                 if VOTES:
                     u_ok = valid[None, :, None] & (e < D_OUT) & j_ok
-                    u = tl.load(x_at + i * s_i + n * JG * s_j, mask=u_ok, other=0.0).to(tl.float32)
+                    u = tl.load(x_at + i * s.i + n * JG * s.j, mask=u_ok, other=0.0).to(tl.float32)
                 else:
                     u = votes(
-                        x, x_at + i * s_i, valid[:, None], w_at + i * w_i + n * JG * w_j, (e < D_OUT) & j_ok,
-                        s_d, w_d, JG, BB, D_IN, D, K, PRECISION, B_EXACT,
+                        x, x_at + i * s.i, valid[:, None], w_at + i * w.i + n * JG * w.j, (e < D_OUT) & j_ok,
+                        s.d, w.d, JG, BB, D_IN, D, K, PRECISION, B_EXACT,
                     )  # fmt: skip
                 us = us + (accs[n] + u if UNIFORM else u,)
                 if not UNIFORM:
@@ -212,7 +214,7 @@ def sweep(
                         l = tl.sum(u * Vs[n], axis=2)
                     j_ok = tl.reshape(j_ok, (JG, 1))
                     if PRIOR:
-                        p_at = prior + b[None, :] * p_b + i * p_i + (tl.reshape(j, (JG, 1)) + n * JG) * p_j
+                        p_at = prior + b[None, :] * p.b + i * p.i + (tl.reshape(j, (JG, 1)) + n * JG) * p.j
                         l += tl.load(p_at, mask=b_ok[None, :] & j_ok, other=0.0) * LOG2E
                     logits = logits + (l if EVEN else tl.where(j_ok, l, float("-inf")),)
                     if BACKWARD:
