@@ -1,14 +1,13 @@
 """The contest of routing implementations, its table, and the probe of a GPU."""
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from support.processes import python
 
 from fastcaps import benchmarking
 from fastcaps.benchmarking import FORMS
@@ -70,10 +69,7 @@ def test_median_and_percentile():
 
 
 def run_probe(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "benchmarks/gpu_probe.py", *arguments],
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+    return python("benchmarks/gpu_probe.py", *arguments)
 
 
 def test_gpu_probe_writes_its_file_and_refuses_to_speak_without_a_gpu(tmp_path):
@@ -94,7 +90,7 @@ def test_gpu_probe_kernels_compile(tmp_path):
         command = ["nvcc", f"-arch={arch}", "-cubin", "-Werror", "all-warnings", "-Xptxas", "-v", "-o"]
         built = subprocess.run(
             [*command, str(tmp_path / "probe.cubin"), str(ROOT / "benchmarks" / "gpu_probe.cu")],
-            capture_output=True, text=True, timeout=120, check=False,
+            capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert built.returncode == 0, built.stderr
         assert "0 bytes spill stores" in built.stderr

@@ -1,13 +1,12 @@
 """The command line, the demo and the digits."""
 
 import argparse
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from support.processes import python
 
 import fastcaps
 from fastcaps import cli
@@ -30,10 +29,7 @@ def test_help(command, capsys):
 
 
 def test_it_is_a_module():
-    result = subprocess.run(
-        [sys.executable, "-m", "fastcaps", "--version"],
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+    result = python("-m", "fastcaps", "--version")
     assert result.stdout == f"fastcaps {fastcaps.__version__}\n", result.stderr
 
 

@@ -1,11 +1,11 @@
 """The public names, where they are imported, and the module paths of version 0.1."""
 
 import importlib
-import subprocess
 import sys
 import warnings
 
 import pytest
+from support.processes import python
 
 import fastcaps
 from fastcaps._deprecated import MOVED, once_positional, renamed_arguments
@@ -46,8 +46,8 @@ def test_tab_shows_the_subpackages_and_loads_them_at_first_use():
     for name in fastcaps._SUBPACKAGES:
         code = f"import sys, fastcaps; assert {name!r} in dir(fastcaps); print(fastcaps.{name}.__name__)"
         assert getattr(fastcaps, name) is importlib.import_module(f"fastcaps.{name}")
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
-    assert result.stdout == f"fastcaps.{name}\n"
+        result = python("-c", code)
+        assert result.stdout == f"fastcaps.{name}\n", result.stderr
     with pytest.raises(AttributeError, match="module 'fastcaps' has no attribute 'trian'"):
         fastcaps.trian  # noqa: B018
 

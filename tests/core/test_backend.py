@@ -1,14 +1,12 @@
 """Choice of the backend, and installation: what is missing is named with its cure, and nothing falls back silently."""
 
-import os
-import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from support.implementations import IMPLEMENTATIONS, why_not_tested
+from support.processes import python
 
 import fastcaps
 from fastcaps.routing import backend as backends
@@ -27,15 +25,7 @@ def test_every_implementation_is_tested_or_reported(pair):
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-W", "always", "-c", code],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    return python("-W", "always", "-c", code, **environment)
 
 
 def test_default_is_the_fastest_that_can_run(monkeypatch):
@@ -125,59 +115,3 @@ def test_imports_without_optional_packages(names):
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("True\n")
     assert "slow reference" not in result.stderr
-
-
-def test_a_broken_extension_is_reported_with_its_error(tmp_path):
-    shutil.copytree(ROOT / "fastcaps", tmp_path / "fastcaps", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    (tmp_path / "fastcaps" / "_C.abi3.so").write_bytes(b"not a library")
-    code = "import fastcaps; from fastcaps.routing.backend import why_unavailable as w; print(w('native', 'cpu'))"
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-    )  # fmt: skip
-    assert "does not load" in result.stdout, result.stderr
-    assert "--no-build-isolation" in result.stdout
-
-
-SETUP = """
-import sys
-for name in {blocked}:
-    sys.modules[name] = None
-sys.argv = ["setup.py", "build_ext", "--build-lib", "out", "--build-temp", "tmp"]
-exec(compile(open("setup.py").read(), "setup.py", "exec"))
-"""
-
-
-@pytest.mark.parametrize(
-    ("blocked", "path", "message"),
-    [([], "/nonexistent", "no C++ compiler"), (["torch"], os.environ.get("PATH", ""), "torch is not visible")],
-    ids=["no compiler", "no torch"],
-)
-def test_installs_without_a_compiler_and_without_torch(tmp_path, blocked, path, message):
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "fastcaps", "csrc"):
-        source = ROOT / name
-        copy = shutil.copytree if source.is_dir() else shutil.copy
-        copy(source, tmp_path / name)
-    environment = {**os.environ, "PATH": path}
-    environment.pop("CXX", None)
-    environment.pop("CC", None)
-    result = subprocess.run(
-        [sys.executable, "-c", SETUP.format(blocked=blocked)],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert message in result.stderr
-    assert not list((tmp_path / "out").glob("**/*.so"))
-
-
-def test_extension_knows_no_particular_torch():
-    """One abi3 file for every torch from 2.10: it may use C symbols of the stable ABI only, none of torch's C++."""
-    (library,) = (ROOT / "fastcaps").glob("_C*.so")
-    assert library.name == "_C.abi3.so"
-    symbols = subprocess.run(
-        ["nm", "-D", "--undefined-only", "-C", library], capture_output=True, text=True, check=True
-    )
-    foreign = [line.split()[-1] for line in symbols.stdout.splitlines() if "at::" in line or "c10::" in line]
-    assert not foreign
-    assert "aoti_torch" in symbols.stdout
-    assert fastcaps.routing.backend.EXTENSION_BUILD.startswith("CPU")

@@ -1,11 +1,9 @@
 """What ``import fastcaps`` loads: PyTorch and the layers, nothing that takes long and nothing optional."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
+from support.processes import python
 
 from fastcaps.routing.backend import constant_when_traced
 
@@ -21,10 +19,8 @@ print(*sorted(set(sys.modules) - before))
 
 
 def modules_loaded() -> set[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(
-        [sys.executable, "-c", LOADED], env=environment, capture_output=True, text=True, timeout=120, check=True
-    )
+    result = python("-c", LOADED)
+    assert result.returncode == 0, result.stderr
     return set(result.stdout.split())
 
 

@@ -5,7 +5,6 @@ Its numbers are those of test_dynamic_routing.py and test_contracts.py with TRIT
 
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.numerics import TILES, Case, case_id, make_inputs
+from support.processes import python
 
 import fastcaps
 from fastcaps import cli
@@ -226,13 +226,9 @@ def test_tune_needs_a_gpu(capsys):
 
 def test_gpu_bench_writes_its_file_and_refuses_to_speak_without_a_gpu(tmp_path):
     out = tmp_path / "bench.json"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1"}
 
     def bench(*arguments: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "benchmarks/gpu_bench.py", *arguments]
-        return subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False
-        )
+        return python("benchmarks/gpu_bench.py", *arguments, TRITON_INTERPRET="1")
 
     result = bench("--device", "cpu", "--shapes", "tiny", "--out", str(out))
     assert result.returncode == 0, result.stderr

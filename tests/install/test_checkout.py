@@ -3,10 +3,10 @@
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from support.processes import python
 
 ROOT = Path(__file__).parents[2]
 # Where these tests run, the package may be installed by a finder that gives its extension to any sources.
@@ -35,12 +35,9 @@ def places(tmp_path_factory) -> tuple[Path, Path]:
 def run_script(folder: Path, *path: Path) -> subprocess.CompletedProcess:
     """``python script.py`` in a folder, with further folders on Python's path."""
     (folder / "script.py").write_text(SCRIPT)
-    environment = {name: value for name, value in os.environ.items() if name != "FASTCAPS_BACKEND"}
-    return subprocess.run(
-        [sys.executable, "script.py"],
-        cwd=folder, env={**environment, "PYTHONPATH": os.pathsep.join(map(str, path))},
-        capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
+    result = python("script.py", cwd=folder, without=("FASTCAPS_BACKEND",), PYTHONPATH=os.pathsep.join(map(str, path)))
+    assert result.returncode == 0, result.stderr
+    return result
 
 
 def test_uncompiled_sources_that_hide_the_installed_package_are_named(places):

@@ -1,7 +1,6 @@
 """What the packages import."""
 
-import subprocess
-import sys
+from support.processes import python
 
 HEAVY = {"lightning", "matplotlib", "PIL", "rich", "sklearn", "tensorboard", "torchmetrics"}
 
@@ -13,5 +12,5 @@ import fastcaps.data, fastcaps.train.settings, fastcaps.train.samples, fastcaps.
 found = {HEAVY} & sys.modules.keys()
 assert not found, found
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = python("-c", code)
     assert done.returncode == 0, done.stderr

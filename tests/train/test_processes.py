@@ -8,16 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.processes import python
 from support.training_runs import SMALL, assert_same, course, train
 
 SUPPORT = Path(__file__).parents[1] / "support"
 
 
 def run(*command: str, status: int = 0) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", *command], capture_output=True, text=True, timeout=280, cwd=SUPPORT.parents[1],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    done = python("-m", *command, OMP_NUM_THREADS="1")
     assert done.returncode == status, done.stderr
 
 
@@ -33,7 +31,7 @@ def as_srun_would(command: list[str]) -> None:
         subprocess.Popen(command, env=told | {"SLURM_PROCID": n, "SLURM_LOCALID": n}, stderr=subprocess.PIPE, text=True)
         for n in ("0", "1")
     ]
-    errors = [process.communicate(timeout=200)[1] for process in processes]
+    errors = [process.communicate()[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
 
 

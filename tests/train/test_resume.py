@@ -3,13 +3,12 @@
 import errno
 import os
 import resource
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.processes import python
 from support.training_runs import SMALL, assert_same, course, train
 
 from fastcaps.models import CNN
@@ -48,8 +47,7 @@ def counted_steps(monkeypatch) -> list[int]:
 )
 @pytest.mark.usefixtures("no_report")
 def test_a_stopped_run_goes_on_as_if_nothing_had_been(whole, tmp_path, monkeypatch, moment, at, status, kept):
-    command = [sys.executable, SUPPORT / "interrupted.py", moment, str(at), *SMALL, "--out", tmp_path / "run"]
-    stopped = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    stopped = python(SUPPORT / "interrupted.py", moment, str(at), *SMALL, "--out", tmp_path / "run")
     assert stopped.returncode == status, stopped.stderr
     if status == 130:
         assert f"to go on: fastcaps train --resume --out {tmp_path / 'run'}" in stopped.stderr
