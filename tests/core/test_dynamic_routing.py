@@ -7,6 +7,7 @@ import torch
 from support.numerics import (
     REGIMES,
     SIZES,
+    TILES,
     Case,
     backend_op,
     case_id,
@@ -72,21 +73,6 @@ def test_large_sizes(implementation, case, dtype):
     if implementation == ("triton", "cpu"):
         pytest.skip("too large for Triton's interpreter")
     check(backend_op(backend), case, dtype, device)
-
-
-# Where the Triton kernels go other ways: output capsules in several tiles, poses in several pieces, entries of a vote
-# in several warps, each also without matrices and with one for all input capsules.
-TILES = [
-    Case(sizes=(2, 3, 60, 4, 16), prior="IJ", mask=True),
-    Case(sizes=(2, 3, 60, 4, 16), prior="BIJ", leaky=True, num_iterations=2),
-    Case(sizes=(2, 3, 50, 4, 16), prior="closed", detach=True),
-    Case(sizes=(3, 4, 5, 70, 6), bias="J"),
-    Case(sizes=(2, 3, 4, 5, 70)),
-    Case(sizes=(2, 3, 110, 5, 30), votes=True, prior="closed"),
-    Case(sizes=(2, 3, 4, 5, 70), votes=True, share="outputs", prior="IJ"),
-    Case(sizes=(2, 5, 12, 70, 9), share="inputs", prior="BIJ"),
-    Case(sizes=(2, 3, 50, 3, 16), share="outputs", prior="BIJ", bias="J"),
-]
 
 
 @pytest.mark.parametrize("case", TILES, ids=case_id)

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.numerics import Case, case_id, make_inputs
-from test_dynamic_routing import TILES
+from support.numerics import TILES, Case, case_id, make_inputs
 
 import fastcaps
 from fastcaps import cli
