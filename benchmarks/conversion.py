@@ -19,6 +19,7 @@ from torch import nn
 
 from fastcaps.benchmarking import median_and_p20
 from fastcaps.convert import RECIPES, replace_capsules
+from fastcaps.convert.recipes import find_recipe
 from fastcaps.measure import training_cost
 
 ROOT = Path(__file__).parent.parent
@@ -110,7 +111,7 @@ def main() -> None:
     assert known >= set(LAYERS), known
     rows = []
     for name in given.only:
-        wrong = next(recipe for recipe in RECIPES if recipe.name == name).convention.effects
+        wrong = find_recipe(name).convention.effects
         for fix in (False, True) if wrong else (False,):
             rows.append(measure(name, given.rounds, given.device, fix))
             print(line(rows[-1]), flush=True)

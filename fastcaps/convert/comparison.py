@@ -218,14 +218,19 @@ class _Comparison:
         return Verdict(None, *moved, tuple(notes))
 
     def _check(
-        self, observation: Observation, all_: list[Observation], wanted: Recipe, computed: Recipe, notes: list[str]
+        self,
+        observation: Observation,
+        observations: list[Observation],
+        wanted: Recipe,
+        computed: Recipe,
+        notes: list[str],
     ) -> "_Outcome":
         """One case: the old layer is what the recipe says, and the new one what ``computed`` says; or refuse."""
         recipe, case, old = self.plan.recipe, observation.case, observation.result
         new = Result.of(partial(_new_call, Plan.of(wanted, case.layer), case), case.layer, case.poses)
         moved, expected = Errors.of(new, old).largest, _expected(recipe, case)
         if not self._close(old, expected, recipe, case):
-            reason = diagnose(recipe, self.cases[0].num_iterations, all_, self.dtype, _expected)
+            reason = diagnose(recipe, self.cases[0].num_iterations, observations, self.dtype, _expected)
             _refuse(reason, moved, notes)
         exact = expected if computed == recipe else _expected(computed, case)
         if not self._close(new, exact, computed, case):

@@ -24,6 +24,8 @@ from support.layers_to_convert import (
 from torch import nn
 
 from fastcaps.convert import RECIPES, ConvertedCapsules, Recipe
+from fastcaps.convert.cases import Weights, cases
+from fastcaps.convert.converted import Plan
 
 # ----------------------------------------------------------------------------------------------- where layers may stand
 
@@ -157,6 +159,14 @@ def test_a_layer_that_cannot_run_in_float64():
         report = quietly(layer, torch.randn(3, I, D_IN), recipes=[wrong])
         assert not report.replaced
         assert f"most likely {flag}=" in str(report)
+
+
+def test_no_case_has_two_axes_of_one_size_by_its_batch():
+    layer = seed.Capsule(I, 5, 6, 3, 3)  # D_in 5, J 6, D_out 3
+    plan = Plan.of(BY_NAME["capsule"], layer)
+    found = list(cases(layer, plan, torch.randn(7, I, 5), 3, torch.float64))
+    assert {(case.source, len(case.poses)) for case in found} == {("the sample", 4), ("random poses", 7)}
+    assert {case.weights for case in found} == set(Weights)
 
 
 # -------------------------------------------------------------------------------------------------------- training on

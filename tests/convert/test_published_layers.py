@@ -125,7 +125,9 @@ def test_earlier_form_with_learned_logits():
 def test_wrong_conventions_are_kept_with_a_warning_or_fixed(name):
     x = poses_for(name)
     with pytest.warns(UserWarning, match=WRONG[name]):
-        replace_capsules(nn.Sequential(LAYERS[name]()), x, measure=False)
+        report = replace_capsules(nn.Sequential(LAYERS[name]()), x, measure=False)
+    assert WRONG[name] in report.layers[0].warning
+    assert f"0: {report.layers[0].warning}" in str(report).splitlines()
     layer = LAYERS[name]()
     with pytest.warns(UserWarning, match="measure the accuracy again"):
         replace_capsules(nn.Sequential(layer), x, fix=True, measure=False)
