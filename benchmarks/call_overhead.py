@@ -16,7 +16,8 @@ from torch import Tensor
 from fastcaps.benchmarking import einsum_routing
 from fastcaps.routing import dynamic_routing
 from fastcaps.routing.dynamic.api import check_poses
-from fastcaps.routing.dynamic.ops import DynamicRouting, EagerDynamicRouting, Options, Tensors
+from fastcaps.routing.dynamic.arguments import Options, Tensors
+from fastcaps.routing.dynamic.ops import DynamicRouting, EagerDynamicRouting
 
 B, I, J, D_in, D_out, T = 8, 10, 10, 16, 16, 3
 ROUNDS, CALLS = 15, 200

@@ -28,7 +28,7 @@ from gpu_bench import PRECISIONS, SHAPES
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastcaps.routing.dynamic.ops import DIFFERENTIABLE, Options, Tensors
+from fastcaps.routing.dynamic.arguments import DIFFERENTIABLE, Options, Tensors
 from fastcaps.routing.dynamic.triton import gradients, launch, sweeps, vectors
 
 RESULTS = Path(__file__).parent / "results" / "triton-static.json"

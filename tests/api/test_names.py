@@ -24,7 +24,7 @@ NAMES_0_1 = {  # what one may have imported from a module that is elsewhere now
     "fastcaps.ready": "SelftestRow error_budget relative_error selftest warmup",
     "fastcaps.recipes": "RECIPES Recipe",
     "fastcaps.report": "confusion_counts read_log show write_report",
-    "fastcaps.routing.dynamic_ops": "compiled_dynamic_routing",
+    "fastcaps.routing.dynamic_ops": "DynamicRouting EagerDynamicRouting op",
     "fastcaps.routing.dynamic_reference": "dynamic_routing_reference dynamic_routing_backward_reference",
     "fastcaps.routing.dynamic_triton_tuning": "tune",
     "fastcaps.routing.trace": "RoutingTrace routing_trace",

@@ -18,7 +18,7 @@ import fastcaps
 from fastcaps import cli
 from fastcaps.routing import backend as backends
 from fastcaps.routing.backend import choose_backend, why_unavailable
-from fastcaps.routing.dynamic.ops import Options, Tensors
+from fastcaps.routing.dynamic.arguments import Options, Tensors
 from fastcaps.routing.dynamic.reference import output_capsules
 
 ROOT = Path(__file__).parents[2]

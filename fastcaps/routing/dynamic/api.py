@@ -8,7 +8,8 @@ from torch import Tensor
 from fastcaps._checks import check_number
 from fastcaps.functional import autocast_is_on, compute_dtype
 from fastcaps.routing.backend import choose_backend, constant_when_traced
-from fastcaps.routing.dynamic.ops import Options, Tensors, route
+from fastcaps.routing.dynamic.arguments import Options, Tensors
+from fastcaps.routing.dynamic.ops import route
 from fastcaps.routing.dynamic.reference import output_capsules
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from fastcaps.functional import without_autocast
 from fastcaps.routing.dynamic.api import check_poses
-from fastcaps.routing.dynamic.ops import Options, Tensors, upcast
+from fastcaps.routing.dynamic.arguments import Options, Tensors
+from fastcaps.routing.dynamic.ops import upcast
 from fastcaps.routing.dynamic.reference import iterations, output_capsules, transform
 
 _VOTES_AT_ONCE = 4_000_000  # entries; 16 MB in float32

@@ -19,7 +19,7 @@ from triton.runtime.errors import OutOfResources
 from triton.runtime.interpreter import InterpretedFunction
 
 from fastcaps.functional import squash
-from fastcaps.routing.dynamic.ops import DIFFERENTIABLE, Options, Tensors
+from fastcaps.routing.dynamic.arguments import DIFFERENTIABLE, Options, Tensors
 from fastcaps.routing.dynamic.reference import dynamic_routing_backward_reference, output_capsules
 from fastcaps.routing.dynamic.triton import gradients, sweeps, vectors
 from fastcaps.routing.dynamic.triton.parameters import (

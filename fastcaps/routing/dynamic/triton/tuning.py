@@ -12,7 +12,7 @@ import torch
 import triton
 
 from fastcaps._deprecated import once_positional
-from fastcaps.routing.dynamic.ops import Options, Tensors
+from fastcaps.routing.dynamic.arguments import Options, Tensors
 from fastcaps.routing.dynamic.triton import launch
 from fastcaps.routing.dynamic.triton.launch import Call
 from fastcaps.routing.dynamic.triton.parameters import TUNED, Parameters, tuned
