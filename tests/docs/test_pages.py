@@ -86,9 +86,9 @@ def test_links_lead_somewhere(page):
 @pytest.mark.parametrize("page", PAGES[:2] + [page for page in PAGES if page.startswith("docs/")])
 def test_source_files_that_are_named_exist(page):
     folders = ("fastcaps", "csrc", "tests", "benchmarks", "docs")
-    there = [path.as_posix() for folder in folders for path in (ROOT / folder).rglob("*.*")]
+    there = [path for folder in folders for path in (ROOT / folder).rglob("*.*")] + list(ROOT.glob("*.py"))
     for name in re.findall(r"`([\w/.]+\.(?:py|h|cpp|cu))`", text_of(page)):
-        assert any(path.endswith(f"/{name}") for path in there), f"{page} names {name}, which is not there"
+        assert any(path.as_posix().endswith(f"/{name}") for path in there), f"{page} names {name}, which is not there"
 
 
 def test_readme_is_short():
