@@ -35,7 +35,8 @@ test-all: test test-kernels sanitize
 LESSER := default $(if $(shell grep -m1 avx512vl /proc/cpuinfo),avx2) $(if $(shell grep -m1 avx512_bf16 /proc/cpuinfo),avx512)
 
 test-kernels: $(READY)
-	$(PYTEST) -m "emulated or static"
+	$(PYTEST) -m emulated
+	$(PYTEST) -m static --dist loadfile
 	FASTCAPS_EMULATE_CUDA=1 $(PYTEST) $(ROUTING_TESTS)
 	TRITON_INTERPRET=1 $(PYTEST) $(ROUTING_TESTS) tests/core/test_contracts.py
 	for level in $(LESSER); do ATEN_CPU_CAPABILITY=$$level $(PYTEST) -m native $(ROUTING_TESTS) || exit 1; done

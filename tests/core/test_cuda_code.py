@@ -9,7 +9,7 @@ from fastcaps.routing import backend as backends
 
 ROOT = Path(__file__).parents[2]
 
-pytestmark = [pytest.mark.static, pytest.mark.xdist_group("cuda machine code")]
+pytestmark = pytest.mark.static
 
 
 @pytest.fixture(scope="module")
