@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import importlib
 import io
 import pickle
 import threading
@@ -90,3 +91,19 @@ def test_a_recipe_takes_the_names_of_0_1():
         assert dataclasses.replace(recipe, iterations=2).num_iterations == 2
     with pytest.raises(AttributeError, match="no attribute 'layers'"):
         recipe.layers  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
+    {
+        "layouts": ["Layout"],
+        "recipes": ["EPSILONS", "Plan", "RECIPES", "Recipe", "get_path", "set_path", "variants"],
+        "verification": ["LIMIT", "Verdict", "detached_copy", "verify"],
+        "contents": ["contents", "differences", "held"],
+    }.items(),
+)
+def test_names_at_their_places_of_0_1(module, names):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # given by the first import only
+        old = importlib.import_module(f"fastcaps.{module}")
+    assert all(hasattr(old, name) for name in names)
