@@ -78,7 +78,8 @@ def tune(sizes: list[int], dtype: str, iterations: int) -> int:
     from fastcaps.routing.dynamic.triton import tuning
 
     B, I, J, D_in, D_out = sizes
-    for key, parameters in tuning.tune((B, I, J, D_in, D_out), getattr(torch, dtype), iterations).items():
+    kept = tuning.tune(B=B, I=I, J=J, D_in=D_in, D_out=D_out, dtype=getattr(torch, dtype), num_iterations=iterations)
+    for key, parameters in kept.items():
         print(f"kept: {key}: {parameters}")
     return 0
 

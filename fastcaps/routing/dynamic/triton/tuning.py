@@ -32,7 +32,12 @@ def candidates(start: Parameters, J: int) -> list[Parameters]:
 
 
 def tune(
-    sizes: tuple[int, int, int, int, int],
+    *,
+    B: int,
+    I: int,
+    J: int,
+    D_in: int,
+    D_out: int,
     dtype: torch.dtype = torch.float32,
     num_iterations: int = 3,
     report: Callable[[str], None] = print,
@@ -40,7 +45,11 @@ def tune(
     """Time the candidates of each kernel in turn, in a training step, and keep the best in the table.
 
     Args:
-        sizes: ``(B, I, J, D_in, D_out)``.
+        B: samples.
+        I: input capsules.
+        J: output capsules.
+        D_in: entries of an input pose.
+        D_out: entries of an output pose.
         dtype: of poses and weight; float32 is tuned as PyTorch's matmul setting is: exact, or tf32.
         num_iterations: T.
         report: takes a line for every candidate.
@@ -54,7 +63,6 @@ def tune(
     """
     if not torch.cuda.is_available():
         raise RuntimeError("fastcaps tune measures on a GPU, and torch sees no CUDA device")
-    B, I, J, D_in, D_out = sizes
     poses = torch.randn(B, I, D_in, device="cuda").to(dtype)
     weight = (torch.randn(I, J, D_out, D_in, device="cuda") / D_in**0.5).to(dtype)
     tensors, options = Tensors(poses, weight), Options(num_iterations, leaky=False, detach=False, eps=0.0)
