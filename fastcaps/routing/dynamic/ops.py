@@ -278,9 +278,9 @@ def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
 def _register(backend: str) -> None:
     """Shapes for tracing and derivatives, for a backend whose schemas are there."""
     forward, backward = (f"fastcaps::{backend}_dynamic_routing_{direction}" for direction in ("forward", "backward"))
-
-    def by_argument(direction: str, found: dict[str, Tensor]) -> tuple[Tensor | None, ...]:
-        return tuple(found.get(argument.name) for argument in op(backend, direction)._schema.arguments)
+    forward_names, backward_names = (
+        [argument.name for argument in op(backend, direction)._schema.arguments] for direction in _SCHEMAS
+    )
 
     def forward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         (tensors, options), (_, sums) = _forward_arguments(*inputs), output
@@ -290,7 +290,7 @@ def _register(backend: str) -> None:
     def forward_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         *saved, sums = ctx.saved_tensors
         found = _op_gradients(backend, Tensors(*saved), ctx.options, sums, grad, _names(ctx.needs_input_grad))
-        return by_argument("forward", found)
+        return tuple(found.get(name) for name in forward_names)
 
     def backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         tensors, ctx.options, _, grad, ctx.wanted = _backward_arguments(*inputs)
@@ -308,7 +308,7 @@ def _register(backend: str) -> None:
         vjp = torch.func.vjp(gradients, grad, *(getattr(tensors, name) for name in wanted))[1]
         second = dict(zip(DIFFERENTIABLE, seconds, strict=True))
         found = dict(zip(("grad", *wanted), vjp(tuple(second[name] for name in wanted)), strict=True))
-        return by_argument("backward", found)
+        return tuple(found.get(name) for name in backward_names)
 
     torch.library.register_fake(forward, _forward_fake)
     torch.library.register_fake(backward, _backward_fake)
