@@ -90,7 +90,10 @@ def install_moved_modules() -> None:
 
 
 def renamed_arguments(**names: str) -> Callable[[F], F]:
-    """Let a function take keyword arguments under their old names, too: ``@renamed_arguments(old="new")``."""
+    """Let a function take keyword arguments under their old names, too: ``@renamed_arguments(old="new")``.
+
+    Where both are given the old one counts: ``dataclasses.replace`` adds all new ones.
+    """
 
     def decorate(function: F) -> F:
         what = function.__qualname__.removesuffix(".__init__")
@@ -98,11 +101,8 @@ def renamed_arguments(**names: str) -> Callable[[F], F]:
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
             for old in names.keys() & kwargs.keys():
-                new = names[old]
-                if new in kwargs:
-                    raise TypeError(f"{what} was given {new}= and, under its old name, {old}=")
-                warn_renamed(f"{what}: {old}=", f"{new}=")
-                kwargs[new] = kwargs.pop(old)
+                warn_renamed(f"{what}: {old}=", f"{names[old]}=")
+                kwargs[names[old]] = kwargs.pop(old)
             return function(*args, **kwargs)
 
         return call  # type: ignore[return-value]

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.processes import python
 
 from fastcaps import benchmarking
 from fastcaps.benchmarking import FORMS
@@ -68,22 +67,25 @@ def test_median_and_percentile():
     assert benchmarking.median_and_p20([5.0, 1.0, 2.0, 4.0, 3.0]) == (3.0, 2.0)
 
 
-def run_probe(*arguments: str) -> subprocess.CompletedProcess:
-    return python("benchmarks/gpu_probe.py", *arguments)
+def test_gpu_probe_writes_its_file_and_refuses_to_speak_without_a_gpu(tmp_path, monkeypatch, capsys):
+    import gpu_probe
 
+    def probe(*arguments: str) -> int:
+        monkeypatch.setattr("sys.argv", ["gpu_probe.py", *arguments])
+        return gpu_probe.main()
 
-def test_gpu_probe_writes_its_file_and_refuses_to_speak_without_a_gpu(tmp_path):
     out = tmp_path / "probe.json"
-    result = run_probe("--device", "cpu", "--only", "machine", "--out", str(out))
-    assert result.returncode == 0, result.stderr
+    assert probe("--device", "cpu", "--only", "machine", "--out", str(out)) == 0
     assert json.loads(out.read_text())["cases"]["machine"]["torch"] == torch.__version__
-    assert run_probe("--device", "cpu", "--only", "nothing").returncode == 2
+    with pytest.raises(SystemExit) as stop:
+        probe("--device", "cpu", "--only", "nothing")
+    assert stop.value.code == 2
     if not torch.cuda.is_available():
-        result = run_probe()
-        assert result.returncode == 1
-        assert "no CUDA device here; nothing was measured" in result.stderr
+        assert probe() == 1
+        assert "no CUDA device here; nothing was measured" in capsys.readouterr().err
 
 
+@pytest.mark.static
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc: the probe's kernels are not compiled")
 def test_gpu_probe_kernels_compile(tmp_path):
     for arch in ("sm_80", "sm_90", "sm_100"):

@@ -28,6 +28,7 @@ def test_help(command, capsys):
     assert f"usage: fastcaps {command or '[-h]'}" in capsys.readouterr().out
 
 
+@pytest.mark.process
 def test_it_is_a_module():
     result = python("-m", "fastcaps", "--version")
     assert result.stdout == f"fastcaps {fastcaps.__version__}\n", result.stderr
@@ -59,6 +60,7 @@ def test_bad_arguments_end_with_usage(arguments, capsys):
     assert "usage: fastcaps" in capsys.readouterr().err
 
 
+@pytest.mark.train
 def test_demo_in_small(tmp_path, capsys):
     """One epoch: the error is far below chance (90 %), and the pictures are there."""
     assert cli.main(["demo", "--out", str(tmp_path / "pictures"), "--epochs", "1", "--rounds", "0"]) == 0

@@ -320,6 +320,7 @@ def test_gradients_per_sample_and_meta_tensors():
     assert output.reconstruction.shape == images.shape
 
 
+@pytest.mark.compiler
 def test_compiled_network_trains_as_the_eager_one(implementation):
     backend, device = implementation
     images, labels = torch.rand(6, 1, 8, 8, device=device), torch.arange(6, device=device) % 5

@@ -52,6 +52,7 @@ def test_inside_containers_and_under_two_names():
     assert quietly(model, x).layers == ()  # what is ours is not converted again
 
 
+@pytest.mark.compiler
 def test_inside_data_parallel_and_compiled_wrappers():
     x = torch.randn(3, I, D_IN)
     wrapped = nn.DataParallel(nn.Sequential(LAYERS["capsule"]()))
@@ -72,6 +73,7 @@ def test_inside_data_parallel_and_compiled_wrappers():
 
 
 @pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.compiler
 def test_compiles_without_a_graph_break(name):
     layer, x = LAYERS[name](), poses_for(name)
     quietly(layer, x)
@@ -217,6 +219,7 @@ os._exit(0)  # now and then gloo's threads abort a process that tears itself dow
 """
 
 
+@pytest.mark.process
 def test_a_distributed_training_continues_across_the_swap(tmp_path):
     """Two gloo processes."""
     script = tmp_path / "two.py"

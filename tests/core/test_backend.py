@@ -65,6 +65,7 @@ def test_a_named_backend_that_cannot_run_is_an_error_of_its_own_kind(kind):
         fastcaps.route_votes(torch.zeros(1, 2, 3, 4, device="meta"), backend="native")
 
 
+@pytest.mark.process
 def test_environment_variable_chooses_where_the_call_does_not():
     code = (
         "import torch; from fastcaps.routing.backend import choose_backend as c; d = torch.device('cpu');"
@@ -90,6 +91,7 @@ except ValueError as error:
 """
 
 
+@pytest.mark.process
 def test_without_the_extension_it_runs_and_says_once_what_it_lacks():
     result = run_python(BLOCKED.format(names=["fastcaps._C"]))
     assert result.returncode == 0, result.stderr
@@ -100,6 +102,7 @@ def test_without_the_extension_it_runs_and_says_once_what_it_lacks():
     assert "apt-get install g++" in result.stderr
 
 
+@pytest.mark.process
 def test_without_the_extension_a_compiled_function_has_no_graph_break():
     code = BLOCKED.format(names=["fastcaps._C"]) + (
         "f = torch.compile(fastcaps.dynamic_routing, fullgraph=True, backend='aot_eager')\n"
@@ -110,6 +113,7 @@ def test_without_the_extension_a_compiled_function_has_no_graph_break():
 
 
 @pytest.mark.parametrize("names", [["triton"], ["sklearn", "matplotlib", "rich"]], ids=str)
+@pytest.mark.process
 def test_imports_without_optional_packages(names):
     result = run_python(BLOCKED.format(names=names))
     assert result.returncode == 0, result.stderr

@@ -223,6 +223,7 @@ def _compare_compiled(compiled, backend: str, device: str, B: int, dtype: torch.
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.compiler
 def test_compile(implementation, wide, compiler):
     backend, device = implementation
     compiled = torch.compile(backend_op(backend), fullgraph=True, backend=compiler, dynamic=False)
@@ -230,6 +231,7 @@ def test_compile(implementation, wide, compiler):
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.compiler
 def test_compile_with_a_dynamic_batch_compiles_once(implementation, wide, compiler):
     backend, device = implementation
     compiled = torch.compile(backend_op(backend), fullgraph=True, backend=compiler, dynamic=True)
@@ -238,6 +240,7 @@ def test_compile_with_a_dynamic_batch_compiles_once(implementation, wide, compil
             _compare_compiled(compiled, backend, device, B, wide)
 
 
+@pytest.mark.compiler
 def test_compile_route_votes(implementation):
     backend, device = implementation
     compiled = torch.compile(route_votes, fullgraph=True, backend="aot_eager")
@@ -249,6 +252,7 @@ def test_compile_route_votes(implementation):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.compiler
 def test_compile_under_autocast(implementation):
     backend, device = implementation
     inputs = small_inputs(device, torch.float32, grad=False)
@@ -261,6 +265,7 @@ def test_compile_under_autocast(implementation):
     torch.testing.assert_close(compiled(**inputs), op(**inputs))
 
 
+@pytest.mark.compiler
 def test_second_derivatives_are_not_lost_in_compilation(implementation, wide):
     """A gradient penalty in a compiled function: by torch.func, and by autograd where Dynamo can trace it."""
     backend, device = implementation

@@ -2,10 +2,13 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from support.processes import python
 
 from fastcaps.routing.backend import constant_when_traced
+
+pytestmark = pytest.mark.process
 
 ROOT = Path(__file__).parents[2]
 

@@ -10,6 +10,8 @@ from support.processes import ROOT, python
 
 import fastcaps
 
+pytestmark = pytest.mark.process
+
 
 def copy_sources(folder: Path) -> None:
     """What a build needs."""

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from support.processes import python
 
+pytestmark = pytest.mark.process
+
 ROOT = Path(__file__).parents[2]
 # Where these tests run, the package may be installed by a finder that gives its extension to any sources.
 SCRIPT = """

@@ -13,6 +13,8 @@ from torch.utils.cpp_extension import include_paths, library_paths
 from fastcaps import CapsNet
 from fastcaps.routing.backend import why_unavailable
 
+pytestmark = [pytest.mark.process, pytest.mark.compiler]
+
 ROOT = Path(__file__).parents[2]
 
 

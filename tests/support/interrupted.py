@@ -72,14 +72,18 @@ def at_test(at: int) -> None:
     module.Training.validation_step = hook
 
 
-if __name__ == "__main__":
+def main(moment: str, at: str, *options: str) -> int:
+    """``fastcaps train *options``, stopped at a moment."""
     callbacks.monotonic = itertools.count().__next__  # a clock that ticks once a step
-    moment, at = sys.argv[1], int(sys.argv[2])
     moments = {"checkpoint": at_checkpoint, "write": at_write, "test": at_test, "pictures": at_pictures}
     if moment in moments:
-        moments[moment](at)
+        moments[moment](int(at))
     else:
         names, _, rank = moment.partition("@")  # SIGTERM@1: to the process of rank 1 alone
         if rank in ("", os.environ.get("RANK")):
-            at_step(at, *(getattr(signal, name) for name in names.split("+")))
-    sys.exit(cli.main(["train", *sys.argv[3:]]))
+            at_step(int(at), *(getattr(signal, name) for name in names.split("+")))
+    return cli.main(["train", *options])
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,9 +1,16 @@
-"""Python in a process of its own, with the fastcaps of this checkout; pytest's timeout ends what hangs."""
+"""Further processes with the fastcaps of this checkout; pytest's timeout ends what hangs."""
 
+import functools
+import multiprocessing
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from typing import Any
+
+import torch
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,3 +28,53 @@ def python(
         text=True,
         check=False,
     )
+
+
+@functools.cache
+def _fork_server() -> ForkServerContext:
+    """A process that has imported the trainer, which takes seconds, and has run nothing: its forks are as if new."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fastcaps.train.run"])
+    return context
+
+
+class Forked:
+    """A function in a process of its own, which has the trainer already.
+
+    Args:
+        function: returns the exit status.
+        arguments: for it.
+        stderr: the file that its errors go to.
+        threads: of PyTorch; None: as many as elsewhere.
+        environment: variables to add.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., int],
+        *arguments: Any,
+        stderr: Path,
+        threads: int | None = None,
+        **environment: str,
+    ) -> None:
+        self.stderr = stderr
+        given = (function, arguments, stderr, threads, environment)
+        self.process = _fork_server().Process(target=_run, args=given)
+        self.process.start()
+
+    def wait(self) -> tuple[int, str]:
+        """The exit status, or minus the signal that ended it, and what it wrote to stderr."""
+        self.process.join()
+        assert self.process.exitcode is not None
+        return self.process.exitcode, self.stderr.read_text()
+
+
+def _run(
+    function: Callable[..., int], arguments: tuple[Any, ...], stderr: Path, threads: int | None, environment: dict
+) -> None:
+    os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT), 2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.environ.update(environment)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    sys.exit(function(*arguments))

@@ -1,6 +1,9 @@
 """What the packages import."""
 
+import pytest
 from support.processes import python
+
+pytestmark = pytest.mark.process
 
 HEAVY = {"lightning", "matplotlib", "PIL", "rich", "sklearn", "tensorboard", "torchmetrics"}
 

@@ -17,6 +17,8 @@ from fastcaps.models.network import METADATA
 from fastcaps.train import run
 from fastcaps.train.settings import Settings, known_settings, read_settings
 
+pytestmark = pytest.mark.train
+
 
 def of_0_1(config: dict) -> dict:
     """What 0.1 wrote for the same run."""

@@ -2,14 +2,16 @@
 
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from support.processes import python
+from support.processes import Forked, python
 from support.training_runs import SMALL, assert_same, course, train
+
+from fastcaps import cli
+
+pytestmark = [pytest.mark.train, pytest.mark.process]
 
 SUPPORT = Path(__file__).parents[1] / "support"
 
@@ -19,20 +21,23 @@ def run(*command: str, status: int = 0) -> None:
     assert done.returncode == status, done.stderr
 
 
-def as_srun_would(command: list[str]) -> None:
+def as_srun_would(folder: Path, *options: str) -> None:
     """Two processes that SLURM's variables tell of each other."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    told = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     told |= {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "training", "SLURM_NODELIST": "localhost", "SLURM_NODEID": "0"}
     told |= {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
     processes = [
-        subprocess.Popen(command, env=told | {"SLURM_PROCID": n, "SLURM_LOCALID": n}, stderr=subprocess.PIPE, text=True)
+        Forked(
+            cli.main, ["train", *options], stderr=folder / f"stderr-{n}", threads=1,
+            **told, SLURM_PROCID=n, SLURM_LOCALID=n,
+        )
         for n in ("0", "1")
-    ]
-    errors = [process.communicate()[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
+    ]  # fmt: skip
+    for status, errors in [process.wait() for process in processes]:
+        assert status == 0, errors
 
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one CPU core")
@@ -42,7 +47,7 @@ def test_two_processes_are_one(tmp_path):
     assert train(tmp_path / "one", *options) == 0
     run("fastcaps.cli", "train", *options, "--devices", "2", "--out", str(tmp_path / "two"))
     assert_same(tmp_path / "one", tmp_path / "two", 1e-9)
-    as_srun_would([sys.executable, "-m", "fastcaps.cli", "train", *options, "--out", str(tmp_path / "slurm")])
+    as_srun_would(tmp_path, *options, "--out", str(tmp_path / "slurm"))
     assert_same(tmp_path / "one", tmp_path / "slurm", 1e-9)
     torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
     half = tmp_path / "torchrun"

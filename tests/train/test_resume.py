@@ -3,18 +3,18 @@
 import errno
 import os
 import resource
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.processes import python
+from support import interrupted
+from support.processes import Forked
 from support.training_runs import SMALL, assert_same, course, train
 
 from fastcaps.models import CNN
 from fastcaps.train import callbacks, module
 
-SUPPORT = Path(__file__).parents[1] / "support"
+pytestmark = pytest.mark.train
 
 
 def counted_steps(monkeypatch) -> list[int]:
@@ -47,10 +47,11 @@ def counted_steps(monkeypatch) -> list[int]:
 )
 @pytest.mark.usefixtures("no_report")
 def test_a_stopped_run_goes_on_as_if_nothing_had_been(whole, tmp_path, monkeypatch, moment, at, status, kept):
-    stopped = python(SUPPORT / "interrupted.py", moment, str(at), *SMALL, "--out", tmp_path / "run")
-    assert stopped.returncode == status, stopped.stderr
+    options = (*SMALL, "--out", str(tmp_path / "run"))
+    found, errors = Forked(interrupted.main, moment, str(at), *options, stderr=tmp_path / "stderr").wait()
+    assert found == status, errors
     if status == 130:
-        assert f"to go on: fastcaps train --resume --out {tmp_path / 'run'}" in stopped.stderr
+        assert f"to go on: fastcaps train --resume --out {tmp_path / 'run'}" in errors
     assert not (tmp_path / "run" / "model.safetensors").exists()
     steps = counted_steps(monkeypatch)
     assert train(tmp_path / "run", "--resume") == 0

@@ -16,6 +16,8 @@ from fastcaps.train.module import build_network
 from fastcaps.train.samples import Samples, load_data
 from fastcaps.train.settings import Settings
 
+pytestmark = pytest.mark.train
+
 
 def curve(backend: str, dtype: torch.dtype, change: float = 0.0) -> torch.Tensor:
     """The losses of 100 steps."""

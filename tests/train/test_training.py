@@ -15,6 +15,8 @@ from fastcaps.data import mnist
 from fastcaps.models.network import Network, describe
 from fastcaps.train.settings import Settings, read_settings
 
+pytestmark = pytest.mark.train
+
 # ---------------------------------------------------------------------------------------------------- what a run leaves
 
 

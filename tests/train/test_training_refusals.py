@@ -20,6 +20,8 @@ from fastcaps.train.run import check_devices
 from fastcaps.train.samples import fingerprint, load_data
 from fastcaps.train.settings import Settings, kind_of, option
 
+pytestmark = pytest.mark.train
+
 
 @pytest.mark.parametrize(
     ("options", "message"),
