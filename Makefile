@@ -13,7 +13,7 @@ CXX ?= g++
 SANITIZE := build/sanitize
 INSTRUCTION_SETS := baseline $(if $(filter x86_64,$(shell uname -m)),avx2 avx512 avx512bf16)
 
-.PHONY: demo quick test test-all test-kernels lint format docs bench sanitize gpu-static gpu-probe gpu-test gpu-sanitize gpu-bench gpu-conversion gpu-tune clean
+.PHONY: demo quick test test-all test-rest lint format docs bench sanitize gpu-static gpu-probe gpu-test gpu-sanitize gpu-bench gpu-conversion gpu-tune clean
 
 demo: $(READY)
 	$(BIN)/fastcaps demo
@@ -23,19 +23,19 @@ PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dis
 ROUTING_TESTS := tests/core/test_dynamic_routing.py
 
 quick: lint
-	$(PYTEST) -m "not (compiler or process or train or emulated or static)"
+	$(PYTEST) -m "not (compiler or process or train or emulated or static or slow)"
 
 test: $(READY)
-	$(PYTEST) -m "not (emulated or static)"
+	$(PYTEST) -m "not (emulated or static or slow)"
 
-test-all: test test-kernels sanitize
+test-all: test test-rest sanitize
 
-# The GPU kernels: their machine code, the CUDA ones in an emulation, the Triton ones in an interpreter. Then the CPU
-# kernels for each instruction set below the best one that the processor has.
+# What takes long. The GPU kernels without a GPU: their machine code, the CUDA ones in an emulation, the Triton ones in an
+# interpreter. Then the CPU kernels for each instruction set below the best one that the processor has.
 LESSER := default $(if $(shell grep -m1 avx512vl /proc/cpuinfo),avx2) $(if $(shell grep -m1 avx512_bf16 /proc/cpuinfo),avx512)
 
-test-kernels: $(READY)
-	$(PYTEST) -m emulated
+test-rest: $(READY)
+	$(PYTEST) -m "emulated or slow"
 	$(PYTEST) -m static --dist loadfile
 	FASTCAPS_EMULATE_CUDA=1 $(PYTEST) $(ROUTING_TESTS)
 	TRITON_INTERPRET=1 $(PYTEST) $(ROUTING_TESTS) tests/core/test_contracts.py
@@ -124,7 +124,7 @@ gpu-conversion:
 # SIZES="B I J D_in D_out", e.g. the paper's layer
 SIZES ?= 128 1152 10 8 16
 gpu-tune:
-	$(GPU_PYTHON) -m fastcaps.cli tune $(SIZES)
+	$(GPU_PYTHON) -m fastcaps tune $(SIZES)
 
 clean:
 	rm -rf $(VENV) build dist demo fastcaps/*.so fastcaps.egg-info

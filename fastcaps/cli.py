@@ -315,7 +315,11 @@ def _add_conversion(commands: Any) -> None:
 def _add_training(commands: Any) -> None:
     parser = _add_command(commands, train, "train a capsule network or the paper's baseline", allow_abbrev=False)
     parser.add_argument("--out", type=Path, help="folder of the run (default: runs/DATA-MODEL)")
-    parser.add_argument("--config", type=Path, help="settings in JSON, as a run's config.json; options go first")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        help="settings in JSON, as a run's config.json; options on the command line take precedence",
+    )
     before = parser.add_mutually_exclusive_group()
     before.add_argument("--resume", action="store_true", help="go on with the run in --out if there is one")
     before.add_argument("--overwrite", action="store_true", help="delete the run in --out")
@@ -400,7 +404,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _refuse_unknown(parser, unknown)
     with refusals(command, expected):
         return run(**given)
-    return refused
+    return refused  # an expected exception, whose message refusals() has printed
 
 
 if __name__ == "__main__":

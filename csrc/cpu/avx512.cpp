@@ -1,4 +1,4 @@
-// The CPU kernels for one instruction set; which one runs is chosen when the extension loads (ops.cpp).
+// The CPU kernels for one instruction set; `entry_points` (ops.cpp) chooses one for each call.
 #ifdef __x86_64__
 #pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma")
 #define FASTCAPS_ISA avx512

@@ -60,8 +60,9 @@ struct BatchBackward : BatchForward<Real, N> {
   using typename SIMD::vec;
   // Of the last sweep: its tasks, the most input capsules and samples that it takes at a time, and what they may take
   // up of the L2 cache. Chunks of 4 to 16, and smaller bands, made no difference.
-  static constexpr int64_t kTasks = 64, kChunk = 8, kBandSamples = 256, kNearBytes = 600 << 10;
-  const BatchForward<Real, N, kPairs> sweeping;  // the sweeps need no gradients, which are products of single entries
+  static constexpr int64_t kLastTasks = 64, kLastChunk = 8, kLastBandSamples = 256, kLastNearBytes = 600 << 10;
+  // Its sweeps multiply pairs where there is an instruction for it; gradients are products of single entries.
+  const BatchForward<Real, N, kPairs> sweeping;
 
   BatchBackward(const Routing<Real>& in, Parallel parallel) : Forward(in, parallel), sweeping(in, parallel) {}
 
@@ -123,7 +124,7 @@ struct BatchBackward : BatchForward<Real, N> {
 
   // The gradients of poses, weight and prior: a task owns a slice of I and loops over all samples and output capsules.
   void last_sweep(const Gradients<Real>& out, const vec* V, const vec* ds, int64_t t0) const {
-    const int64_t tasks = most(1, least(kTasks, z.I / Forward::kChunk));
+    const int64_t tasks = most(1, least(kLastTasks, z.I / Forward::kChunk));
     parallel_for(parallel, tasks, [&](int64_t task) {
       gradients_of_slice(out, V, ds, t0, z.I * task / tasks, z.I * (task + 1) / tasks);
     });
@@ -134,10 +135,10 @@ struct BatchBackward : BatchForward<Real, N> {
     // c_t, db_t, poses (or votes) and the gradients of these, of a chunk of input capsules and a band of tiles.
     const int64_t rows = source_rows(), x_size = rows * N, matrix = in.stride_i;
     const int64_t steps = z.T - t0, JN = z.J * N, tile_bytes = (2 * steps * JN + 2 * x_size) * sizeof(vec);
-    const int64_t wanted = most(1, least(tiles, most(kBandSamples / kTileSamples, 1)));
-    const int64_t affordable = kNearBytes / (tile_bytes * wanted);  // input capsules beside so many tiles
-    const int64_t chunk = Forward::widened_chunk(most(1, least(kChunk, affordable)));
-    const int64_t band = affordable ? wanted : most(1, kNearBytes / tile_bytes);
+    const int64_t wanted = most(1, least(tiles, most(kLastBandSamples / kTileSamples, 1)));
+    const int64_t affordable = kLastNearBytes / (tile_bytes * wanted);  // input capsules beside so many tiles
+    const int64_t chunk = Forward::widened_chunk(most(1, least(kLastChunk, affordable)));
+    const int64_t band = affordable ? wanted : most(1, kLastNearBytes / tile_bytes);
     const bool with_weight = out.d_weight && in.weight;
     Scratch<vec> x(chunk * band * x_size, 1), dx(chunk * band * x_size, 5);
     Scratch<vec> c(chunk * band * steps * JN, 9), db(chunk * band * steps * JN, 13), du(z.D_out * N * band, 17);

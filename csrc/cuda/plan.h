@@ -91,7 +91,7 @@ struct Plan {
   int64_t rows = kind == TileKind::none ? 1 : with_tile(kind, [&]<class T>() { return int64_t(T::D); });
   // From V or ds of one iteration to the next: where tiles read them they are padded.
   int64_t stride_t = kind == TileKind::none ? N : with_tile(kind, [&]<class T>() { return T::places(z.B, z.J); });
-  int64_t band_tiles, slices;
+  int64_t band_tiles = 0, slices = 1;  // without tiles there is no band
 
   // resident: how many blocks of a sweep by tiles a multiprocessor has at a time.
   Plan(const Routing<Real>& in_, bool allow_tf32_, int resident, void* stream_)

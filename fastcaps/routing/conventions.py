@@ -14,9 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastcaps._checks import check_number
 from fastcaps.functional import compute_dtype, squash, without_autocast
-from fastcaps.routing.dynamic.reference import coupling, iterations, last_output, transform
-
-VOTES_AT_ONCE = 4_000_000  # entries; 16 MB in float32
+from fastcaps.routing.dynamic.reference import VOTES_AT_ONCE, coupling, iterations, last_output, transform
 
 CHOICES = {"softmax": ("outputs", "inputs"), "logits": ("sample", "batch"), "squash": ("norm", "elementwise")}
 

@@ -48,8 +48,6 @@ def test_primary_pose_dim_was_dim_in_0_1():
     with pytest.warns(DeprecationWarning, match="PrimaryCapsules.dim is now PrimaryCapsules.pose_dim") as warned:
         assert old.dim == layer.pose_dim == 4
     assert warned[0].filename == __file__
-    with pytest.raises(TypeError, match="pose_dim= and, under its old name, dim="):
-        PrimaryCapsules(2, 3, pose_dim=4, dim=4, kernel_size=3)
     state = {name: value for name, value in vars(layer).items() if name != "pose_dim"} | {"dim": 4}  # a pickle of 0.1
     unpickled = PrimaryCapsules.__new__(PrimaryCapsules)
     unpickled.__setstate__(state)

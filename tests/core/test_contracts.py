@@ -222,7 +222,7 @@ def _compare_compiled(compiled, backend: str, device: str, B: int, dtype: torch.
         torch.testing.assert_close(ours, expected)
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.compiler
 def test_compile(implementation, wide, compiler):
     backend, device = implementation
@@ -230,7 +230,7 @@ def test_compile(implementation, wide, compiler):
     _compare_compiled(compiled, backend, device, 3, wide)
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.compiler
 def test_compile_with_a_dynamic_batch_compiles_once(implementation, wide, compiler):
     backend, device = implementation

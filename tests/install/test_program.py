@@ -13,7 +13,7 @@ from torch.utils.cpp_extension import include_paths, library_paths
 from fastcaps import CapsNet
 from fastcaps.routing.backend import why_unavailable
 
-pytestmark = [pytest.mark.process, pytest.mark.compiler]
+pytestmark = [pytest.mark.process, pytest.mark.compiler, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
 

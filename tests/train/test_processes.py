@@ -40,6 +40,7 @@ def as_srun_would(folder: Path, *options: str) -> None:
         assert status == 0, errors
 
 
+@pytest.mark.slow
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one CPU core")
 @pytest.mark.usefixtures("no_report")
 def test_two_processes_are_one(tmp_path):

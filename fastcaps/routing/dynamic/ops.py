@@ -116,7 +116,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 class DynamicRouting(torch.autograd.Function):
-    """Connects the forward and the backward op, also under the transforms of ``torch.func``."""
+    """Connects the forward and the backward op under the transforms of ``torch.func``, which want ``setup_context``."""
 
     @staticmethod
     def forward(backend: str, options: Options, *tensors: Any) -> tuple[Tensor, Tensor]:
@@ -166,7 +166,7 @@ class DynamicRouting(torch.autograd.Function):
 
 
 class EagerDynamicRouting(torch.autograd.Function):
-    """The same without torch.func: ``setup_context`` costs 20 us a call (benchmarks/call_overhead.py)."""
+    """What runs outside of torch.func: without ``setup_context``, which takes time (benchmarks/call_overhead.py)."""
 
     @staticmethod
     def forward(ctx: Any, backend: str, options: Options, *tensors: Any) -> Tensor:

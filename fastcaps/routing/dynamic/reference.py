@@ -12,6 +12,9 @@ from torch import Tensor
 
 from fastcaps.functional import squash
 
+# Entries that plain PyTorch holds where samples can be taken a few at a time: 16 MB in float32.
+VOTES_AT_ONCE = 4_000_000
+
 
 def masked(poses: Tensor, mask: Tensor | None) -> Tensor:
     """Poses ``[B, I, D_in]``, or votes ``[B, I, J, D_out]``, with 0 where ``mask`` ``[B, I]`` is False."""

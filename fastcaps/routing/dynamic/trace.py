@@ -10,9 +10,7 @@ from fastcaps.functional import without_autocast
 from fastcaps.routing.dynamic.api import check_poses
 from fastcaps.routing.dynamic.arguments import Options, Tensors
 from fastcaps.routing.dynamic.ops import upcast
-from fastcaps.routing.dynamic.reference import iterations, output_capsules, transform
-
-_VOTES_AT_ONCE = 4_000_000  # entries; 16 MB in float32
+from fastcaps.routing.dynamic.reference import VOTES_AT_ONCE, iterations, output_capsules, transform
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ def _trace(tensors: Tensors, options: Options) -> RoutingTrace:
     logits = (poses.new_zeros(()) if prior is None else prior).expand(B, I, J)
     out, change = poses.new_empty(B, J, D_out), poses.new_empty(T, B, J)
     coupling, agreement = poses.new_empty(T, B, I, J), poses.new_empty(T, B, I, J)
-    step = max(1, _VOTES_AT_ONCE // max(1, I * J * D_out))
+    step = max(1, VOTES_AT_ONCE // max(1, I * J * D_out))
     for first in range(0, B, step):
         rows = slice(first, first + step)
         u = transform(poses[rows], weight).expand(-1, -1, J, -1)  # [b, I, J, D_out]
