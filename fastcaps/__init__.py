@@ -13,7 +13,12 @@ from fastcaps.preload import warmup
 from fastcaps.routing import BackendUnavailable, RoutingTrace, dynamic_routing, route_votes, routing_trace
 
 if TYPE_CHECKING:
-    from fastcaps import convert, data, doctor, losses, models, train
+    from fastcaps import convert as convert
+    from fastcaps import data as data
+    from fastcaps import doctor as doctor
+    from fastcaps import losses as losses
+    from fastcaps import models as models
+    from fastcaps import train as train
 
 _deprecated.install_moved_modules()
 
@@ -28,18 +33,13 @@ __all__ = [
     "PrimaryCapsules",
     "RoutingTrace",
     "__version__",
-    "convert",
-    "data",
-    "doctor",
     "dynamic_routing",
     "length",
     "losses",
-    "models",
     "route_votes",
     "routing_trace",
     "selftest",
     "squash",
-    "train",
     "warmup",
 ]
 
@@ -47,7 +47,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _SUBPACKAGES:
         return importlib.import_module(f"fastcaps.{name}")
-    raise AttributeError(f"module 'fastcaps' has no attribute {name!r}")
+    return _deprecated.moved_module("fastcaps", name)
 
 
 def __dir__() -> list[str]:

@@ -1,5 +1,6 @@
 """Module paths and arguments of version 0.1, which work until 0.3 with a DeprecationWarning."""
 
+import dataclasses
 import functools
 import importlib
 import importlib.abc
@@ -8,8 +9,8 @@ import importlib.util
 import inspect
 import sys
 import warnings
-from collections.abc import Callable, Sequence
-from types import ModuleType
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType, ModuleType
 from typing import Any, TypeVar
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -70,12 +71,14 @@ class MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         warnings.warn(
             f"{old} is now {' and '.join(places)}; the old path works until fastcaps 0.3",
             DeprecationWarning,
-            stacklevel=2,  # Python skips the frames of the import system
+            stacklevel=_frames_to_the_user(),
         )
 
         def __getattr__(name: str) -> Any:
-            for place in places:
-                found = importlib.import_module(place)
+            modules = [importlib.import_module(place) for place in places]
+            if name == "__all__":
+                return sorted({public for found in modules for public in vars(found) if not public.startswith("_")})
+            for found in modules:
                 if hasattr(found, name):
                     return getattr(found, name)
             raise AttributeError(f"module {old!r} has no attribute {name!r}")
@@ -83,10 +86,64 @@ class MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         module.__getattr__ = __getattr__  # type: ignore[method-assign]
 
 
+def _frames_to_the_user() -> int:
+    """The ``stacklevel``, for who calls this, of the import statement or attribute that asked for an old path."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and _is_plumbing(frame):
+        frame = frame.f_back
+        level += not _is_bootstrap(frame)  # which Python skips as it counts
+    return level
+
+
+def _is_bootstrap(frame: FrameType) -> bool:
+    return "importlib" in frame.f_code.co_filename and "_bootstrap" in frame.f_code.co_filename
+
+
+def _is_plumbing(frame: FrameType) -> bool:
+    of_package = frame.f_code.co_name == "__getattr__" and str(frame.f_globals.get("__name__")).startswith("fastcaps")
+    return _is_bootstrap(frame) or of_package or frame.f_code.co_filename in (__file__, importlib.__file__)
+
+
 def install_moved_modules() -> None:
-    """Let ``import`` find the old paths, after everything that is really there."""
+    """Let ``import`` find the old paths, before files that an older version may have left."""
     if not any(isinstance(finder, MovedModules) for finder in sys.meta_path):
-        sys.meta_path.append(MovedModules())
+        sys.meta_path.insert(0, MovedModules())
+
+
+def moved_module(package: str, name: str) -> ModuleType:
+    """The module that ``package.name`` was: version 0.1 imported most of them.
+
+    Raises:
+        AttributeError: there was none of this name.
+    """
+    if f"{package}.{name}" not in MOVED:
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+    return importlib.import_module(f"{package}.{name}")
+
+
+class FormerTuple:
+    """A dataclass that was a named tuple in version 0.1: it can still be unpacked, with a warning."""
+
+    def _values(self) -> tuple[Any, ...]:
+        warn_renamed(f"{type(self).__name__} as a tuple", "a dataclass with the same attributes", stacklevel=3)
+        return tuple(getattr(self, field.name) for field in dataclasses.fields(self))  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._values())
+
+    def __getitem__(self, place: Any) -> Any:
+        return self._values()[place]
+
+    def __len__(self) -> int:
+        return len(self._values())
+
+    def _replace(self, **changes: Any) -> Any:
+        warn_renamed("_replace", "dataclasses.replace")
+        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
+
+    def _asdict(self) -> dict[str, Any]:
+        warn_renamed("_asdict", "dataclasses.asdict")
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
 
 
 def renamed_arguments(**names: str) -> Callable[[F], F]:
@@ -113,7 +170,7 @@ def renamed_arguments(**names: str) -> Callable[[F], F]:
 def once_positional(*names: str | tuple[str, ...]) -> Callable[[F], F]:
     """Let a function take keyword-only arguments by position, too, in the order of ``names``.
 
-    Several names in a tuple stand for one argument, a tuple of their values.
+    Several names in a tuple stand for one argument, a tuple of their values, that was called ``sizes``.
     """
 
     def decorate(function: F) -> F:
@@ -122,6 +179,8 @@ def once_positional(*names: str | tuple[str, ...]) -> Callable[[F], F]:
 
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
+            if "sizes" in kwargs:
+                args = (*args[:positional], kwargs.pop("sizes"), *args[positional:])
             for name, value in zip(names, args[positional:], strict=False):
                 named = {name: value} if isinstance(name, str) else dict(zip(name, value, strict=True))
                 new = ", ".join(f"{name}=" for name in named)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastcaps._deprecated import once_positional
+from fastcaps._deprecated import FormerTuple, once_positional
 from fastcaps.exactness import relative_error
 from fastcaps.functional import squash
 from fastcaps.measure import reset_peak
@@ -42,7 +42,7 @@ class Sizes(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Timing:
+class Timing(FormerTuple):
     """The times and the errors of one contestant.
 
     Attributes:

@@ -214,6 +214,8 @@ def refusals(command: str, expected: tuple[type[Exception], ...]) -> Iterator[No
     try:
         yield
     except ModuleNotFoundError as error:
+        if str(error.name).partition(".")[0] == "fastcaps":  # a mistake of its own
+            raise
         extra = command in ("demo", "train", "evaluate", "show")
         cure = "--no-build-isolation '.[train]' in a checkout of fastcaps" if extra else error.name
         refuse(command, f"{error.name} is missing: pip install {cure}" if error.name else error)
@@ -225,9 +227,11 @@ def out_of_memory(error: RuntimeError) -> bool:
     """Whether a device has no more memory.
 
     A GPU's allocator raises a type of its own. The CPU's raises a plain RuntimeError, which only its text, with the
-    allocator's name in it, tells from others.
+    allocator's name in it, or the system's words, tells from others.
     """
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: " in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        words in str(error) for words in ("DefaultCPUAllocator: ", "allocate memory")
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- options
@@ -390,7 +394,7 @@ def _at_least(least: int) -> Callable[[str], int]:
 
 
 def _refuse_unknown(parser: argparse.ArgumentParser, unknown: list[str]) -> None:
-    known = [name for action in parser._actions for name in action.option_strings]
+    known = [name for action in parser._actions for name in action.option_strings if name not in OLD_OPTIONS]
     for text in unknown:
         parser.error(f"unknown argument {text}{hint(text.split('=')[0], known)}")
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastcaps._deprecated import FormerTuple
 from fastcaps.functional import compute_dtype
 from fastcaps.routing import dynamic_routing
 from fastcaps.routing.backend import BACKENDS, why_unavailable
@@ -33,7 +34,7 @@ def error_budget(dtype: torch.dtype, reference_error: float, gradient: bool) -> 
 
 
 @dataclass(frozen=True)
-class SelftestRow:
+class SelftestRow(FormerTuple):
     """The worst tensor of one case of :func:`selftest`.
 
     Attributes:

@@ -100,6 +100,11 @@ class PrimaryCapsules(nn.Module):
         warn_renamed("PrimaryCapsules.dim", "PrimaryCapsules.pose_dim")
         return self.pose_dim
 
+    @dim.setter
+    def dim(self, value: int) -> None:
+        warn_renamed("PrimaryCapsules.dim", "PrimaryCapsules.pose_dim")
+        self.pose_dim = value
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "dim" in state:  # pickled by fastcaps 0.1
             state["pose_dim"] = state.pop("dim")

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastcaps._deprecated import FormerTuple
+
 
 def saved_bytes(routing: Callable[[Tensor, Tensor], Tensor], poses: Tensor, weight: Tensor) -> int:
     """What autograd keeps between the forward and the backward of ``routing``, beside poses and weight, in bytes.
@@ -35,7 +37,7 @@ def saved_bytes(routing: Callable[[Tensor, Tensor], Tensor], poses: Tensor, weig
 
 
 @dataclass(frozen=True)
-class Cost:
+class Cost(FormerTuple):
     """Time and memory of a step.
 
     Attributes:

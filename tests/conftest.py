@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.implementations import IMPLEMENTATIONS, MODE, runs_in, why_not_tested
+from support.implementations import IMPLEMENTATIONS, MODE, OF_MODE, runs_in, why_not_tested
 
 
 @pytest.fixture(
@@ -16,6 +16,12 @@ from support.implementations import IMPLEMENTATIONS, MODE, runs_in, why_not_test
 def implementation(request: pytest.FixtureRequest) -> tuple[str, str]:
     """(backend, device), every pair that can run here; test_backend.py reports the others."""
     return request.param
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A process that cannot test what the environment asks for must not look as if it had."""
+    if MODE is not None and (reason := why_not_tested(*OF_MODE[MODE])) is not None:
+        raise pytest.UsageError(f"the {MODE} kernels cannot be tested here: {reason}")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -2,15 +2,14 @@
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastcaps._deprecated import warn_renamed
+from fastcaps._deprecated import FormerTuple
 from fastcaps.data.augment import augment
 from fastcaps.data.sources import (
     CIFAR10,
@@ -28,7 +27,7 @@ from fastcaps.data.sources import (
 
 
 @dataclass(frozen=True, eq=False)
-class Dataset:
+class Dataset(FormerTuple):
     """Images with one class each, as tensors on one device.
 
     Attributes:
@@ -114,18 +113,6 @@ class Dataset:
         index = index.to(self.device)
         images = self.test_images[index]
         return images, self.test_labels[index][:, None], images[:, None]
-
-    # Version 0.1 had a named tuple here. An index will mean a sample to most readers: until 0.3 it warns.
-    def __getitem__(self, place: Any) -> Any:
-        warn_renamed("an index of a Dataset", "an attribute, or .tensors")
-        return self._fields()[place]
-
-    def __iter__(self) -> Iterator[Any]:
-        warn_renamed("unpacking of a Dataset", ".tensors, .num_classes and .class_names")
-        return iter(self._fields())
-
-    def _fields(self) -> tuple[Any, ...]:
-        return (*self.tensors, self.num_classes, self.class_names)
 
 
 def digits() -> Dataset:

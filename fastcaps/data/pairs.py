@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastcaps._deprecated import FormerTuple
 from fastcaps.data.augment import random_integers
 from fastcaps.data.datasets import Dataset, mnist
 
@@ -13,7 +14,7 @@ MARGIN = 4  # pixels added on each side of a digit, and the longest shift of one
 
 
 @dataclass(frozen=True, eq=False)
-class MultiMNIST:
+class MultiMNIST(FormerTuple):
     """Pairs of overlapping digits of different classes on 36x36 pixels, made on the fly (Sabour 2017, section 6).
 
     Attributes:

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from fastcaps._atomic import whole_file
+from fastcaps._deprecated import FormerTuple
 
 BLOCK = 2**16  # bytes of a download that are read at once
 
 
 @dataclass(frozen=True)
-class Source:
+class Source(FormerTuple):
     """Where a data set is published.
 
     Attributes:

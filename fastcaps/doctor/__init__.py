@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastcaps._deprecated import renamed_arguments
+from fastcaps._deprecated import moved_module, renamed_arguments
 from fastcaps.convert.modules import call_arguments, evaluation_mode, floating_tensors, full_copy
 from fastcaps.doctor import checks, loss_checks
 from fastcaps.doctor.finding import FINE, ROUTING, SUSPICIOUS, UNKNOWN, WRONG, Finding
@@ -119,3 +119,7 @@ def _checks(run: Run) -> Iterator[Finding]:
         yield from checks.primary_capsules(run, first, next(counts, input_capsules(first)))
     yield from checks.zero_capsules(run.calls)
     yield checks.initialisation(run)
+
+
+def __getattr__(name: str) -> Any:
+    return moved_module("fastcaps.doctor", name)

@@ -54,7 +54,10 @@ def _order_of_0_1(init: Callable[..., None]) -> Callable[..., None]:
                 "Decoder(num_classes, capsule_dim, image_shape)", "Decoder(image_shape, num_classes, capsule_dim)"
             )
             names = ("num_classes", "capsule_dim", "image_shape", "hidden")
-            args, kwargs = (), dict(zip(names, args, strict=False)) | kwargs
+            given = dict(zip(names, args, strict=False))
+            if len(args) > len(names) or given.keys() & kwargs.keys():
+                raise TypeError(f"Decoder takes {', '.join(names)}, each once")
+            args, kwargs = (), given | kwargs
         init(self, *args, **kwargs)
 
     return call

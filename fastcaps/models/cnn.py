@@ -36,6 +36,8 @@ class CNN(Network):
         torch.Size([2, 10])
     """
 
+    kind = "cnn"
+
     def __init__(
         self,
         image_shape: Sequence[int],

@@ -32,8 +32,10 @@ class Network(nn.Module):
         config: the arguments that it was made with.
         image_shape: ``(C, H, W)``.
         num_classes: J.
+        kind: the model in :data:`fastcaps.train.settings.MODELS` whose settings it is trained with.
     """
 
+    kind: str = "capsnet"
     config: dict[str, Any]
     image_shape: tuple[int, int, int]
     num_classes: int

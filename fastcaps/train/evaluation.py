@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastcaps._deprecated import FormerTuple
 from fastcaps.functional import length
 from fastcaps.layers import CapsuleLayer
 from fastcaps.models.network import Network, describe
@@ -72,7 +73,7 @@ def routing_statistics(network: Network, images: Tensor) -> dict[str, float]:
 
 
 @dataclass(frozen=True, eq=False)
-class Evaluation:
+class Evaluation(FormerTuple):
     """What :func:`evaluate` returns. N test images, J classes, K things in an image.
 
     Attributes:
@@ -132,5 +133,6 @@ def load_for(model: str | os.PathLike[str], settings: Settings) -> tuple[Network
         for layer in network.modules():
             if isinstance(layer, CapsuleLayer):
                 layer.routing_options["backend"] = settings.backend
-    kind = type(network).__name__.lower()  # as the settings call it
-    return network, Samples(data, dataclasses.replace(settings, model=kind).resolved(network.image_shape), device)
+    return network, Samples(
+        data, dataclasses.replace(settings, model=network.kind).resolved(network.image_shape), device
+    )

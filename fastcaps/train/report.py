@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from fastcaps._atomic import write_whole
+from fastcaps._deprecated import FormerTuple
 from fastcaps.models import CapsNet
 from fastcaps.models.network import Network
 from fastcaps.train import figures
@@ -34,7 +35,7 @@ td, th { padding: .15em .8em .15em 0; text-align: left; vertical-align: top } .n
 
 
 @dataclass(frozen=True)
-class Section:
+class Section(FormerTuple):
     """A part of a page.
 
     Attributes:

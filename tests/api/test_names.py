@@ -114,3 +114,39 @@ def test_once_positional():
         function(0, (1, 2), B=3)
     with pytest.warns(DeprecationWarning, match="is now"), pytest.raises(TypeError, match="positional argument"):
         function(0, (1, 2), "float64", 5)
+
+
+def test_moved_modules_are_attributes_as_before():
+    for package, name in (("fastcaps", "conventions"), ("fastcaps.routing", "trace"), ("fastcaps.doctor", "losses")):
+        old = f"{package}.{name}"
+        sys.modules.pop(old, None)
+        vars(sys.modules[package]).pop(name, None)
+        with pytest.warns(DeprecationWarning, match=f"^{old} is now") as warned:
+            module = getattr(sys.modules[package], name)
+        assert module.__name__ == old
+        assert warned[0].filename == __file__
+    with pytest.raises(AttributeError, match=r"module 'fastcaps\.routing' has no attribute 'nothing'"):
+        _ = fastcaps.routing.nothing
+
+
+def test_a_star_of_an_old_path_has_all_names():
+    names: dict[str, object] = {}
+    with pytest.warns(DeprecationWarning, match="timing is now"):
+        exec("import sys; sys.modules.pop('fastcaps.timing', None); from fastcaps.timing import *", names)
+    assert {"compare", "training_cost"} <= names.keys()
+
+
+def test_results_can_be_unpacked_as_in_0_1():
+    cost = fastcaps.measure.Cost(1.5, 7)
+    with pytest.warns(DeprecationWarning, match="Cost as a tuple is now a dataclass") as warned:
+        milliseconds, peak = cost
+    assert (milliseconds, peak) == (1.5, 7)
+    assert warned[0].filename == __file__
+    with pytest.warns(DeprecationWarning, match="as a tuple is now"):
+        assert cost[1] == 7
+    with pytest.warns(DeprecationWarning, match="as a tuple is now"):
+        assert len(cost) == 2
+    with pytest.warns(DeprecationWarning, match="is now dataclasses.replace"):
+        assert cost._replace(peak=8) == fastcaps.measure.Cost(1.5, 8)
+    with pytest.warns(DeprecationWarning, match="is now dataclasses.asdict"):
+        assert cost._asdict() == {"milliseconds": 1.5, "peak": 7}

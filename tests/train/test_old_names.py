@@ -112,10 +112,10 @@ def test_functions_that_became_methods():
 def test_a_data_set_is_unpacked_with_a_warning():
     images, labels = torch.rand(6, 1, 4, 4), torch.arange(6)
     data = Dataset(images, labels, images[:2], labels[:2], 6)
-    with pytest.warns(DeprecationWarning, match=r"unpacking of a Dataset is now \.tensors"):
+    with pytest.warns(DeprecationWarning, match="Dataset as a tuple is now"):
         train_images, _, _, test_labels, num_classes, class_names = data
     assert train_images is images
     assert test_labels.tolist() == [0, 1]
     assert (num_classes, class_names) == (6, ())
-    with pytest.warns(DeprecationWarning, match=r"an index of a Dataset"):
+    with pytest.warns(DeprecationWarning, match="Dataset as a tuple is now"):
         assert data[:2] == (images, labels)
