@@ -124,7 +124,7 @@ def test_a_missing_package_is_named_with_its_cure(monkeypatch, capsys):
         raise ModuleNotFoundError("No module named 'safetensors'", name="safetensors")
     assert capsys.readouterr().err == "fastcaps doctor: safetensors is missing: pip install safetensors\n"
     monkeypatch.setitem(sys.modules, "fastcaps.doctor.targets", None)
-    with pytest.raises(ModuleNotFoundError, match="fastcaps.doctor.targets"):  # a mistake of fastcaps itself
+    with pytest.raises(ModuleNotFoundError, match=r"fastcaps\.doctor\.targets"):  # a mistake of fastcaps itself
         cli.main(["doctor", "a.pt"])
     with cli.refusals("demo", ()):
         raise ModuleNotFoundError("the digits come with scikit-learn")
