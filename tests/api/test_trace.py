@@ -41,7 +41,7 @@ def test_trace_records_what_the_op_does(implementation):
 def test_trace_in_parts_is_the_whole(monkeypatch):
     inputs = make_inputs(Case(sizes=(5, 20, 6, 4, 8), prior="BIJ"), torch.float64)
     whole = fastcaps.routing_trace(**inputs.tensors)
-    monkeypatch.setattr("fastcaps.routing.dynamic.trace._VOTES_AT_ONCE", 2 * 20 * 6 * 8)
+    monkeypatch.setattr("fastcaps.routing.dynamic.trace.VOTES_AT_ONCE", 2 * 20 * 6 * 8)
     parts = fastcaps.routing_trace(**inputs.tensors)
     for name in FIELDS:
         torch.testing.assert_close(getattr(parts, name), getattr(whole, name))

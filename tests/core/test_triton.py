@@ -70,6 +70,7 @@ def test_tune_needs_a_gpu(capsys):
 
 
 @pytest.mark.process
+@pytest.mark.slow
 def test_gpu_bench_writes_its_file(tmp_path):
     out = tmp_path / "bench.json"
     command = ("benchmarks/gpu_bench.py", "--device", "cpu", "--shapes", "tiny", "--out", out)

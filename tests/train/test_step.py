@@ -103,6 +103,7 @@ def test_the_baseline(tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("no_report")
+@pytest.mark.slow
 def test_half_precision_and_compilation(tmp_path, monkeypatch, capsys):
     options, dtypes, compiled = [*SMALL, "--epochs", "1"], set(), []
     poses, compile_ = CapsNet.class_poses, torch.compile
