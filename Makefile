@@ -23,7 +23,7 @@ PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dis
 ROUTING_TESTS := tests/core/test_dynamic_routing.py
 
 quick: lint
-	$(PYTEST) -m "not (compiler or process or train or emulated or static or slow)"
+	$(PYTEST) -m "not (compiler or process or train or exhaustive or emulated or static or slow)"
 
 test: $(READY)
 	$(PYTEST) -m "not (emulated or static or slow)"

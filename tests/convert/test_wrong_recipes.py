@@ -10,6 +10,8 @@ from torch import nn
 
 from fastcaps.convert import Recipe
 
+pytestmark = pytest.mark.exhaustive
+
 
 def flips(recipe, T):
     """Every field with another value; some have several."""

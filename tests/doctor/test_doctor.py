@@ -29,6 +29,8 @@ from fastcaps.doctor import FINE, SUSPICIOUS, UNKNOWN, WRONG, examine
 from fastcaps.doctor.targets import random_sample
 from fastcaps.losses import margin_loss
 
+pytestmark = pytest.mark.train
+
 
 @pytest.mark.parametrize("name", KNOWN)
 def test_published_networks_have_the_mistakes_that_are_known_of_them(name):
