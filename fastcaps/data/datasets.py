@@ -1,8 +1,9 @@
 """Published data sets as tensors, one function each."""
 
+import functools
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from fastcaps.data.sources import (
     Source,
     fetch,
     find_file,
+    first_whole,
     not_found,
     read_idx,
     read_members,
@@ -148,7 +150,8 @@ def mnist(root: str | os.PathLike[str], *, download: bool = False) -> Dataset:
     Args:
         root: the folder with the four idx files, each as it is or as ``.gz``; ``root/mnist`` and ``root/MNIST/raw`` are
             looked into as well.
-        download: fetch what is missing from the published address, into ``root/mnist``; checksums are those published.
+        download: fetch what is missing or broken from the published address, into ``root/mnist``; checksums are those
+            published.
 
     Returns:
         A :class:`Dataset` with images ``[60000, 1, 28, 28]`` and ``[10000, 1, 28, 28]``.
@@ -185,7 +188,7 @@ def cifar10(root: str | os.PathLike[str], *, download: bool = False) -> Dataset:
 
     Args:
         root: the folder with ``data_batch_1.bin`` ... ``test_batch.bin``, or with ``cifar-10-binary.tar.gz``.
-        download: fetch the archive from the published address into ``root`` if it is missing.
+        download: fetch the archive from the published address into ``root`` if it is missing or broken.
 
     Returns:
         A :class:`Dataset` with images ``[50000, 3, 32, 32]`` and ``[10000, 3, 32, 32]``.
@@ -195,25 +198,34 @@ def cifar10(root: str | os.PathLike[str], *, download: bool = False) -> Dataset:
         ValueError: a file has the wrong size or checksum, or a label is out of range.
         OSError: the download failed.
     """
-    contents = _cifar10_files(Path(root), download)
-    parts = [_cifar10_images(name, content) for name, content in zip(CIFAR10_FILES, contents, strict=True)]
-    images, labels = zip(*parts, strict=True)
+    images, labels = zip(*_cifar10_parts(Path(root), download), strict=True)
     return Dataset(torch.cat(images[:5]), torch.cat(labels[:5]), images[5], labels[5], 10)
 
 
-def _cifar10_files(root: Path, download: bool) -> list[bytes]:
-    """The contents of the six files, plain or from the archive."""
-    folders = [root, root / "cifar-10-batches-bin"]
+def _cifar10_parts(root: Path, download: bool) -> list[tuple[Tensor, Tensor]]:
+    """Images and labels of the six files: plain, from the archive, or from a download where these are broken."""
+    (archive,), folders = CIFAR10.files, [root, root / "cifar-10-batches-bin"]
     plain = [path for name in CIFAR10_FILES if (path := find_file(name, folders))]
-    if len(plain) == len(CIFAR10_FILES):
-        return [path.read_bytes() for path in plain]
-    (archive,) = CIFAR10.files
-    if download and not (root / archive).is_file():
+    zipped = find_file(archive, folders)
+
+    def fetched() -> list[bytes]:
         fetch(CIFAR10, archive, root)
-    path = find_file(archive, folders)
-    if path is None:
+        return read_members(root / archive, CIFAR10_FILES)
+
+    readers: list[Callable[[], list[bytes]]] = []
+    if len(plain) == len(CIFAR10_FILES):
+        readers.append(lambda: [path.read_bytes() for path in plain])
+    if zipped is not None:
+        readers.append(lambda: read_members(zipped, CIFAR10_FILES))
+    if download:
+        readers.append(fetched)
+    if not readers:
         raise not_found([*CIFAR10_FILES, f"or {archive} with all of them"], folders)
-    return read_members(path, CIFAR10_FILES)
+
+    def parts(read: Callable[[], list[bytes]]) -> list[tuple[Tensor, Tensor]]:
+        return [_cifar10_images(name, content) for name, content in zip(CIFAR10_FILES, read(), strict=True)]
+
+    return first_whole([functools.partial(parts, read) for read in readers])
 
 
 def _cifar10_images(name: str, content: bytes) -> tuple[Tensor, Tensor]:
@@ -225,42 +237,49 @@ def _cifar10_images(name: str, content: bytes) -> tuple[Tensor, Tensor]:
 
 
 def _idx_dataset(root: Path, places: Sequence[str], source: Source, num_classes: int, download: bool) -> Dataset:
-    paths = _idx_files(source, [root / place for place in places], download)
-    train_images, train_labels = _idx_part(paths[0], paths[1], num_classes)
-    test_images, test_labels = _idx_part(paths[2], paths[3], num_classes)
+    files = _idx_files(source, [root / place for place in places], download)
+    (train, _), (labels, _), (test, _), _ = files
+    train_images, train_labels = _idx_part(*files[:2], num_classes)
+    test_images, test_labels = _idx_part(*files[2:], num_classes)
     whose = WHOSE_LABELS.get(hashlib.md5(train_labels.byte().numpy().data, usedforsecurity=False).hexdigest())
     if whose not in (None, places[0]):
-        raise ValueError(f"{paths[1]} is of {whose}, not of {places[0]}")
+        raise ValueError(f"{labels} is of {whose}, not of {places[0]}")
     if train_images.shape[1:] != test_images.shape[1:]:
-        raise ValueError(f"{paths[0]} and {paths[2]} hold images of different sizes")
+        raise ValueError(f"{train} and {test} hold images of different sizes")
     return Dataset(train_images, train_labels, test_images, test_labels, num_classes)
 
 
-def _idx_files(source: Source, folders: Sequence[Path], download: bool) -> list[Path]:
-    """Training images and labels, test images and labels, each plain or zipped; a download goes to the first folder."""
+def _idx_files(source: Source, folders: Sequence[Path], download: bool) -> list[tuple[Path, Tensor]]:
+    """Training images and labels, test images and labels, each plain or zipped, with the file it was found in.
 
-    def find(name: str) -> Path | None:
-        return find_file(name.removesuffix(".gz"), folders) or find_file(name, folders)
+    A download, into the first folder, is for what is missing or broken.
+    """
 
-    if download:
-        for name in source.files:
-            if find(name) is None:
-                fetch(source, name, folders[0])
-    found = {name: find(name) for name in source.files}
-    if missing := [f"{name} (or without .gz)" for name, path in found.items() if path is None]:
+    def read(path: Path, fetched: bool = False) -> tuple[Path, Tensor]:
+        if fetched:
+            fetch(source, path.name, path.parent)
+        return path, read_idx(path)
+
+    readers, missing = [], []
+    for name in source.files:
+        places = [folder / own for own in (name.removesuffix(".gz"), name) for folder in folders]
+        local = [functools.partial(read, path) for path in places if path.is_file()]
+        readers.append([*local, *([functools.partial(read, folders[0] / name, fetched=True)] if download else [])])
+        if not readers[-1]:
+            missing.append(f"{name} (or without .gz)")
+    if missing:
         raise not_found(missing, folders)
-    return [path for path in found.values() if path is not None]
+    return [first_whole(several) for several in readers]
 
 
-def _idx_part(images: Path, labels: Path, num_classes: int) -> tuple[Tensor, Tensor]:
-    x, y = read_idx(images), read_idx(labels)
+def _idx_part(images: tuple[Path, Tensor], labels: tuple[Path, Tensor], num_classes: int) -> tuple[Tensor, Tensor]:
+    (images_file, x), (labels_file, y) = images, labels
     if x.dim() != 3 or y.dim() != 1 or len(x) != len(y):
-        raise ValueError(
-            f"{images} must hold images [N, H, W] and {labels} labels [N], got {list(x.shape)} and {list(y.shape)}"
-        )
-    if not len(x):
-        raise ValueError(f"{images} holds no image")
-    return x[:, None].float() / 255, _labels(y, num_classes, str(labels))
+        shapes = f"{list(x.shape)} and {list(y.shape)}"
+        raise ValueError(f"{images_file} must hold images [N, H, W] and {labels_file} labels [N], got {shapes}")
+    if not x.numel():
+        raise ValueError(f"{images_file} holds no image")
+    return x[:, None].float() / 255, _labels(y, num_classes, str(labels_file))
 
 
 def _labels(labels: Tensor, num_classes: int, name: str) -> Tensor:

@@ -18,7 +18,8 @@ def image_folder(root: str | os.PathLike[str], *, channels: int | None = None) -
     """Images of one's own: ``root/train/CLASS/*.png`` and ``root/test/CLASS/*.png`` (or jpg, bmp, webp).
 
     Args:
-        root: the folder. The classes are the folders in ``train``, in alphabetical order.
+        root: the folder. The classes are the folders in ``train``, in alphabetical order; hidden files and folders
+            (``.DS_Store``, ``__MACOSX``) do not count.
         channels: 1 for grey, 3 for colour; None: 1 if all images are grey.
 
     Returns:
@@ -60,12 +61,16 @@ def _class_names(root: Path) -> list[str]:
         if not (root / part).is_dir():
             raise FileNotFoundError(f"there is no folder {str(root / part)!r} (wanted: {part}/CLASS/*.png)")
     train, test = (
-        {path.name for path in (root / part).iterdir() if path.is_dir() and not path.name.startswith(".")}
-        for part in PARTS
+        {path.name for path in (root / part).iterdir() if path.is_dir() and not _hidden(path)} for part in PARTS
     )
     if unknown := test - train:
         raise ValueError(f"classes in test but not in train: {', '.join(sorted(unknown))}")
     return sorted(train)
+
+
+def _hidden(path: Path) -> bool:
+    """What systems and programs put beside one's own files: .DS_Store, ._1.png, .ipynb_checkpoints, __MACOSX."""
+    return path.name.startswith(".") or path.name == "__MACOSX"
 
 
 def _files(folder: Path, classes: Sequence[str]) -> list[tuple[Path, int]]:
@@ -74,7 +79,7 @@ def _files(folder: Path, classes: Sequence[str]) -> list[tuple[Path, int]]:
         (path, label)
         for label, name in enumerate(classes)
         for path in sorted((folder / name).glob("*"))
-        if path.suffix.lower() in IMAGE_SUFFIXES
+        if path.suffix.lower() in IMAGE_SUFFIXES and not _hidden(path)
     ]
     if not files:
         raise FileNotFoundError(f"there is no image in {str(folder)!r} (wanted: {folder.name}/CLASS/*.png)")

@@ -2,23 +2,29 @@
 
 import gzip
 import hashlib
+import http.client
+import math
 import os
 import struct
 import tarfile
-import urllib.error
 import urllib.request
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastcaps._atomic import whole_file
 from fastcaps._deprecated import FormerTuple
 
+T = TypeVar("T")
+
 BLOCK = 2**16  # bytes of a download that are read at once
+TIMEOUT = 60  # seconds without a byte
 
 
 @dataclass(frozen=True)
@@ -83,16 +89,9 @@ def read_idx(path: str | os.PathLike[str]) -> Tensor:
         )
     shape = struct.unpack(f">{content[3]}I", content[4 : 4 + 4 * content[3]])
     data = content[4 + 4 * content[3] :]
-    wanted = 1
-    for size in shape:
-        wanted *= size
-    if len(data) != wanted:
+    if len(data) != math.prod(shape) or math.prod(max(size, 1) for size in shape) >= 2**63:
         raise ValueError(f"{path} says that it holds {' x '.join(map(str, shape))} bytes, but it holds {len(data)}")
-    return (
-        torch.frombuffer(bytearray(data), dtype=torch.uint8).view(shape)
-        if data
-        else torch.empty(shape, dtype=torch.uint8)
-    )
+    return torch.from_numpy(np.frombuffer(bytearray(data), np.uint8)).view(shape)
 
 
 def find_file(name: str, folders: Iterable[Path]) -> Path | None:
@@ -104,6 +103,21 @@ def not_found(names: Sequence[str], folders: Sequence[Path]) -> FileNotFoundErro
     """An error that says which files are not there, and where they were looked for."""
     places = ", ".join(str(folder) for folder in folders)
     return FileNotFoundError(f"missing: {', '.join(names)}; looked for in {places}; download=True (--download) fetches")
+
+
+def first_whole(readers: Sequence[Callable[[], T]]) -> T:
+    """What the first reader gives that does not find its file broken.
+
+    Raises:
+        ValueError: all are broken.
+    """
+    errors = []
+    for read in readers:
+        try:
+            return read()
+        except ValueError as error:
+            errors.append(str(error))
+    raise ValueError("; ".join(errors))
 
 
 def read_members(archive: Path, names: Sequence[str]) -> list[bytes]:
@@ -139,13 +153,22 @@ def fetch(source: Source, name: str, root: Path) -> None:
     root.mkdir(parents=True, exist_ok=True)
     address = source.address + name
     digest = hashlib.md5(usedforsecurity=False)  # against accidents: the publishers give no other
-    own = f".{os.getpid()}.partial"  # the processes of one run may fetch at the same time
+    with whole_file(root / name) as file:
+        for block in _blocks(address):
+            digest.update(block)
+            file.write(block)
+        if digest.hexdigest() != source.files[name]:
+            raise ValueError(f"{address} has the MD5 sum {digest.hexdigest()}, not {source.files[name]}: not kept")
+
+
+def _blocks(address: str) -> Iterator[bytes]:
+    """What a server sends, block by block; every failure of the network is an OSError that names the address."""
     try:
-        with whole_file(root / name, suffix=own) as file, urllib.request.urlopen(address, timeout=60) as response:
+        with urllib.request.urlopen(address, timeout=TIMEOUT) as response:
             while block := response.read(BLOCK):
-                digest.update(block)
-                file.write(block)
-            if digest.hexdigest() != source.files[name]:
-                raise ValueError(f"{address} has the MD5 sum {digest.hexdigest()}, not {source.files[name]}: not kept")
-    except (urllib.error.URLError, TimeoutError, ConnectionError, EOFError) as error:
-        raise OSError(f"{address} cannot be fetched: {error}") from error
+                yield block
+            if missing := getattr(response, "length", 0):  # http.client takes an early end for the end of the file
+                raise ConnectionError(f"it broke off with {missing} bytes to come")
+    except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: a redirection to no address
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise OSError(f"{address} cannot be fetched: {reason}") from error

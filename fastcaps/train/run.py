@@ -1,5 +1,6 @@
 """Training runs: start, resumption and what they leave. The loop is Lightning's."""
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -17,12 +18,13 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasti
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from fastcaps._atomic import write_whole
+from fastcaps._atomic import named, write_whole
 from fastcaps._version import __version__
 from fastcaps.data import Dataset, MultiMNIST
 from fastcaps.models.network import Network
 from fastcaps.train.batches import Batches
 from fastcaps.train.callbacks import Keeper, Pictures, Progress, WholeFiles
+from fastcaps.train.lock import locked
 from fastcaps.train.module import LOG_STEPS, PROBES, Diverged, Training, build_network
 from fastcaps.train.report import write_report
 from fastcaps.train.samples import Samples, fingerprint, load_data
@@ -137,9 +139,15 @@ def train(given: dict[str, Any], out: Path, *, resume: bool = False, overwrite: 
         ValueError: settings, data or checkpoint are not what they should be.
         Diverged: the loss or the gradient was not finite.
         Interrupted: Ctrl-C or SIGTERM came; the checkpoint is written.
+        BlockingIOError: a run is going on in ``out``.
         OSError: something cannot be read or written.
     """
     first = getattr(rank_zero_only, "rank", 0) == 0
+    with locked(out) if first else contextlib.nullcontext(), named(out):
+        _train(given, out, first=first, resume=resume, overwrite=overwrite)
+
+
+def _train(given: dict[str, Any], out: Path, *, first: bool, resume: bool, overwrite: bool) -> None:
     if first and (held := _held(out)) and not (resume or overwrite):
         names = ", ".join(path.name for path in held)
         raise FileExistsError(f"{out} holds a run ({names}): --resume goes on, --overwrite begins anew")
@@ -163,6 +171,7 @@ def train(given: dict[str, Any], out: Path, *, resume: bool = False, overwrite: 
         trainer.fit(module.train(), val_dataloaders=tests, ckpt_path=last if going_on else None, weights_only=True)
     if trainer.is_global_zero:
         network.save(out / "model.safetensors", run=config)
+        (out / "report.html").unlink(missing_ok=True)  # of the run before it was made longer
         write_report(out)
         print(f"{out / 'model.safetensors'} and {out / 'report.html'} are written")
 
@@ -187,12 +196,10 @@ def _module(
 
 
 def _begin(out: Path, config: dict[str, Any], resume: bool) -> None:
-    """Write ``config.json``, then delete what the folder holds of another run, or of the end of a run that goes on."""
-    out.mkdir(parents=True, exist_ok=True)
+    """Write ``config.json``, then delete what the folder holds of another run."""
     write_whole(out / "config.json", json.dumps(config, indent=1).encode())  # before anything is deleted
-    stale = [out / "model.safetensors", out / "report.html"]  # of a run that is made longer
-    for path in _held(out):
-        if path in stale or (not resume and path.name != "config.json"):
+    for path in _held(out) if not resume else ():
+        if path.name != "config.json":
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

@@ -76,6 +76,15 @@ WRONG_FILES = {
     "too short": ({NAMES[0]: gzip.compress(idx(torch.zeros(6, 5, 4))[:-1])}, "holds 6 x 5 x 4 bytes, but it holds 119"),
     "other count": ({NAMES[1]: gzip.compress(idx(torch.zeros(5)))}, r"got \[6, 5, 4\] and \[5\]"),
     "swapped": ({NAMES[0]: gzip.compress(idx(torch.zeros(6)))}, r"must hold images \[N, H, W\]"),
+    "sizes that overflow": (
+        {NAMES[0]: gzip.compress(b"\0\0\x08\x04" + struct.pack(">4I", 2**31, 2**31, 4, 0))},
+        "says that",
+    ),
+    "images of no size": ({NAMES[0]: gzip.compress(idx(torch.zeros(6, 0, 4)))}, "holds no image"),
+    "many axes": (
+        {NAMES[0]: gzip.compress(b"\0\0\x08\xff" + struct.pack(">255I", *[1] * 255) + b"a")},
+        "must hold images",
+    ),
     "other size": ({NAMES[2]: gzip.compress(idx(torch.zeros(4, 5, 5)))}, "images of different sizes"),
 }
 
@@ -112,7 +121,7 @@ def cifar_files(folder: Path, wrong: dict[str, bytes] | None = None) -> dict[str
     return contents
 
 
-def test_cifar10_files_and_archive(tmp_path):
+def test_cifar10_files_and_archive(tmp_path, monkeypatch):
     contents = cifar_files(tmp_path)
     d = cifar10(tmp_path)
     assert (d.train_images.shape, d.test_images.shape) == ((50_000, 3, 32, 32), (10_000, 3, 32, 32))
@@ -127,10 +136,12 @@ def test_cifar10_files_and_archive(tmp_path):
             tar.addfile(member, io.BytesIO(content))
     assert torch.equal(cifar10(other).test_images, d.test_images)
     assert [path.name for path in other.iterdir()] == ["cifar-10-binary.tar.gz"]  # nothing was unpacked
-    broken = (other / "cifar-10-binary.tar.gz").read_bytes()[:1000]
-    (other / "cifar-10-binary.tar.gz").write_bytes(broken)
+    whole = (other / "cifar-10-binary.tar.gz").read_bytes()
+    (other / "cifar-10-binary.tar.gz").write_bytes(whole[:1000])
     with pytest.raises(ValueError, match="is broken"):
         cifar10(other)
+    monkeypatch.setattr(datasets, "fetch", lambda source, name, root: (root / name).write_bytes(whole))
+    assert torch.equal(cifar10(other, download=True).test_images, d.test_images)
     cifar_files(tmp_path, {"test_batch.bin": b"short"})
     with pytest.raises(ValueError, match=r"test_batch.bin must have 10000 x 3073 bytes, got 5"):
         cifar10(tmp_path)

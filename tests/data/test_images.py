@@ -60,6 +60,16 @@ def test_image_folder(tmp_path):
     assert image_folder(tmp_path, channels=1).test_images.shape == (3, 1, 3, 4)
 
 
+def test_hidden_files_in_image_folders_do_not_count(tmp_path):
+    for name in ("train/ant/1.png", "test/ant/1.png", "train/ant/.ipynb_checkpoints/1-checkpoint.png"):
+        picture(tmp_path / name)
+    (tmp_path / "train" / "__MACOSX" / "ant").mkdir(parents=True)
+    for name in ("train/ant/._1.png", "train/__MACOSX/._ant", "test/ant/Thumbs.db", "test/ant/.DS_Store", "train/.png"):
+        (tmp_path / name).write_bytes(b"no image")
+    d = image_folder(tmp_path)
+    assert (d.class_names, d.num_train, d.num_test) == (("ant",), 1, 1)
+
+
 def test_image_folders_that_are_wrong(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"there is no folder .*train"):
         image_folder(tmp_path)

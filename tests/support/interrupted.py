@@ -54,8 +54,10 @@ def at_write(at: int) -> None:
 
     def hook(path, content):
         if Path(path).name == "last.ckpt" and next(count) == at:
-            Path(f"{path}.partial").write_bytes(content[: len(content) // 2])
-            stop()
+            with _atomic.whole_file(path) as file:
+                file.write(content[: len(content) // 2])
+                file.flush()
+                stop()
         write(path, content)
 
     callbacks.write_whole = hook

@@ -53,6 +53,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(whole, tmp_path, monkeypat
     if status == 130:
         assert f"to go on: fastcaps train --resume --out {tmp_path / 'run'}" in errors
     assert not (tmp_path / "run" / "model.safetensors").exists()
+    assert (tmp_path / "run" / "run.lock").exists() == (status != 130)  # of a killed process; it keeps nobody out
     steps = counted_steps(monkeypatch)
     assert train(tmp_path / "run", "--resume") == 0
     assert len(steps) == 33 - kept
@@ -61,6 +62,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(whole, tmp_path, monkeypat
     best = [load_file(out / "best.safetensors") for out in (whole, tmp_path / "run")]
     assert all(torch.equal(best[0][name], best[1][name]) for name in best[0])
     assert not list((tmp_path / "run").glob("*.partial"))
+    assert not (tmp_path / "run" / "run.lock").exists()
 
 
 @pytest.mark.usefixtures("no_report")
@@ -84,6 +86,21 @@ def test_a_finished_run_can_be_made_longer(tmp_path, monkeypatch, capsys, precis
 
 
 @pytest.mark.usefixtures("no_report")
+def test_the_old_model_stays_until_the_longer_run_has_its_own(tmp_path, monkeypatch):
+    assert train(tmp_path, *SMALL, "--epochs", "1", "--schedule", "constant") == 0
+    (tmp_path / "report.html").write_text("of the old model")
+    before = (tmp_path / "model.safetensors").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(callbacks.Keeper, "on_train_start", lambda self, *_: setattr(self, "interrupted", True))
+        assert train(tmp_path, "--resume", "--epochs", "2") == 130
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    assert (tmp_path / "report.html").exists()
+    assert train(tmp_path, "--resume") == 0
+    assert (tmp_path / "model.safetensors").read_bytes() != before
+    assert not (tmp_path / "report.html").exists()  # a report that could not be written is not another model's
+
+
+@pytest.mark.usefixtures("no_report")
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, capsys):
     assert train(tmp_path / "run", *SMALL, "--epochs", "1", "--schedule", "constant") == 0
     before = (tmp_path / "run" / "last.ckpt").read_bytes()
@@ -93,7 +110,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, capsys):
         assert train(tmp_path / "run", "--resume", "--epochs", "2") == 1
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert os.strerror(errno.EFBIG) in capsys.readouterr().err
+    assert f"{os.strerror(errno.EFBIG)}: '{tmp_path / 'run' / 'last.ckpt'}'" in capsys.readouterr().err
     assert (tmp_path / "run" / "last.ckpt").read_bytes() == before
     assert not list((tmp_path / "run").glob("*.partial"))
     assert train(tmp_path / "run", "--resume") == 0
