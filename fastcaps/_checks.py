@@ -20,8 +20,9 @@ def check_int(name: str, value: Any, least: int) -> None:
     """Raise unless ``value`` is an int of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
+    if not least <= value < 2**63:
+        wanted = f"at least {least}" if value < least else "below 2^63"
+        raise ValueError(f"{name} must be {wanted}, got {value}")
 
 
 def check_positive(**sizes: Any) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastcaps._version import __version__
-from fastcaps.train.settings import RENAMED, Settings, hint, kind_of, known_settings, option, read_settings
+from fastcaps.train.settings import RENAMED, Settings, hint, kind_of, option, read_settings, run_settings
 
 OLD_OPTIONS = {option(old): new for old, new in RENAMED.items()}  # of version 0.1, until 0.3
 
@@ -162,8 +162,8 @@ def evaluate(model: Path, data: str | None, root: str | None, download: bool | N
 
     run = describe(model).get("run", {})
     changed = {"data": data, "root": root, "download": download}
-    given = {name: value for name, value in changed.items() if value is not None} | {"backend": backend}
-    settings = Settings(**(known_settings(run.get("settings", {}), str(model)) | given))
+    given: dict[str, Any] = {name: value for name, value in changed.items() if value is not None}
+    settings = dataclasses.replace(run_settings(run.get("settings", {}), str(model)), **given, backend=backend)
     network, samples = load_for(model, settings)
     found = tested(network, settings, samples)
     wrong = round(found.error * len(found.labels) / 100)

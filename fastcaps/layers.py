@@ -12,6 +12,7 @@ from fastcaps._checks import check_choice, check_floating, check_int, check_like
 from fastcaps._deprecated import once_positional, renamed_arguments, warn_renamed
 from fastcaps.functional import squash
 from fastcaps.routing import RoutingTrace, dynamic_routing, routing_trace
+from fastcaps.routing.conventions import Convention
 from fastcaps.routing.dynamic.api import check_prior
 
 PRIMARY_LAYOUTS = ("capsule-major", "dimension-major", "flat")
@@ -171,10 +172,11 @@ class CapsuleLayer(nn.Module):
         check_choice("share_weight", share_weight, SHARE_WEIGHT)
         if not callable(routing):
             raise TypeError(f"routing must be a function, got {routing!r}")
-        if routing is dynamic_routing:
-            unknown = routing_options.keys() - {"leaky", "detach", "eps", "backend"}
-            if unknown:
+        if routing is dynamic_routing or isinstance(routing, Convention):
+            known = {"leaky", "detach", "eps"} | ({"backend"} if routing is dynamic_routing else set())
+            if unknown := routing_options.keys() - known:
                 raise TypeError(f"CapsuleLayer has no option {', '.join(sorted(unknown))}")
+            check_number("eps", routing_options.get("eps", 0.0))
         if learn_prior and routing_options.get("detach"):
             raise ValueError("learn_prior needs detach=False: with constant coupling the prior gets no gradient")
         self.in_capsules, self.in_dim = in_capsules, in_dim

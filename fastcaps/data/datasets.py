@@ -237,15 +237,14 @@ def _cifar10_images(name: str, content: bytes) -> tuple[Tensor, Tensor]:
 
 
 def _idx_dataset(root: Path, places: Sequence[str], source: Source, num_classes: int, download: bool) -> Dataset:
-    files = _idx_files(source, [root / place for place in places], download)
-    (train, _), (labels, _), (test, _), _ = files
-    train_images, train_labels = _idx_part(*files[:2], num_classes)
-    test_images, test_labels = _idx_part(*files[2:], num_classes)
+    train, labels, test, test_labels_file = _idx_files(source, [root / place for place in places], download)
+    train_images, train_labels = _idx_part(train, labels, num_classes)
+    test_images, test_labels = _idx_part(test, test_labels_file, num_classes)
     whose = WHOSE_LABELS.get(hashlib.md5(train_labels.byte().numpy().data, usedforsecurity=False).hexdigest())
     if whose not in (None, places[0]):
-        raise ValueError(f"{labels} is of {whose}, not of {places[0]}")
+        raise ValueError(f"{labels[0]} is of {whose}, not of {places[0]}")
     if train_images.shape[1:] != test_images.shape[1:]:
-        raise ValueError(f"{train} and {test} hold images of different sizes")
+        raise ValueError(f"{train[0]} and {test[0]} hold images of different sizes")
     return Dataset(train_images, train_labels, test_images, test_labels, num_classes)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fastcaps._checks import check_positive
+from fastcaps._checks import check_number, check_positive
 from fastcaps.losses import cross_entropy_loss
 from fastcaps.models.network import Network, at_least_float32, check_image_shape, check_images
 
@@ -51,6 +51,7 @@ class CNN(Network):
         self.config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         self.image_shape = C, H, W = check_image_shape(image_shape)
         check_positive(num_classes=num_classes)
+        check_number("dropout", dropout)
         check_positive(**{f"channels[{n}]": width for n, width in enumerate(channels)})
         check_positive(**{f"units[{n}]": width for n, width in enumerate(units)})
         self.num_classes = num_classes

@@ -1,8 +1,11 @@
 """The base class of the networks: files without pickle, and what training asks of a network."""
 
 import dataclasses
+import hashlib
+import inspect
 import json
 import os
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,14 +15,19 @@ from torch import Tensor, nn
 
 from fastcaps._atomic import write_whole
 from fastcaps._checks import check_like, check_positive
+from fastcaps._reading import one_line, parsed_json
 from fastcaps._version import __version__
-from fastcaps.routing import RoutingTrace
+from fastcaps.layers import CapsuleLayer
+from fastcaps.routing import RoutingTrace, dynamic_routing
 from fastcaps.routing.conventions import Convention
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 METADATA = "fastcaps"  # under this key a file says what it holds
+CHECKSUM = "sha256"  # and under this one, of what
+OF_A_MACHINE = {"backend", "device", "dtype"}  # options that are decided where a file is read
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Network(nn.Module):
@@ -105,15 +113,16 @@ class Network(nn.Module):
         """
         from safetensors.torch import save
 
-        config = {name: value for name, value in self.config.items() if name != "backend"}  # this machine's choice
+        config = {name: value for name, value in self.config.items() if name not in OF_A_MACHINE}
         routing = config.get("routing")
         if isinstance(routing, Convention):
             config["routing"] = dataclasses.asdict(routing)
         elif routing is not None:
             raise TypeError(f"routing={routing!r} cannot be saved: only what fastcaps knows can")
         described = {"model": type(self).__name__, "version": __version__, "config": config}
-        metadata = {METADATA: json.dumps(described | ({"run": run} if run else {}))}
-        write_whole(path, save({k: v.contiguous() for k, v in self.state_dict().items()}, metadata))
+        text = json.dumps(described | ({"run": run} if run else {}))
+        state = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+        write_whole(path, save(state, {METADATA: text, CHECKSUM: _checksum(text, state)}))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> "Self":
@@ -125,7 +134,7 @@ class Network(nn.Module):
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it is no safetensors file, or not one of such a network.
+            ValueError: it is no safetensors file, is damaged, or not of such a network.
 
         Example:
             >>> import tempfile
@@ -135,27 +144,71 @@ class Network(nn.Module):
             ...     CapsNet.load(f"{folder}/model.safetensors").capsules.routing_options
             {'detach': True}
         """
-        from safetensors import SafetensorError, safe_open
-
-        described = describe(path)
+        described, name = describe(path), os.fspath(path)
         if described["model"] not in (names := [kind.__name__ for kind in (cls, *cls.__subclasses__())]):
             wanted = " or ".join(name for name in names if name != "Network")
-            raise ValueError(f"{os.fspath(path)!r} holds a fastcaps.{described['model']}, not a {wanted}")
+            raise ValueError(f"{name!r} holds a fastcaps.{described['model']}, not a {wanted}")
         (kind,) = (kind for kind in (cls, *cls.__subclasses__()) if kind.__name__ == described["model"])
-        try:
-            with safe_open(path, "pt", device=str(device)) as file:
-                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-        except SafetensorError as error:
-            raise ValueError(f"{os.fspath(path)!r} is not a whole safetensors file: {error}") from error
+        state = _read_state(name)
         config = described["config"]
         try:
+            if unknown := OF_A_MACHINE & config.keys():
+                raise ValueError(f"{', '.join(sorted(unknown))} is nothing that a file can say")
             if "routing" in config:
                 config["routing"] = Convention(**config["routing"])
-            network = kind(**config).to(device, next(iter(state.values())).dtype)
-            network.load_state_dict(state)
-        except (RuntimeError, TypeError, StopIteration) as error:
-            raise ValueError(f"{os.fspath(path)!r}: weights and configuration do not fit: {error}") from error
-        return network
+            with torch.device("meta"):  # no size that the configuration names takes memory before the weights fit it
+                network = kind(**config)
+            _check_flags(config, kind)
+            _check_shapes(state, network.state_dict())
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # of constructors, by what is wrong
+            raise ValueError(f"{name!r}: weights and configuration do not fit: {one_line(error)}") from error
+        network.load_state_dict(state, assign=True)
+        return network.to(device, next(iter(state.values())).dtype)
+
+
+def _read_state(name: str) -> dict[str, Tensor]:
+    """The tensors of a file, which must be those that were written."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(name, "pt") as file:
+            state = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 - no mapping
+            metadata = file.metadata() or {}
+    except (SafetensorError, RuntimeError, TypeError) as error:  # RuntimeError, TypeError: dtypes unknown to torch
+        raise ValueError(f"{name!r} is not a whole safetensors file: {one_line(error)}") from error
+    for key, value in state.items():
+        if value.dtype not in DTYPES:
+            raise ValueError(f"{name!r}: {key} is {value.dtype}, which no network of fastcaps has")
+    # Version 0.1 wrote no checksum.
+    if CHECKSUM in metadata and metadata[CHECKSUM] != _checksum(metadata.get(METADATA, ""), state):
+        raise ValueError(f"{name!r} is damaged, or was changed by another program: its checksum is of other contents")
+    return state
+
+
+def _checksum(text: str, state: dict[str, Tensor]) -> str:
+    """The SHA-256 of what a file says and holds."""
+    digest = hashlib.sha256(text.encode())
+    for name, value in sorted(state.items()):
+        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _check_flags(config: dict[str, Any], kind: type[Network]) -> None:
+    """Raise unless what is true or false by default is so in a configuration; constructors take 0 and "no" as well."""
+    for function in (kind, CapsuleLayer, dynamic_routing):
+        for name, parameter in inspect.signature(function).parameters.items():
+            if isinstance(parameter.default, bool) and not isinstance(config.get(name, False), bool):
+                raise ValueError(f"{name} must be true or false, got {reprlib.repr(config[name])}")
+
+
+def _check_shapes(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    """Raise unless the tensors of a file have the names and shapes of a network's."""
+    if other := state.keys() ^ wanted.keys():
+        raise ValueError(f"one of both lacks {', '.join(sorted(other))}")
+    for name, value in state.items():
+        if value.shape != wanted[name].shape:
+            raise ValueError(f"{name} is {list(value.shape)}, not {list(wanted[name].shape)}")
 
 
 def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -179,9 +232,10 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise FileNotFoundError(f"there is no file {os.fspath(path)!r}")
     try:
         with safe_open(path, "pt") as file:
-            described = json.loads((file.metadata() or {}).get(METADATA, "{}"))
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"{os.fspath(path)!r} is not a whole safetensors file: {error}") from error
+            text = (file.metadata() or {}).get(METADATA, "{}")
+    except SafetensorError as error:
+        raise ValueError(f"{os.fspath(path)!r} is not a whole safetensors file: {one_line(error)}") from error
+    described = parsed_json(text, f"what {os.fspath(path)!r} says of itself")
     parts = {"model": str, "config": dict, "run": dict}
     known = isinstance(described, dict) and {"model", "config"} <= described.keys()
     if not known or not all(isinstance(described[part], kind) for part, kind in parts.items() if part in described):

@@ -76,5 +76,11 @@ class Batches:
         return {"epoch": self.epoch, "position": self.position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on at the batch of a :meth:`state_dict`."""
+        """Go on at the batch of a :meth:`state_dict`.
+
+        Raises:
+            ValueError: an epoch has no such batch.
+        """
+        if not 0 <= state["position"] < len(self):
+            raise ValueError(f"position must be from 0 to {len(self) - 1}, got {state['position']}")
         self.epoch, self.position = state["epoch"], state["position"]

@@ -1,7 +1,6 @@
 """Callbacks of a training run: checkpoints, clean stops, pictures, progress."""
 
 import io
-import json
 import signal
 import threading
 from pathlib import Path
@@ -16,8 +15,10 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from fastcaps._atomic import write_whole
+from fastcaps._reading import check_zip, one_line, read_json
 from fastcaps.models import CapsNet
 from fastcaps.train import figures
+from fastcaps.train.checkpoint import check_parts
 from fastcaps.train.module import Training
 
 
@@ -41,15 +42,16 @@ class WholeFiles(TorchCheckpointIO):
         """Read a checkpoint of tensors and plain values.
 
         Raises:
-            ValueError: the file is damaged.
+            FileNotFoundError: there is none.
+            ValueError: the file is damaged, or not of a run.
         """
+        check_zip(path)
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except FileNotFoundError:
-            raise
-        except Exception as error:  # zip, pickle and runtime errors, by where it is damaged
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise ValueError(f"{path} is not a whole checkpoint: {reason}") from error
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # whole, but no checkpoint: what the unpickler says is not documented
+            raise ValueError(f"{path} cannot be read as a checkpoint: {one_line(error)}") from error
+        check_parts(checkpoint, str(path))
+        return checkpoint
 
 
 class Keeper(L.Callback):
@@ -83,7 +85,10 @@ class Keeper(L.Callback):
             ValueError: ``out`` is not one folder for all, or not all were told the same.
         """
         file = self.out / "config.json"
-        same = file.exists() and json.loads(file.read_text()) == self.run
+        try:
+            same = read_json(file) == self.run
+        except (OSError, ValueError):  # told to all, below
+            same = False
         if not trainer.strategy.reduce_boolean_decision(same):
             raise ValueError(f"{file} must be the same for all processes: one folder, on all machines, and one command")
 

@@ -12,6 +12,7 @@ from fastcaps._deprecated import FormerTuple
 from fastcaps.functional import length
 from fastcaps.layers import CapsuleLayer
 from fastcaps.models.network import Network, describe
+from fastcaps.routing import dynamic_routing
 from fastcaps.train.samples import Samples, load_data
 from fastcaps.train.settings import Settings
 
@@ -125,14 +126,26 @@ def load_for(model: str | os.PathLike[str], settings: Settings) -> tuple[Network
             f"{os.fspath(model)!r} takes images {network.image_shape} of {network.num_classes} classes, but "
             f"{settings.data} has {data.image_shape} of {data.num_classes}"
         )
-    trained_on = describe(model).get("run", {}).get("data", {}).get("class names", [])
-    names = list(data.class_names)
+    trained_on, names = class_names(model, network.num_classes), list(data.class_names)
     if trained_on and names and trained_on != names:
         raise ValueError(f"{os.fspath(model)!r} knows the classes {', '.join(trained_on)}, not {', '.join(names)}")
     if settings.backend is not None:
         for layer in network.modules():
-            if isinstance(layer, CapsuleLayer):
+            if isinstance(layer, CapsuleLayer) and layer.routing is dynamic_routing:
                 layer.routing_options["backend"] = settings.backend
     return network, Samples(
         data, dataclasses.replace(settings, model=network.kind).resolved(network.image_shape), device
     )
+
+
+def class_names(model: str | os.PathLike[str], num_classes: int) -> list[str]:
+    """The names of the classes that a model's file says it was trained on; none, where it does not say.
+
+    Raises:
+        ValueError: it says something else than a name for each class.
+    """
+    data = describe(model).get("run", {}).get("data", {})
+    names = data.get("class names", []) if isinstance(data, dict) else None
+    if not isinstance(names, list) or not all(isinstance(n, str) for n in names) or len(names) not in (0, num_classes):
+        raise ValueError(f"{os.fspath(model)!r} must name each of its {num_classes} classes, or none")
+    return names

@@ -13,6 +13,7 @@ from torchmetrics import MeanMetric
 from fastcaps.models import CNN, CapsNet
 from fastcaps.models.network import Network
 from fastcaps.train.batches import Batches
+from fastcaps.train.checkpoint import check_state
 from fastcaps.train.evaluation import routing_statistics, wrong_of
 from fastcaps.train.settings import Settings
 
@@ -113,11 +114,31 @@ class Training(L.LightningModule):
         checkpoint["fastcaps"] = self.config
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on at the batch that the checkpoint names."""
+        """Check the checkpoint, and go on at the batch that it names."""
+        check_state(checkpoint, self._state(), str(self._last))
         done = checkpoint["batches"]["epoch"] + (checkpoint["batches"]["position"] > 0)
         if done > self.epochs:
             raise ValueError(f"--epochs {self.epochs}: epoch {done} has begun already")
         self.batches.load_state_dict(checkpoint["batches"])
+
+    @property
+    def _last(self) -> Path:
+        return Path(self.trainer.default_root_dir) / "last.ckpt"
+
+    def _state(self) -> dict[str, Any]:
+        """Parts of a checkpoint, as they would be written now, with a state of the optimizer for each parameter."""
+        made, zero = self.configure_optimizers(), torch.tensor(0.0)
+        moments = {n: {"step": zero, "exp_avg": p, "exp_avg_sq": p} for n, p in enumerate(self.network.parameters())}
+        loop = self.trainer.fit_loop.state_dict()
+        loop["state_dict"]["combined_loader"] = [self.batches.state_dict()]
+        return {
+            "state_dict": self.state_dict(),
+            "optimizer_states": [made["optimizer"].state_dict() | {"state": moments}],
+            "lr_schedulers": [made["lr_scheduler"]["scheduler"].state_dict()],
+            "loops": {"fit_loop": loop},
+            "callbacks": {"Keeper": {"best": 0.0}},
+            "batches": self.batches.state_dict(),
+        }
 
     def on_train_start(self) -> None:
         """Start the clock of images/s, also in the middle of an epoch."""
@@ -160,11 +181,10 @@ class Training(L.LightningModule):
 
     def diverged(self, what: str, images: Tensor) -> None:
         """Raise :class:`Diverged` with everything that helps to find out why; ``images`` are looked at."""
-        last = Path(self.trainer.default_root_dir) / "last.ckpt"
         text = f"step {self.global_step}, epoch {self.current_epoch + 1}: {what}\n"
         if numbers := self.routing_of(images[:PROBES]):
             text += "routing: " + ", ".join(f"{name} {value:.3g}" for name, value in numbers.items()) + "\n"
-        text += f"last good checkpoint: {last if last.exists() else 'none yet'}"
+        text += f"last good checkpoint: {self._last if self._last.exists() else 'none yet'}"
         raise Diverged(text)
 
     def routing_of(self, images: Tensor) -> dict[str, float]:

@@ -4,7 +4,6 @@ import base64
 import csv
 import html
 import io
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +16,14 @@ from torch import Tensor
 
 from fastcaps._atomic import write_whole
 from fastcaps._deprecated import FormerTuple
+from fastcaps._reading import read_json
+from fastcaps._version import __version__
 from fastcaps.models import CapsNet
 from fastcaps.models.network import Network
 from fastcaps.train import figures
 from fastcaps.train.evaluation import Evaluation, confusion_counts, evaluate, load_for, wrong_of
 from fastcaps.train.samples import Samples
-from fastcaps.train.settings import Settings, known_settings
+from fastcaps.train.settings import Settings, run_config
 
 SHOWN = 20  # misclassified images
 
@@ -84,7 +85,8 @@ def read_log(out: Path) -> list[dict[str, float]]:
         out: folder of the run.
     """
     rows: list[dict[str, float]] = []
-    folders = sorted((out / "log").glob("version_*"), key=lambda folder: int(folder.name.split("_")[1]))
+    versions = [int(name) for folder in (out / "log").glob("version_*") if (name := folder.name[8:]).isdecimal()]
+    folders = [out / "log" / f"version_{version}" for version in sorted(versions)]
     for file in (folder / "metrics.csv" for folder in folders):
         read = _read_csv(file) if file.exists() else []
         if read:
@@ -98,8 +100,8 @@ def read_log(out: Path) -> list[dict[str, float]]:
 def _read_csv(file: Path) -> list[dict[str, float]]:
     """The whole rows of a log; a machine that stops may cut the last one."""
     rows = []
-    with file.open(newline="") as lines:
-        whole = [line for line in lines if line.endswith("\n")]
+    with file.open(newline="", errors="replace") as lines:
+        whole = [line for line in lines if line.endswith("\n") and "\0" not in line]
     for row in csv.DictReader(whole):
         try:
             numbers = {name: float(value) for name, value in row.items() if value}
@@ -197,12 +199,12 @@ def write_report(out: Path) -> None:
     Raises:
         FileNotFoundError: the run is not finished, or its data are gone.
     """
-    config = json.loads((out / "config.json").read_text())
-    settings = Settings(**known_settings(config["settings"], f"{out / 'config.json'}"))
+    config = run_config(read_json(out / "config.json"), str(out / "config.json"))
+    settings = Settings(**config["settings"])
     network, samples = load_for(out / "model.safetensors", settings)
     found = evaluate(network, settings, samples)
     rows = read_log(out)
-    sections = [_summary(config, network, found, rows)]
+    sections = [_summary(samples, network, found, rows)]
     sections += [section for section in (_curves(rows), _routing(rows, settings.num_iterations)) if section is not None]
     note = "Rows: true; columns: predicted. Red: mistakes."
     sections.append(Section("Confusion", note, [figures.confusion(confusion_counts(found.scores, found.labels))]))
@@ -213,19 +215,17 @@ def write_report(out: Path) -> None:
     write_page(out / "report.html", f"{settings.model} on {settings.data}: {found.error:.2f} % test error", sections)
 
 
-def _summary(
-    config: dict[str, Any], network: Network, found: Evaluation, rows: Sequence[Mapping[str, float]]
-) -> Section:
+def _summary(samples: Samples, network: Network, found: Evaluation, rows: Sequence[Mapping[str, float]]) -> Section:
     speeds = sorted(row["images/s"] for row in rows if "images/s" in row)
     speed = f"{speeds[len(speeds) // 2]:.0f} (median of the epochs)" if speeds else "not measured"
     table: list[Sequence[Any]] = [
         ("test error", f"{found.error:.2f} %"),
         ("test loss", f"{found.loss:.4f}"),
-        ("test images", config["data"]["test images"]),
+        ("test images", len(found.labels)),
         ("parameters", f"{network.num_parameters():,}"),
         ("images/s in training", speed),
-        ("fastcaps", config["version"]),
+        ("fastcaps", __version__),
     ]
-    if names := config["data"]["class names"]:
+    if names := samples.data.class_names:
         table.append(("classes", ", ".join(f"{n}: {name}" for n, name in enumerate(names))))
     return Section("Summary", "The network as it was after the last epoch.", [table])

@@ -19,6 +19,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from fastcaps._atomic import named, write_whole
+from fastcaps._reading import read_json
 from fastcaps._version import __version__
 from fastcaps.data import Dataset, MultiMNIST
 from fastcaps.models.network import Network
@@ -28,7 +29,7 @@ from fastcaps.train.lock import locked
 from fastcaps.train.module import LOG_STEPS, PROBES, Diverged, Training, build_network
 from fastcaps.train.report import write_report
 from fastcaps.train.samples import Samples, fingerprint, load_data
-from fastcaps.train.settings import FREE, Settings, changes, known_settings
+from fastcaps.train.settings import FREE, Settings, changes, run_config
 
 __all__ = ["Diverged", "check_devices", "launched", "settle", "train"]
 
@@ -83,19 +84,10 @@ def _held(out: Path) -> list[Path]:
 def _config_of(out: Path) -> dict[str, Any] | None:
     """What the run in this folder was told, first of all by its checkpoint; None: nothing is there."""
     if (out / "last.ckpt").exists():
-        where, config = out / "last.ckpt", WholeFiles().load_checkpoint(out / "last.ckpt").get("fastcaps")
-    elif (out / "config.json").exists():
-        where = out / "config.json"
-        try:
-            config = json.loads(where.read_text())
-        except ValueError as error:
-            raise ValueError(f"{where} is damaged: {error}") from error
-    else:
-        return None
-    if not isinstance(config, dict) or not isinstance(config.get("data"), dict):
-        raise ValueError(f"{where} is not of a run of fastcaps train")
-    settings = Settings(**known_settings(config.get("settings"), str(where)))  # what is new since then is as it was
-    return {"settings": dataclasses.asdict(settings), "data": config["data"]}
+        return run_config(WholeFiles().load_checkpoint(out / "last.ckpt")["fastcaps"], str(out / "last.ckpt"))
+    if (out / "config.json").exists():
+        return run_config(read_json(out / "config.json"), str(out / "config.json"))
+    return None
 
 
 def settle(given: dict[str, Any], out: Path, resume: bool) -> tuple[Settings, Dataset | MultiMNIST, dict[str, Any]]:

@@ -2,14 +2,14 @@
 
 import dataclasses
 import difflib
-import json
 import os
+import reprlib
 import typing
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from fastcaps._deprecated import renamed_arguments
+from fastcaps._reading import read_json
 from fastcaps.routing.backend import BACKENDS
 
 DATA = ("digits", "mnist", "fashion-mnist", "cifar10", "multi-mnist", "image-folder")
@@ -97,12 +97,12 @@ class Settings:
 
     def _check_kind(self, field: "dataclasses.Field[Any]") -> None:
         value, kind = getattr(self, field.name), kind_of(field)
-        if type(value) is int and kind is float:
+        if type(value) is int and kind is float and abs(value) < 2**53:
             setattr(self, field.name, value := float(value))
         if value is None and type(None) in typing.get_args(field.type):
             return
         if type(value) is not kind:
-            raise ValueError(f"{option(field.name)} must be {_KINDS[kind]}, got {value!r}")
+            raise ValueError(f"{option(field.name)} must be {_KINDS[kind]}, got {reprlib.repr(value)}")
         if field.metadata["choices"]:
             nearest(str(value), field.metadata["choices"], option(field.name))
 
@@ -211,10 +211,7 @@ def read_settings(path: str | os.PathLike[str], options: Mapping[str, Any]) -> d
         FileNotFoundError: there is no such file.
         ValueError: it is not JSON, or names what is no setting.
     """
-    try:
-        read = json.loads(Path(path).read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a JSON object of settings: {error}") from error
+    read = read_json(path)
     of_run = isinstance(read, dict) and "settings" in read
     settings = known_settings(read["settings"] if of_run else read, str(path))
     decided = {"model": {*_CAPSNET, "loss", "reconstruction"}, "data": BY_IMAGES}
@@ -225,17 +222,46 @@ def read_settings(path: str | os.PathLike[str], options: Mapping[str, Any]) -> d
 
 
 def known_settings(given: Any, where: str) -> dict[str, Any]:
-    """Settings from a file, under their names of today. Names are checked here, values by :class:`Settings`.
+    """Settings from a file, under their names of today.
 
     Raises:
-        ValueError: it is no mapping, or names what is no setting.
+        ValueError: it is no mapping, names what is no setting, or a value is wrong by itself.
     """
     if not isinstance(given, dict):
-        raise ValueError(f"{where} is not a JSON object of settings: {given!r}")
+        raise ValueError(f"{where} is not a JSON object of settings: {reprlib.repr(given)}")
     settings = {RENAMED.get(str(name), str(name)): value for name, value in given.items()}
     for name in settings:
         nearest(name, [field.name for field in dataclasses.fields(Settings)], f"{where}: setting")
+    for name, value in settings.items():
+        try:
+            Settings(**{name: value})
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
     return settings
+
+
+def run_config(read: Any, where: str) -> dict[str, Any]:
+    """What a run was told, from its ``config.json`` or a checkpoint: settings, and what its data were.
+
+    Raises:
+        ValueError: it is not of a run.
+    """
+    if not isinstance(read, dict) or not isinstance(read.get("data"), dict):
+        raise ValueError(f"{where} is not of a run of fastcaps train")
+    return {"settings": dataclasses.asdict(run_settings(read.get("settings"), where)), "data": read["data"]}
+
+
+def run_settings(given: Any, where: str) -> Settings:
+    """All settings of a run, from a file; what is new since then is as it was.
+
+    Raises:
+        ValueError: as :func:`known_settings`, or one does not go with another.
+    """
+    settings = known_settings(given, where)
+    try:
+        return Settings(**settings)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any], free: Iterable[str] = ()) -> list[str]:

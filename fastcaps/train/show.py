@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from fastcaps.data import read_image
-from fastcaps.models.network import Network, describe
+from fastcaps.models.network import Network
 from fastcaps.train import figures
+from fastcaps.train.evaluation import class_names
 from fastcaps.train.report import Section, network_sections, write_page
 
 BEST = 3  # classes that are named for each image
@@ -36,7 +37,7 @@ def show(model: Path, images: Sequence[Path], out: Path) -> list[str]:
     pictures = torch.stack([read_image(path, C, (H, W)) for path in images]).to(network.dtype)
     with torch.no_grad():
         probabilities = network.probabilities(pictures)
-    names = describe(model).get("run", {}).get("data", {}).get("class names") or range(network.num_classes)
+    names = class_names(model, network.num_classes) or range(network.num_classes)
     lines, titles = [], []
     for path, row in zip(images, probabilities, strict=True):
         best = row.topk(min(BEST, len(row)))

@@ -8,8 +8,8 @@ PACKAGE = Path(__file__).parents[2] / "fastcaps"
 
 # A new module goes into a wing. Whoever adds one here says why in the commit.
 FLAT = {
-    "__init__", "__main__", "_atomic", "_axes", "_checks", "_deprecated", "_version", "benchmarking", "cli", "demo",
-    "exactness", "functional", "layers", "losses", "measure", "preload",
+    "__init__", "__main__", "_atomic", "_axes", "_checks", "_deprecated", "_reading", "_version", "benchmarking", "cli",
+    "demo", "exactness", "functional", "layers", "losses", "measure", "preload",
 }  # fmt: skip
 
 

@@ -121,10 +121,12 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, capsys):
     assert train(tmp_path, *SMALL, "--epochs", "1", "--schedule", "constant") == 0
     last = tmp_path / "last.ckpt"
     content = last.read_bytes()
-    for damaged in (content[: len(content) // 2], b"", content[:1000] + b"x" * 1000 + content[2000:]):
+    middle = len(content) // 2
+    flipped = content[:middle] + bytes([content[middle] ^ 0xFF]) + content[middle + 1 :]
+    for damaged in (content[:middle], b"", content[:1000] + b"x" * 1000 + content[2000:], flipped):
         last.write_bytes(damaged)
         assert train(tmp_path, "--resume", "--epochs", "2") == 1
-        assert f"{last} is not a whole checkpoint" in capsys.readouterr().err
+        assert f"{last} is damaged: " in capsys.readouterr().err
     torch.save({"somebody's": 1}, last)
     assert train(tmp_path, "--resume") == 1
     assert f"{last} is not of a run of fastcaps train" in capsys.readouterr().err
