@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 import warnings
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastcaps._reading import check_zip, one_line
 from fastcaps.convert.recipes import Recipe, find_recipe
 from fastcaps.models import CapsNet
 
@@ -91,6 +93,8 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
             state: Any = load_file(name)
         else:
+            if zipfile.is_zipfile(name):  # what torch wrote before version 1.6 is none, and has no checksum
+                check_zip(name)
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"(?:Unsupported|unsupported GLOBAL) [^\n]*", str(error))  # torch adds advice against safety
@@ -100,7 +104,9 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             "model.state_dict()"
         ) from error
     except Exception as error:  # truncated, or no checkpoint at all: many libraries have their own errors
-        raise ValueError(f"{name!r} cannot be read as a checkpoint: {type(error).__name__}: {error}") from error
+        raise ValueError(
+            f"{name!r} cannot be read as a checkpoint: {type(error).__name__}: {one_line(error)}"
+        ) from error
     for key in ("state_dict", "model_state_dict", "model", "net"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]

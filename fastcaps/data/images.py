@@ -1,6 +1,7 @@
 """Image files and image folders as tensors."""
 
 import os
+import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastcaps._reading import one_line
 from fastcaps.data.datasets import Dataset
 
 PARTS = ("train", "test")
@@ -121,7 +123,7 @@ def read_image(
         torch.Size([3, 4, 6])
     """
     try:
-        from PIL import Image, ImageOps, UnidentifiedImageError
+        from PIL import Image, ImageOps
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("reading images needs Pillow: pip install pillow") from error
     try:
@@ -136,8 +138,9 @@ def read_image(
             if size is not None:
                 picture = picture.resize((size[1], size[0]))
             pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is not an image that can be read: {error}") from error
+    # OSError: also of what is no image at all; the others are what Pillow raises for damaged parts of one
+    except (OSError, SyntaxError, TypeError, ValueError, struct.error, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} is not an image that can be read: {one_line(error)}") from error
     return pixels.view(picture.height, picture.width, -1).movedim(2, 0).float() / 255
 
 

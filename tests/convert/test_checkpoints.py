@@ -203,6 +203,18 @@ def test_truncated_files(tmp_path):
             read_state_dict(tmp_path / name)
 
 
+def test_a_changed_byte_in_a_torch_file(tmp_path):
+    file = tmp_path / "a.pt"
+    torch.save(xifengguo.Network(**SMALL).state_dict(), file)
+    content = file.read_bytes()
+    middle = len(content) // 2
+    file.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    with pytest.raises(ValueError, match=r"cannot be read as a checkpoint: .*is not what was written there"):
+        read_state_dict(file)
+    torch.save({"a": torch.ones(2)}, file, _use_new_zipfile_serialization=False)  # as before torch 1.6
+    assert read_state_dict(file)["a"].tolist() == [1, 1]
+
+
 def test_other_errors_of_the_command(tmp_path, capsys):
     out = tmp_path / "out.safetensors"
     assert run(tmp_path / "missing.pt", "--recipe", "xifengguo", "-o", out) == 1

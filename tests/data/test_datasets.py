@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.edits import damaged, fine_or_a_line_about
 from support.image_files import MNIST, NAMES, idx, small_mnist
 
 from fastcaps.data import cifar10, datasets, fashion_mnist, mnist
@@ -95,6 +96,17 @@ def test_wrong_files(name, tmp_path):
     small_mnist(tmp_path, **replaced)
     with pytest.raises(ValueError, match=match):
         mnist(tmp_path)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_damaged_files_are_read_or_refused_in_a_line(tmp_path, zipped):
+    for seed in range(100):
+        contents = list(small_mnist(tmp_path, zipped).items())
+        name, content = contents[seed % 4]
+        header = content if zipped or seed % 2 else content[:16]  # every other edit of plain files hits the sizes
+        (tmp_path / name).write_bytes(damaged(header, seed) + content[len(header) :])
+        with fine_or_a_line_about(tmp_path, f"seed {seed}, {name}"):
+            mnist(tmp_path)
 
 
 @pytest.mark.skipif(not MNIST.exists(), reason="real MNIST is not here")

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.edits import damaged, fine_or_a_line_about
 
 from fastcaps.data import image_folder, read_image
 
@@ -58,6 +59,21 @@ def test_image_folder(tmp_path):
     picture(tmp_path / "test" / "cat" / "4.png", colour=(255, 0, 51))
     assert image_folder(tmp_path).test_images[2, :, 0, 0].tolist() == pytest.approx([1, 0, 0.2])
     assert image_folder(tmp_path, channels=1).test_images.shape == (3, 1, 3, 4)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of damaged EXIF
+@pytest.mark.parametrize("suffix", ["png", "jpg", "bmp", "webp"])
+def test_damaged_images_are_read_or_refused_in_a_line(tmp_path, suffix):
+    from PIL import Image
+
+    path, exif = tmp_path / f"a.{suffix}", Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (9, 7), (200, 30, 90)).save(path, exif=exif)
+    content = path.read_bytes()
+    for seed in range(150):
+        path.write_bytes(damaged(content, seed))
+        with fine_or_a_line_about(path, f"seed {seed}"):
+            read_image(path, 1, (8, 8))
 
 
 def test_hidden_files_in_image_folders_do_not_count(tmp_path):
