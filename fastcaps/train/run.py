@@ -135,7 +135,7 @@ def train(given: dict[str, Any], out: Path, *, resume: bool = False, overwrite: 
         OSError: something cannot be read or written.
     """
     first = getattr(rank_zero_only, "rank", 0) == 0
-    with locked(out) if first else contextlib.nullcontext(), named(out):
+    with locked(out) if first else contextlib.nullcontext():
         _train(given, out, first=first, resume=resume, overwrite=overwrite)
 
 
@@ -158,7 +158,7 @@ def _train(given: dict[str, Any], out: Path, *, first: bool, resume: bool, overw
         _begin(out, config, resume)
         print(_described(network, config, out, going_on))
     tests = samples.tests(trainer.global_rank, trainer.world_size)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), named(out):  # the loggers do not name their files
         warnings.filterwarnings("ignore", module="lightning|torch.utils.data")
         trainer.fit(module.train(), val_dataloaders=tests, ckpt_path=last if going_on else None, weights_only=True)
     if trainer.is_global_zero:

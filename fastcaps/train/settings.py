@@ -47,7 +47,7 @@ class Settings:
 
     data: str = _setting("digits", "data set", DATA)
     root: str = _setting("data", "folder with the files of the data set")
-    download: bool = _setting(False, "fetch missing files into --root")
+    download: bool = _setting(False, "fetch missing or broken files into --root")
     model: str = _setting("capsnet", "capsule network, or the paper's convolutional baseline", MODELS)
     stem: int = _setting(256, "channels of the first convolution")
     kernel_size: int | None = _setting(

@@ -48,6 +48,15 @@ def test_the_table_comes_before_the_heuristic(monkeypatch, tmp_path):
         parameters.tuned.cache_clear()
 
 
+@pytest.mark.parametrize("content", ["{", "[1]", '{"some GPU": [1]}', '{"some GPU": {"a": {"unknown": 1}}}'])
+def test_a_damaged_table_is_named(monkeypatch, tmp_path, content):
+    (tmp_path / "tuned.json").write_text(content)
+    monkeypatch.setattr(parameters, "TUNED", tmp_path / "tuned.json")
+    parameters.tuned.cache_clear()
+    with pytest.raises(ValueError, match=r"tuned\.json is not"):
+        parameters.tuned("some GPU")
+
+
 @pytest.mark.parametrize("J", [1, 10, 100])
 def test_candidates_are_tiles_that_cover_the_capsules(J):
     start = parameters.sweep_parameters(J, 8, 16, False, 3, 4)

@@ -116,6 +116,15 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, capsys):
     assert train(tmp_path / "run", "--resume") == 0
 
 
+def test_a_disk_that_is_full_for_the_log_is_named(tmp_path, monkeypatch, capsys):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(module.Training, "write", full)
+    assert train(tmp_path, *SMALL) == 1
+    assert f"No space left on device: '{tmp_path}'" in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("no_report")
 def test_a_damaged_checkpoint_is_refused(tmp_path, capsys):
     assert train(tmp_path, *SMALL, "--epochs", "1", "--schedule", "constant") == 0

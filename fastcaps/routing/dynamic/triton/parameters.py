@@ -1,10 +1,11 @@
 """Launch parameters of the Triton kernels: from a table of measurements, or by a heuristic."""
 
 import functools
-import json
 import math
 from pathlib import Path
 from typing import NamedTuple
+
+from fastcaps._reading import read_json
 
 BB = 16  # samples of a tile: the rows of a tensor-core instruction
 REGISTERS = 160  # per thread, for the tensors that live through the loop over the input capsules
@@ -86,6 +87,13 @@ def gradients_parameters(J: int, D_in: int, D: int, votes: bool, T: int) -> Para
 
 @functools.cache
 def tuned(gpu: str) -> dict[str, Parameters]:
-    """The table of a GPU, by ``Call.key``; empty where nobody has tuned for it."""
-    table = json.loads(TUNED.read_text()) if TUNED.exists() else {}
-    return {key: Parameters(**value) for key, value in table.get(gpu, {}).items()}
+    """The table of a GPU, by ``Call.key``; empty where nobody has tuned for it.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    table = read_json(TUNED) if TUNED.exists() else {}
+    try:
+        return {key: Parameters(**value) for key, value in table.get(gpu, {}).items()}
+    except (AttributeError, TypeError) as error:  # no object, or of other parameters
+        raise ValueError(f"{TUNED} is not what fastcaps tune writes: {error}") from error

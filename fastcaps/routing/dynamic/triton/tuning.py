@@ -11,7 +11,9 @@ from typing import Any
 import torch
 import triton
 
+from fastcaps._atomic import write_whole
 from fastcaps._deprecated import once_positional
+from fastcaps._reading import read_json
 from fastcaps.routing.dynamic.arguments import Options, Tensors
 from fastcaps.routing.dynamic.triton import launch
 from fastcaps.routing.dynamic.triton.launch import Call
@@ -96,6 +98,6 @@ def tune(
 
 
 def _write(gpu: str, chosen: dict[str, Parameters]) -> None:
-    tables: dict[str, dict[str, Any]] = json.loads(TUNED.read_text()) if TUNED.exists() else {}
+    tables: dict[str, dict[str, Any]] = read_json(TUNED) if TUNED.exists() else {}
     tables.setdefault(gpu, {}).update({key: parameters._asdict() for key, parameters in chosen.items()})
-    TUNED.write_text(json.dumps(tables, indent=1, sort_keys=True) + "\n")
+    write_whole(TUNED, (json.dumps(tables, indent=1, sort_keys=True) + "\n").encode())
