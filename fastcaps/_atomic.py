@@ -90,7 +90,10 @@ def _open_partial(path: Path) -> tuple[Path, BinaryIO]:
 def _remove_partials(path: Path) -> None:
     """Remove what processes that are no more have written to the side for ``path``."""
     ours = re.compile(re.escape(path.name) + r"(\.[0-9a-f]+)?\.partial")  # 0.1 had none, or its process's number
-    for partial in [file for file in path.parent.iterdir() if ours.fullmatch(file.name)]:
+    partials: list[Path] = []
+    with contextlib.suppress(OSError):  # a folder that may be written but not listed
+        partials = [file for file in path.parent.iterdir() if ours.fullmatch(file.name)]
+    for partial in partials:
         with contextlib.suppress(OSError), partial.open("r+b") as file:  # gone, or not ours, or there are no locks
             if lock(file):
                 partial.unlink(missing_ok=True)

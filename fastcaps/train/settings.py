@@ -172,6 +172,13 @@ class Settings:
         return {"loss": self.loss, "reconstruction_weight": self.reconstruction or 0.0}
 
 
+class _Each(Settings):
+    """Settings of which each is right by itself: options may still change what they are together."""
+
+    def _check_combinations(self) -> None:
+        pass
+
+
 Settings.__init__ = renamed_arguments(**RENAMED)(Settings.__init__)  # type: ignore[method-assign]
 
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
@@ -232,11 +239,10 @@ def known_settings(given: Any, where: str) -> dict[str, Any]:
     settings = {RENAMED.get(str(name), str(name)): value for name, value in given.items()}
     for name in settings:
         nearest(name, [field.name for field in dataclasses.fields(Settings)], f"{where}: setting")
-    for name, value in settings.items():
-        try:
-            Settings(**{name: value})
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
+    try:
+        _Each(**settings)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
     return settings
 
 

@@ -18,7 +18,7 @@ from fastcaps import cli
 from fastcaps.train import callbacks, run
 from fastcaps.train.run import check_devices
 from fastcaps.train.samples import fingerprint, load_data
-from fastcaps.train.settings import Settings, kind_of, option
+from fastcaps.train.settings import Settings, kind_of, option, read_settings
 
 pytestmark = pytest.mark.train
 
@@ -63,6 +63,15 @@ def test_configurations_that_cannot_be(content, tmp_path, capsys):
     (tmp_path / "own.json").write_bytes(content.encode("latin-1"))
     assert train(tmp_path / "run", "--config", str(tmp_path / "own.json")) == 1
     assert str(tmp_path / "own.json") in capsys.readouterr().err
+
+
+def test_values_of_a_configuration_are_checked_in_its_name_and_combinations_with_the_options(tmp_path):
+    file = tmp_path / "own.json"
+    file.write_text('{"model": "cnn", "loss": "margin"}')
+    assert read_settings(file, {"loss": "cross-entropy"}) == {"model": "cnn", "loss": "cross-entropy"}
+    file.write_text('{"epochs": 0}')
+    with pytest.raises(ValueError, match=r"own\.json: --epochs must be from 1"):
+        read_settings(file, {"epochs": 3})
 
 
 @pytest.mark.usefixtures("no_report")
