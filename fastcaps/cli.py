@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastcaps._version import __version__
-from fastcaps.train.settings import RENAMED, Settings, hint, kind_of, known_settings, option, read_settings
+from fastcaps.train.settings import RENAMED, Settings, hint, kind_of, option, read_settings, settings_of_run
 
 OLD_OPTIONS = {option(old): new for old, new in RENAMED.items()}  # of version 0.1, until 0.3
 
@@ -163,7 +163,7 @@ def evaluate(model: Path, data: str | None, root: str | None, download: bool | N
     run = describe(model).get("run", {})
     changed = {"data": data, "root": root, "download": download}
     given = {name: value for name, value in changed.items() if value is not None} | {"backend": backend}
-    settings = Settings(**(known_settings(run.get("settings", {}), str(model)) | given))
+    settings = Settings(**(settings_of_run(run.get("settings", {}), str(model)) | given))
     network, samples = load_for(model, settings)
     found = tested(network, settings, samples)
     wrong = round(found.error * len(found.labels) / 100)

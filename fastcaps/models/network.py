@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +33,11 @@ class Network(nn.Module):
         image_shape: ``(C, H, W)``.
         num_classes: J.
         kind: the model in :data:`fastcaps.train.settings.MODELS` whose settings it is trained with.
+        former_defaults: what arguments were in files that do not name them yet.
     """
 
     kind: str = "capsnet"
+    former_defaults: ClassVar[dict[str, Any]] = {}
     config: dict[str, Any]
     image_shape: tuple[int, int, int]
     num_classes: int
@@ -151,7 +153,7 @@ class Network(nn.Module):
         try:
             if "routing" in config:
                 config["routing"] = Convention(**config["routing"])
-            network = kind(**config).to(device, next(iter(state.values())).dtype)
+            network = kind(**kind.former_defaults | config).to(device, next(iter(state.values())).dtype)
             network.load_state_dict(state)
         except (RuntimeError, TypeError, StopIteration) as error:
             raise ValueError(f"{os.fspath(path)!r}: weights and configuration do not fit: {error}") from error

@@ -22,7 +22,7 @@ from fastcaps.models.network import Network
 from fastcaps.train import figures
 from fastcaps.train.evaluation import Evaluation, confusion_counts, evaluate, load_for, wrong_of
 from fastcaps.train.samples import Samples
-from fastcaps.train.settings import Settings, known_settings
+from fastcaps.train.settings import Settings, settings_of_run
 
 SHOWN = 20  # misclassified images
 
@@ -198,7 +198,7 @@ def write_report(out: Path) -> None:
         FileNotFoundError: the run is not finished, or its data are gone.
     """
     config = json.loads((out / "config.json").read_text())
-    settings = Settings(**known_settings(config["settings"], f"{out / 'config.json'}"))
+    settings = Settings(**settings_of_run(config["settings"], f"{out / 'config.json'}"))
     network, samples = load_for(out / "model.safetensors", settings)
     found = evaluate(network, settings, samples)
     rows = read_log(out)

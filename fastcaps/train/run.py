@@ -26,7 +26,7 @@ from fastcaps.train.callbacks import Keeper, Pictures, Progress, WholeFiles
 from fastcaps.train.module import LOG_STEPS, PROBES, Diverged, Training, build_network
 from fastcaps.train.report import write_report
 from fastcaps.train.samples import Samples, fingerprint, load_data
-from fastcaps.train.settings import FREE, Settings, changes, known_settings
+from fastcaps.train.settings import FREE, Settings, changes, settings_of_run
 
 __all__ = ["Diverged", "check_devices", "launched", "settle", "train"]
 
@@ -92,7 +92,7 @@ def _config_of(out: Path) -> dict[str, Any] | None:
         return None
     if not isinstance(config, dict) or not isinstance(config.get("data"), dict):
         raise ValueError(f"{where} is not of a run of fastcaps train")
-    settings = Settings(**known_settings(config.get("settings"), str(where)))  # what is new since then is as it was
+    settings = Settings(**settings_of_run(config.get("settings"), str(where)))
     return {"settings": dataclasses.asdict(settings), "data": config["data"]}
 
 
