@@ -108,6 +108,12 @@ def conditions(content: dict[str, Any]) -> str:
     return f"{where}, torch {machine['torch']}, commit {content['commit'][:7]}"
 
 
+def start_of(run: dict[str, Any]) -> str:
+    """What to add to the conditions of a run whose capsule layers had other initial weights than today's."""
+    settings = run["settings"]
+    return ", initial weights of version 0.1" if settings["model"] == "capsnet" and "bias" not in settings else ""
+
+
 def conversion(path: Path) -> str:
     """The table of published layers before and after ``replace_capsules``."""
     content = json.loads(path.read_text())
@@ -212,7 +218,7 @@ def runs(paths: list[Path]) -> str:
         seeds = ", ".join(str(content["settings"]["seed"]) for _, content in group)
         shown = command(group[0][1]["settings"] | {"seed": 0}) + (f" --seed {seeds}" if seeds != "0" else "")
         links = " ".join(f"[{path.stem}]({link(path)})" for path, _ in group)
-        lines.append(f"| `{shown}` | {course} | {last} | {conditions(group[0][1])}: {links} |")
+        lines.append(f"| `{shown}` | {course} | {last} | {conditions(group[0][1])}{start_of(group[0][1])}: {links} |")
     return "\n".join(lines) + "\n"
 
 
@@ -244,7 +250,8 @@ def summary() -> str:
             f"| GPU: time of a training step | **{plain / us['fastcaps native']:.1f} times as fast** "
             f"| the fastest eager PyTorch form, both in CUDA graphs | {gpu_name}, commit {content['commit'][:7]} |",
             f"| MNIST: test error after {done} of {wanted} epochs | **{error:.2f} %** "
-            f"| mean of {len(runs_)} seeds | {runs_[0]['machine']['gpu']}, commit {runs_[0]['commit'][:7]} |",
+            f"| mean of {len(runs_)} seeds | {runs_[0]['machine']['gpu']}, commit {runs_[0]['commit'][:7]}"
+            f"{start_of(runs_[0])} |",
             "",
         ]
     )

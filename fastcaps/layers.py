@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastcaps._axes import Axes
@@ -18,6 +19,7 @@ from fastcaps.routing.dynamic.api import check_prior
 PRIMARY_LAYOUTS = ("capsule-major", "dimension-major", "flat")
 SHARE_WEIGHT = ("none", "inputs", "both")
 WEIGHT_AXES = ("I", "J", "D_out", "D_in")
+INITIAL_NORM = 1 / 3  # of a bias: squash makes of it the length 0.1, the margin loss's bound for absent classes
 
 
 class PrimaryCapsules(nn.Module):
@@ -127,7 +129,8 @@ class CapsuleLayer(nn.Module):
         share_weight: ``"none"``: a matrix for every pair of capsules, ``weight [I, J, D_out, D_in]``; ``"inputs"``: one
             per output capsule, ``[1, J, D_out, D_in]``; ``"both"``: one for all, ``[1, 1, D_out, D_in]``, which makes
             all outputs equal unless a prior or a bias tells them apart.
-        bias: learn a bias ``[J, D_out]``, initially 0.1 as in the authors' code.
+        bias: learn a bias ``[J, D_out]``, initially of norm 1/3, which alone gives every output capsule length 0.1.
+            Loading a state dict without one sets it to 0.
         learn_prior: learn initial routing logits ``[I, J]``, initially 0.
         routing: a function ``(poses, weight, *, num_iterations, ...) -> poses``. It is also given ``prior``, ``bias``
             and ``mask`` where there are any.
@@ -195,13 +198,16 @@ class CapsuleLayer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weight from a normal distribution of deviation ``1 / sqrt(I)``; bias 0.1, prior 0.
+        """Draw the weight from a normal distribution of deviation ``sqrt(J / (I D_out))``; bias of norm 1/3, prior 0.
 
-        ``benchmarks/NOTES.md`` compares it with other deviations.
+        With them the initial lengths hardly depend on the sizes: ``docs/how-it-works.md`` has the derivation, and
+        ``benchmarks/NOTES.md`` a comparison with other deviations.
         """
-        nn.init.normal_(self.weight, std=1 / math.sqrt(self.in_capsules))
+        nn.init.normal_(self.weight, std=math.sqrt(self.out_capsules / (self.in_capsules * self.out_dim)))
         if self.bias is not None:
-            nn.init.constant_(self.bias, 0.1)
+            nn.init.normal_(self.bias)
+            with torch.no_grad():
+                self.bias.copy_(INITIAL_NORM * F.normalize(self.bias, dim=1))
         if self.prior is not None:
             nn.init.zeros_(self.prior)
 
@@ -304,6 +310,9 @@ class CapsuleLayer(nn.Module):
         copied = state_dict.get(prefix + "weights")  # the widely copied layer's name and shape
         if isinstance(copied, Tensor) and copied.dim() == 5 and copied.shape[0] == 1:
             state_dict[prefix + "weight"] = state_dict.pop(prefix + "weights")[0]
+        weight = state_dict.get(prefix + "weight")
+        if self.bias is not None and isinstance(weight, Tensor) and prefix + "bias" not in state_dict:
+            state_dict[prefix + "bias"] = weight.new_zeros(self.bias.shape)  # what a layer without a bias computes
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @classmethod

@@ -166,6 +166,7 @@ def convert_checkpoint(
         learn_prior=layer.prior is not None,
         primary_layout=network.layout,
         primary_eps=network.eps,
+        bias=False,
         decoder="decoder.layers.0.weight" in parts,
         **options,
     ).to(weight.dtype)

@@ -31,7 +31,7 @@ from fastcaps.losses import margin_loss
 CHANGES = 1e-4  # relative: what rounding cannot explain in float32
 ENLARGED = (10.0, 100.0, 1000.0)  # factors of the weights: with small ones the logits hardly matter
 LARGE, LARGER = 1e3, 1e4  # factors of poses and weights after which squash gives length 1
-SATURATED = 0.98  # length of all output capsules
+SATURATED, SILENT = 0.98, 0.02  # lengths of all output capsules
 STEPS, TRAINS = 40, 0.02  # Adam steps of the training probe, and by what share they must lower the loss
 COUNTS = re.compile(r"routings?$|iter", re.IGNORECASE)  # num_routing, routings, n_iterations; not num_routes
 
@@ -374,7 +374,10 @@ def initialisation(run: Run) -> Finding:
         f"lengths {lengths.min():.2g} to {lengths.max():.2g}, mean {lengths.mean():.2g}; {STEPS} steps of Adam on the "
         f"sample take the margin loss from {losses[0]:.3g} to {losses[-1]:.3g}"
     )
-    fix = "initialise the matrices with a deviation of 0.01 to 1 / sqrt(I), and check the squash"
+    if lengths.max() < SILENT:
+        fix = "learn a bias [J, D_out] of norm 1/3: alone it gives each capsule length 0.1, however many there are"
+    else:
+        fix = "initialise the matrices with a deviation of sqrt(J / (I D_out)) at most, and check the squash"
     if not losses[-1] <= (1 - TRAINS) * losses[0]:
         return Finding(INITIALISATION, "", WRONG, text, fix)
     if lengths.min() > SATURATED:

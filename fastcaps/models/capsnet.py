@@ -4,7 +4,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -148,8 +148,9 @@ class CapsNet(Network):
         hidden_capsules: capsule layers between the primary and the class capsules: ``(capsules, pose size)`` of each.
         capsule_dim: D_out, pose size of the class capsules.
         num_iterations: T, of every capsule layer.
+        bias: whether the capsule layers learn a bias; without it many classes hardly start to learn.
         decoder: whether to reconstruct the image.
-        **layer_options: passed to every :class:`CapsuleLayer`: ``share_weight``, ``bias``, ``detach``, ``backend``, ...
+        **layer_options: passed to every :class:`CapsuleLayer`: ``share_weight``, ``detach``, ``backend``, ...
 
     Raises:
         TypeError: a size is not an int.
@@ -158,11 +159,13 @@ class CapsNet(Network):
     Example:
         >>> network = CapsNet((1, 28, 28), num_classes=10)
         >>> sum(p.numel() for p in network.parameters())
-        8215568
+        8215728
         >>> output = network(torch.rand(2, 1, 28, 28))
         >>> output.lengths.shape, output.reconstruction.shape
         (torch.Size([2, 10]), torch.Size([2, 1, 28, 28]))
     """
+
+    former_defaults: ClassVar[dict[str, Any]] = {"bias": False}
 
     def __init__(
         self,
@@ -179,12 +182,14 @@ class CapsNet(Network):
         hidden_capsules: Sequence[tuple[int, int]] = (),
         capsule_dim: int = 16,
         num_iterations: int = 3,
+        bias: bool = True,
         decoder: bool = True,
         **layer_options: Any,
     ) -> None:
         super().__init__()
         self.config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         self.config |= self.config.pop("layer_options")
+        layer_options["bias"] = bias
         self.image_shape = C, H, W = check_image_shape(image_shape)
         check_positive(num_classes=num_classes, stem_channels=stem_channels, kernel_size=kernel_size)
         check_positive(types=types, primary_dim=primary_dim, primary_stride=primary_stride, capsule_dim=capsule_dim)

@@ -8,7 +8,7 @@ import os
 import reprlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -41,9 +41,11 @@ class Network(nn.Module):
         image_shape: ``(C, H, W)``.
         num_classes: J.
         kind: the model in :data:`fastcaps.train.settings.MODELS` whose settings it is trained with.
+        former_defaults: what arguments were in files that do not name them yet.
     """
 
     kind: str = "capsnet"
+    former_defaults: ClassVar[dict[str, Any]] = {}
     config: dict[str, Any]
     image_shape: tuple[int, int, int]
     num_classes: int
@@ -157,7 +159,7 @@ class Network(nn.Module):
             if "routing" in config:
                 config["routing"] = Convention(**config["routing"])
             with torch.device("meta"):  # no size that the configuration names takes memory before the weights fit it
-                network = kind(**config)
+                network = kind(**kind.former_defaults | config)
             _check_flags(config, kind)
             _check_shapes(state, network.state_dict())
         except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # of constructors, by what is wrong

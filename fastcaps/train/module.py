@@ -55,6 +55,7 @@ def build_network(settings: Settings, shape: tuple[int, int, int], num_classes: 
             hidden_capsules=settings.capsule_layers(),
             capsule_dim=settings.capsule_dim,
             num_iterations=settings.num_iterations,
+            bias=bool(settings.bias),
             decoder=bool(settings.reconstruction),
             **options,
         )

@@ -13,6 +13,7 @@ from fastcaps.data import Dataset, MultiMNIST
 from fastcaps.train.settings import Settings
 
 TEST_BATCH = 256
+MULTI_DIGIT = {"digits-100": 2, "digits-1000": 3}  # how many digits stand side by side
 
 
 def load_data(settings: Settings) -> Dataset | MultiMNIST:
@@ -25,6 +26,8 @@ def load_data(settings: Settings) -> Dataset | MultiMNIST:
     """
     if settings.data == "digits":
         return datasets.digits()
+    if settings.data in MULTI_DIGIT:
+        return datasets.multi_digit(MULTI_DIGIT[settings.data])
     if settings.data == "image-folder":
         return datasets.image_folder(settings.root)
     load: Callable[..., Dataset | MultiMNIST] = getattr(datasets, settings.data.replace("-", "_"))

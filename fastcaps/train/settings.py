@@ -12,7 +12,7 @@ from fastcaps._deprecated import renamed_arguments
 from fastcaps._reading import read_json
 from fastcaps.routing.backend import BACKENDS
 
-DATA = ("digits", "mnist", "fashion-mnist", "cifar10", "multi-mnist", "image-folder")
+DATA = ("digits", "digits-100", "digits-1000", "mnist", "fashion-mnist", "cifar10", "multi-mnist", "image-folder")
 MODELS = ("capsnet", "cnn")
 LOSSES = ("margin", "spread", "cross-entropy", "focal")
 SCHEDULES = ("exponential", "cosine", "constant")
@@ -61,6 +61,7 @@ class Settings:
     hidden_capsules: str = _setting("", "capsule layers in between, as COUNTxPOSE-SIZE: 64x8,32x16")
     capsule_dim: int = _setting(16, "pose size of the class capsules")
     num_iterations: int = _setting(3, "routing iterations")
+    bias: bool | None = _setting(None, "learned bias of the capsule layers; unset: yes for a capsule network")
     loss: str | None = _setting(
         None, "classification loss; unset: margin for a capsule network, cross-entropy for the baseline", LOSSES
     )
@@ -158,6 +159,7 @@ class Settings:
         defaults: dict[str, Any] = {
             "kernel_size": (3 if small else 9) if capsules else None,
             "primary_stride": (1 if small else 2) if capsules else None,
+            "bias": True if capsules else None,
             "loss": "margin" if capsules else "cross-entropy",
             "reconstruction": 0.0005 if capsules else 0.0,
             "shift": 0 if small or pairs else round(min(H, W) / 14),
@@ -183,7 +185,7 @@ Settings.__init__ = renamed_arguments(**RENAMED)(Settings.__init__)  # type: ign
 
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 _SIZES = ("stem", "kernel_size", "primary_stride", "types", "primary_dim", "capsule_dim", "num_iterations")
-_CAPSNET = (*_SIZES, "hidden_capsules", "backend")
+_CAPSNET = (*_SIZES, "hidden_capsules", "bias", "backend")
 _COUNTS = (*_SIZES, "epochs", "batch_size", "accumulate", "devices", "nodes")
 
 
@@ -220,7 +222,7 @@ def read_settings(path: str | os.PathLike[str], options: Mapping[str, Any]) -> d
     """
     read = read_json(path)
     of_run = isinstance(read, dict) and "settings" in read
-    settings = known_settings(read["settings"] if of_run else read, str(path))
+    settings = settings_of_run(read["settings"], str(path)) if of_run else known_settings(read, str(path))
     decided = {"model": {*_CAPSNET, "loss", "reconstruction"}, "data": BY_IMAGES}
     for name in decided if of_run else ():
         if name in options and options[name] != settings.get(name):
@@ -258,16 +260,28 @@ def run_config(read: Any, where: str) -> dict[str, Any]:
 
 
 def run_settings(given: Any, where: str) -> Settings:
-    """All settings of a run, from a file; what is new since then is as it was.
+    """All settings of a run, from a file.
 
     Raises:
         ValueError: as :func:`known_settings`, or one does not go with another.
     """
-    settings = known_settings(given, where)
+    settings = settings_of_run(given, where)
     try:
         return Settings(**settings)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
+
+
+def settings_of_run(given: Any, where: str) -> dict[str, Any]:
+    """The settings that a run's file says, and those added since with the value they had then.
+
+    Raises:
+        ValueError: as :func:`known_settings`.
+    """
+    settings = known_settings(given, where)
+    if settings.get("model") == "capsnet":
+        settings.setdefault("bias", False)
+    return settings
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any], free: Iterable[str] = ()) -> list[str]:

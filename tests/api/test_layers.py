@@ -140,11 +140,36 @@ def test_meta_device_then_real_parameters():
     assert layer(torch.randn(2, 7, 3, dtype=torch.float64)).isfinite().all()
 
 
-def test_initial_weight_has_the_documented_deviation():
+def test_a_state_dict_without_a_bias_loads_as_bias_0():
+    old, new = CapsuleLayer(7, 3, 5, 4), CapsuleLayer(7, 3, 5, 4, bias=True)
+    new.load_state_dict(old.state_dict())
+    poses = torch.randn(2, 7, 3)
+    assert torch.equal(new(poses), old(poses))
+    with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "bias"'):
+        old.load_state_dict(new.state_dict())
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "weight", "bias"'):
+        new.load_state_dict({})
+
+
+def test_initial_parameters_are_the_documented_ones():
     layer = CapsuleLayer(400, 8, 10, 16, bias=True, learn_prior=True)
-    assert layer.weight.std().item() == pytest.approx(1 / 20, rel=0.02)  # 512,000 draws: 20 standard errors
-    assert (layer.bias == 0.1).all()
+    deviation = (10 / (400 * 16)) ** 0.5
+    assert layer.weight.std().item() == pytest.approx(deviation, rel=0.02)  # 512,000 draws: 20 standard errors
+    torch.testing.assert_close(layer.bias.norm(dim=1), torch.full((10,), 1 / 3))
     assert (layer.prior == 0).all()
+
+
+@pytest.mark.parametrize("T", [1, 3, 5])
+@pytest.mark.parametrize(("I", "J"), [(72, 10), (2048, 10), (512, 100), (72, 1000)])
+def test_initial_lengths_hardly_depend_on_sizes(I, J, T):
+    # Five pixels and kernels of three leave one place, so that there are as many capsules as types.
+    network = CapsNet(
+        (1, 5, 5), J, stem_channels=1, kernel_size=3, types=I, primary_dim=2, num_iterations=T, decoder=False
+    )
+    directions = nn.functional.normalize(torch.randn(2, I, 2), dim=2)
+    for length in (0.05, 0.3, 0.9):
+        lengths = network.capsules(length * directions).norm(dim=2)
+        assert 0.05 < lengths.mean() < 0.2
 
 
 AXES = {
@@ -203,8 +228,8 @@ def test_the_papers_network():
     network = CapsNet((1, 28, 28), 10)
     assert network.capsules.weight.shape == (1152, 10, 16, 8)
     # Sabour et al. (2017), section 4: 8.2 M parameters, 6.8 M without the decoder.
-    assert sum(p.numel() for p in network.parameters()) == 8_215_568
-    assert sum(p.numel() for p in CapsNet((1, 28, 28), 10, decoder=False).parameters()) == 6_804_224
+    assert sum(p.numel() for p in network.parameters()) == 8_215_728
+    assert sum(p.numel() for p in CapsNet((1, 28, 28), 10, decoder=False).parameters()) == 6_804_384
     output = network(torch.rand(2, 1, 28, 28))
     assert output.poses.shape == (2, 10, 16)
     assert output.reconstruction.shape == (2, 1, 28, 28)

@@ -107,7 +107,7 @@ def test_a_decoder_takes_the_order_of_0_1():
 
 
 def test_a_file_of_0_1_is_read(tmp_path):
-    network = capsnet(num_iterations=2)
+    network = capsnet(num_iterations=2, bias=False)
     config = {
         "image_shape": [1, 8, 8], "num_classes": 4, "stem_channels": 4, "kernel_size": 3, "types": 2, "primary_dim": 8,
         "primary_stride": 2, "primary_layout": "capsule-major", "primary_eps": 0.0, "hidden_capsules": [],
@@ -117,4 +117,5 @@ def test_a_file_of_0_1_is_read(tmp_path):
     save_file(network.state_dict(), tmp_path / "old.safetensors", {METADATA: json.dumps(described)})
     old = Network.load(tmp_path / "old.safetensors")
     assert old.capsules.num_iterations == 2
+    assert old.capsules.bias is None
     assert old(IMAGES).reconstruction.equal(network(IMAGES).reconstruction)

@@ -12,7 +12,7 @@ import torch
 from support.edits import damaged, fine_or_a_line_about
 from support.image_files import MNIST, NAMES, idx, small_mnist
 
-from fastcaps.data import cifar10, datasets, fashion_mnist, mnist
+from fastcaps.data import cifar10, datasets, digits, fashion_mnist, mnist, multi_digit
 from fastcaps.data.sources import read_idx
 
 
@@ -160,3 +160,28 @@ def test_cifar10_files_and_archive(tmp_path, monkeypatch):
     cifar_files(tmp_path, {"test_batch.bin": b"\x0b" * 3073 * 10_000})
     with pytest.raises(ValueError, match="labels must be below 10, got 11"):
         cifar10(tmp_path)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_numbers_are_digits_side_by_side(count):
+    single, data = digits(), multi_digit(count, num_train=300, num_test=40)
+    assert data.num_classes == 10**count
+    known = {image.numpy().tobytes(): int(label) for image, label in zip(*single.tensors[:2], strict=True)}
+    for image, label in zip(data.train_images, data.train_labels, strict=True):
+        parts = [part.contiguous() for part in image.split(8, dim=2)]
+        assert int("".join(str(known[part.numpy().tobytes()]) for part in parts)) == label
+    tested = {image.numpy().tobytes() for image in single.test_images}
+    assert all(image[:, :, :8].contiguous().numpy().tobytes() in tested for image in data.test_images)
+
+
+def test_numbers_are_a_function_of_seed_and_index():
+    data, longer = multi_digit(2, num_train=30, num_test=5), multi_digit(2, num_train=60, num_test=5)
+    assert torch.equal(longer.train_images[:30], data.train_images)
+    assert not torch.equal(multi_digit(2, seed=1, num_train=30, num_test=5).train_images, data.train_images)
+    assert multi_digit(3).train_labels.unique().numel() > 990  # about 20 images of each of 1000 classes
+
+
+@pytest.mark.parametrize("count", [0, 5])
+def test_numbers_have_one_to_four_digits(count):
+    with pytest.raises(ValueError, match="count must be"):
+        multi_digit(count)

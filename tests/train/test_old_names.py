@@ -22,13 +22,14 @@ pytestmark = pytest.mark.train
 
 def of_0_1(config: dict) -> dict:
     """What 0.1 wrote for the same run."""
-    settings = dict(config["settings"])
+    settings = {name: value for name, value in config["settings"].items() if name != "bias"}
     return config | {"version": "0.1.0", "settings": {"iterations": settings.pop("num_iterations")} | settings}
 
 
 @pytest.mark.usefixtures("no_report")
-def test_a_run_of_0_1_goes_on(whole, tmp_path):
-    options = [*SMALL, "--epochs", "3"]
+def test_a_run_of_0_1_goes_on(tmp_path_factory, tmp_path):
+    whole, options = tmp_path_factory.mktemp("whole"), [*SMALL, "--no-bias"]  # 0.1 knew no bias
+    assert train(whole, *options) == 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run.Keeper, "on_train_start", lambda self, *_: setattr(self, "interrupted", True))
         assert train(tmp_path, *options) == 130  # after the first step
@@ -45,7 +46,8 @@ def test_a_run_of_0_1_goes_on(whole, tmp_path):
 def test_a_configuration_and_a_model_of_0_1(whole, tmp_path, capsys):
     config = of_0_1(json.loads((whole / "config.json").read_text()))
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert read_settings(tmp_path / "config.json", {}) == read_settings(whole / "config.json", {})
+    assert read_settings(tmp_path / "config.json", {}) == read_settings(whole / "config.json", {}) | {"bias": False}
+    assert "bias" not in read_settings(tmp_path / "config.json", {"model": "cnn"})  # a baseline has none
     (tmp_path / "own.json").write_text('{"iterations": 2}')
     assert read_settings(tmp_path / "own.json", {}) == {"num_iterations": 2}
     with safe_open(whole / "model.safetensors", "pt") as file:

@@ -84,6 +84,7 @@ def test_routing_statistics():
     with torch.no_grad():
         network.capsules.weight *= 1e6
         network.capsules.weight[:, 1:] = 0
+        network.capsules.bias[1:] = 0
     numbers = routing_statistics(network, images)
     assert numbers["dead"] == 0.75
     assert numbers["entropy_3"] < 0.1
