@@ -12,7 +12,7 @@ from torch import Tensor
 from fastcaps.functional import compute_dtype, without_autocast
 from fastcaps.routing.backend import EXTENSION_BUILD
 from fastcaps.routing.dynamic.arguments import DIFFERENTIABLE, Options, Tensors
-from fastcaps.routing.dynamic.reference import dynamic_routing_reference, masked, output_capsules
+from fastcaps.routing.dynamic.reference import dynamic_routing_reference, masked, masked_prior, output_capsules
 
 
 def op(backend: str, direction: str) -> Any:
@@ -57,11 +57,11 @@ def reference_output(tensors: Tensors, options: Options) -> Tensor:
 
 
 def upcast(tensors: Tensors) -> Tensors:
-    """The tensors as the reference takes them: in their compute dtype, the mask applied to the poses."""
+    """The tensors as the reference takes them: in their compute dtype, the mask applied to poses and prior."""
     poses, weight, prior, bias, mask = tensors
     dtype = compute_dtype(poses.dtype)
     weight, prior, bias = (x if x is None else x.to(dtype) for x in (weight, prior, bias))
-    return Tensors(masked(poses, mask).to(dtype), weight, prior, bias)
+    return Tensors(masked(poses, mask).to(dtype), weight, masked_prior(prior, mask), bias)
 
 
 def _expanded(tensors: Tensors) -> Tensors:
