@@ -1,11 +1,13 @@
 """What dynamic_routing and route_votes keep to beside their numbers, on every backend and device."""
 
+import sys
 import threading
 from collections.abc import Callable
 
 import pytest
 import torch
 from support.numerics import Case, backend_op, make_inputs, run, small_inputs
+from support.processes import python
 from torch import Tensor
 
 from fastcaps.exactness import error_budget, relative_error
@@ -354,3 +356,32 @@ def test_an_error_after_missing_memory_is_its_own():
         dynamic_routing(poses, weight, num_iterations=1, backend="native")
     with pytest.raises(RuntimeError, match="weight does not fit poses"):
         run_op("native", "forward", poses, weight[..., :0], None, None, None, 1, False, False, 0.0)
+
+
+# The gradient of the weight takes 66 MB, and scratch memory for 4096 samples 105 MB.
+LITTLE_MEMORY = """
+import resource, torch, fastcaps
+
+def leave(megabytes):
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + megabytes * 2**20, resource.RLIM_INFINITY))
+
+poses, weight = torch.randn(1, 64, 8), torch.randn(64, 1000, 32, 8, requires_grad=True)
+fastcaps.dynamic_routing(poses, weight).sum().backward()
+weight.grad = None
+loss = fastcaps.dynamic_routing(poses, weight).sum()
+many = torch.randn(4096, 8, 4), torch.randn(8, 200, 32, 4)
+for megabytes, call in ((20, loss.backward), (430, lambda: fastcaps.dynamic_routing(*many))):
+    leave(megabytes)
+    try:
+        call()
+    except RuntimeError as error:
+        print("can't allocate memory" in str(error))
+"""
+
+
+@pytest.mark.process
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
+def test_memory_that_gradients_or_scratch_do_not_get():
+    ran = python("-c", LITTLE_MEMORY)
+    assert ran.stdout.split() == ["True", "True"], ran.stdout + ran.stderr
