@@ -20,7 +20,7 @@ demo: $(READY)
 
 # Two processes, whose threads wait asleep: on two cores they would otherwise take each other's time.
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
-ROUTING_TESTS := tests/core/test_dynamic_routing.py
+ROUTING_TESTS := tests/core/test_dynamic_routing.py tests/core/test_masks_and_priors.py
 
 quick: lint
 	$(PYTEST) -m "not (compiler or process or train or exhaustive or emulated or static or slow)"
@@ -108,7 +108,8 @@ gpu-probe:
 # Twelve processes compile kernels at the same time, where pytest-xdist is installed.
 gpu-test:
 	CUBLAS_WORKSPACE_CONFIG=:4096:8 $(GPU_PYTHON) -m pytest $(call IF_THERE,xdist,-n 12) tests/gpu \
-	  tests/core/test_dynamic_routing.py tests/core/test_contracts.py tests/api/test_layers.py tests/api/test_trace.py -k "cuda or gpu"
+	  $(ROUTING_TESTS) $(addprefix tests/core/test_,contracts.py transforms.py tracing.py) \
+	  tests/api/test_layers.py tests/api/test_trace.py -k "cuda or gpu"
 
 gpu-sanitize:
 	$(GPU_PYTHON) benchmarks/gpu_sanitize.py

@@ -19,6 +19,14 @@ constexpr Real kLog2e = Real(1.4426950408889634074L);
 template <class Real>
 constexpr Real kLn2 = Real(0.6931471805599453094L);
 
+// Where a largest logit and a sum of shares start. An input capsule whose routes are all closed, by logits of -inf,
+// gets shares of 0 that way, not 0 / 0; beside a logit that is finite, whose share is 1 at least, neither changes a
+// bit.
+template <class Real>
+constexpr Real kLeastLogit = sizeof(Real) == 4 ? Real(-0x1.fffffep127L) : Real(-0x1.fffffffffffffp1023L);
+template <class Real>
+constexpr Real kLeastShare = sizeof(Real) == 4 ? Real(0x1p-126L) : Real(0x1p-1022L);
+
 static FASTCAPS_INDEX int64_t ceil_div(int64_t n, int64_t size) { return (n + size - 1) / size; }
 static FASTCAPS_INDEX int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static FASTCAPS_INDEX int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }

@@ -11,10 +11,15 @@
 #endif
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
+#include <initializer_list>
 #include <optional>
+#include <stdexcept>
+#include <string>
 #include <tuple>
 #include <type_traits>
 
@@ -86,7 +91,48 @@ EntryPoints<Real> entry_points(const fastcaps::Routing<Real>& in) {
 }
 
 void parallel(int64_t n, void* context, fastcaps::Body body) {
-  torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
+  std::atomic<int64_t> missing = 0;  // no exception but PyTorch's own gets out of its threads
+  torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+    try {
+      body(context, begin, end);
+    } catch (const fastcaps::OutOfMemory& memory) {
+      missing = memory.bytes;
+    }
+  });
+  if (missing) throw fastcaps::OutOfMemory{missing};
+}
+
+// PyTorch's own error of an allocation that fails does not pass the stable ABI. Its bytes, of this thread's last call,
+// do: fastcaps/routing/dynamic/ops.py asks PyTorch for them once more, which raises that error.
+thread_local int64_t missing_bytes = 0;
+
+[[noreturn]] void raise(const fastcaps::OutOfMemory& memory, bool cuda) {
+  missing_bytes = memory.bytes;
+  const char* why =
+      cuda ? "CUDA out of memory. Or an earlier kernel failed" : "DefaultCPUAllocator: can't allocate memory";
+  throw std::runtime_error("fastcaps::native_dynamic_routing: could not allocate " + std::to_string(memory.bytes) +
+                           " bytes: " + why);
+}
+
+// make() of a tensor that takes so many bytes.
+template <class Make>
+Tensor allocate(int64_t bytes, const Make& make) {
+  try {
+    return make();
+  } catch (const std::exception&) {
+    throw fastcaps::OutOfMemory{bytes};
+  }
+}
+Tensor allocated(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  int64_t bytes = dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : dtype == ScalarType::Byte ? 1 : 2;
+  for (const int64_t size : sizes) bytes *= size;
+  return allocate(bytes, [&] { return torch::stable::new_empty(like, sizes, dtype); });
+}
+Tensor allocated_like(const Tensor& tensor) {
+  return allocate(tensor.numel() * tensor.element_size(), [&] { return torch::stable::empty_like(tensor); });
+}
+Tensor as_contiguous(const Tensor& tensor) {
+  return allocate(tensor.numel() * tensor.element_size(), [&] { return torch::stable::contiguous(tensor); });
 }
 
 // The inputs, contiguous and checked: a wrong call of an op must raise, not read past a tensor's end.
@@ -98,7 +144,7 @@ struct Inputs {
 
   Inputs(const Tensor& poses_, const OptionalTensor& weight_, const OptionalTensor& prior_, const OptionalTensor& bias_,
          const OptionalTensor& mask_, int64_t num_iterations)
-      : poses(torch::stable::contiguous(poses_)),
+      : poses(as_contiguous(poses_)),
         weight(weight_),
         prior(prior_),
         bias(bias_),
@@ -132,7 +178,7 @@ struct Inputs {
     if (mask) {
       require(mask->dim() == 2 && mask->size(0) == size.B && mask->size(1) == size.I, "mask must be [B, I]");
       require(mask->scalar_type() == ScalarType::Bool, "mask must be bool");
-      mask = torch::stable::contiguous(*mask);
+      mask = as_contiguous(*mask);
     }
     require(!weight || weight->scalar_type() == dtype, "weight must have the dtype of poses");
     if (mask) require_same_device(*mask);
@@ -141,7 +187,7 @@ struct Inputs {
       require_same_device(**tensor);
       require(tensor == &weight || (*tensor)->scalar_type() == computed,
               "prior and bias must have the dtype of poses, or float32 beside half types");
-      *tensor = torch::stable::contiguous(**tensor);
+      *tensor = as_contiguous(**tensor);
     }
   }
 
@@ -197,9 +243,7 @@ struct OnDevice {
     require(aoti_torch_get_current_cuda_stream, "this PyTorch has no CUDA");
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   }
-  static Tensor scratch(const Tensor& like, int64_t bytes) {
-    return torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
-  }
+  static Tensor scratch(const Tensor& like, int64_t bytes) { return allocated(like, {bytes}, ScalarType::Byte); }
   int32_t device;
   torch::stable::accelerator::DeviceGuard guard;
   void* stream = nullptr;
@@ -223,16 +267,19 @@ void run_forward(const Inputs& inputs, bool leaky, double eps, bool allow_tf32, 
 std::tuple<Tensor, Tensor> dynamic_routing_forward(Tensor poses, OptionalTensor weight, OptionalTensor prior,
                                                    OptionalTensor bias, OptionalTensor mask, int64_t num_iterations,
                                                    bool leaky, bool /*detach: for the derivative only*/, double eps,
-                                                   bool allow_tf32) {
+                                                   bool allow_tf32) try {
+  missing_bytes = 0;
   const Inputs inputs(poses, weight, prior, bias, mask, num_iterations);
   const fastcaps::Sizes& z = inputs.size;
-  Tensor out = torch::stable::new_empty(inputs.poses, {z.B, z.J, z.D_out});
-  Tensor sums = torch::stable::new_empty(inputs.poses, {z.T, z.B, z.J, z.D_out}, inputs.computed);
+  Tensor out = allocated(inputs.poses, {z.B, z.J, z.D_out}, inputs.dtype);
+  Tensor sums = allocated(inputs.poses, {z.T, z.B, z.J, z.D_out}, inputs.computed);
   if (inputs.computed == ScalarType::Float)
     run_forward<float>(inputs, leaky, eps, allow_tf32, out, sums);
   else
     run_forward<double>(inputs, leaky, eps, allow_tf32, out, sums);
   return {out, sums};
+} catch (const fastcaps::OutOfMemory& memory) {
+  raise(memory, poses.is_cuda());
 }
 
 template <class Real>
@@ -261,7 +308,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dynamic_routing_backward(Tensor grad,
                                                                     OptionalTensor mask, Tensor sums, bool leaky,
                                                                     bool detach, double eps, bool need_poses,
                                                                     bool need_weight, bool need_prior, bool need_bias,
-                                                                    bool allow_tf32) {
+                                                                    bool allow_tf32) try {
+  missing_bytes = 0;
   const Inputs inputs(poses, weight, prior, bias, mask, sums.size(0));
   const fastcaps::Sizes& z = inputs.size;
   require(grad.dim() == 3 && grad.size(0) == z.B && grad.size(1) == z.J && grad.size(2) == z.D_out,
@@ -271,15 +319,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dynamic_routing_backward(Tensor grad,
   require(grad.scalar_type() == inputs.dtype, "grad must have the dtype of poses");
   require(sums.scalar_type() == inputs.computed, "sums must have the dtype of poses, or float32 beside half types");
   inputs.require_same_device(grad), inputs.require_same_device(sums);
-  const Tensor incoming = torch::stable::contiguous(grad), saved = torch::stable::contiguous(sums);
+  const Tensor incoming = as_contiguous(grad), saved = as_contiguous(sums);
   const OptionalTensor sources[] = {inputs.poses, inputs.weight, inputs.prior, inputs.bias};
   const bool needed[] = {need_poses, need_weight, need_prior, need_bias};
   std::optional<Tensor> results[4];
   Tensor* gradients[4];
   for (int n = 0; n < 4; ++n) {
     const bool wanted = needed[n] && sources[n];
-    results[n] =
-        wanted ? in_large_pages(torch::stable::empty_like(*sources[n])) : torch::stable::new_empty(inputs.poses, {0});
+    results[n] = wanted ? in_large_pages(allocated_like(*sources[n])) : allocated(inputs.poses, {0}, inputs.dtype);
     gradients[n] = wanted ? &*results[n] : nullptr;
   }
   if (inputs.computed == ScalarType::Float)
@@ -287,6 +334,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dynamic_routing_backward(Tensor grad,
   else
     run_backward<double>(inputs, incoming, saved, leaky, detach, eps, allow_tf32, gradients);
   return {*results[0], *results[1], *results[2], *results[3]};
+} catch (const fastcaps::OutOfMemory& memory) {
+  raise(memory, poses.is_cuda());
 }
 
 }  // namespace
@@ -325,8 +374,13 @@ static PyObject* why_no_cuda(PyObject*, PyObject* device) {
 #endif
 }
 
+// The bytes that this thread's last call of an op could not allocate, or 0.
+static PyObject* bytes_not_allocated(PyObject*, PyObject*) { return PyLong_FromLongLong(missing_bytes); }
+
 // Importing fastcaps._C runs the registrations above; the module itself says how it was built and where it can run.
-static PyMethodDef methods[] = {{"why_no_cuda", why_no_cuda, METH_O, nullptr}, {nullptr, nullptr, 0, nullptr}};
+static PyMethodDef methods[] = {{"why_no_cuda", why_no_cuda, METH_O, nullptr},
+                                {"bytes_not_allocated", bytes_not_allocated, METH_NOARGS, nullptr},
+                                {nullptr, nullptr, 0, nullptr}};
 static PyModuleDef module = {
     PyModuleDef_HEAD_INIT, "_C", FASTCAPS_BUILD, -1, methods, nullptr, nullptr, nullptr, nullptr};
 PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }

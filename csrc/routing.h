@@ -26,7 +26,7 @@ struct Routing {
   const Real* prior;           // [I, J] or [B, I, J], or null
   int64_t prior_stride_b;      // 0 or I * J
   const Real* bias;            // [J, D_out], or null
-  const bool* mask;            // [B, I], or null; false: poses (or votes) count as 0, and their gradient is 0
+  const bool* mask;            // [B, I], or null; false: poses (or votes), prior and the gradients of both are 0
   bool leaky, detach;
   Real eps;
 };

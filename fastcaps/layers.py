@@ -84,13 +84,12 @@ class PrimaryCapsules(nn.Module):
         if min(features.shape[2:]) + 2 * padding < size:  # type: ignore[operator]
             raise ValueError(f"features {tuple(features.shape)} are smaller than the kernel, {size}x{size}")
         x = self.conv(features)  # [B, types * pose_dim, H_out, W_out]
+        B, places = x.shape[0], x.shape[2] * x.shape[3]  # flatten would fix the batch in PyTorch's older export to ONNX
         if self.layout == "capsule-major":
-            x = x.unflatten(1, (self.types, self.pose_dim)).movedim(2, -1).flatten(1, 3)
+            x = x.reshape(B, self.types, self.pose_dim, places).movedim(2, -1)
         elif self.layout == "dimension-major":
-            x = x.unflatten(1, (self.pose_dim, self.types)).movedim(1, -1).flatten(1, 3)
-        else:
-            x = x.flatten(1).unflatten(1, (-1, self.pose_dim))
-        return squash(x, eps=self.eps)  # [B, types * H_out * W_out, pose_dim]
+            x = x.reshape(B, self.pose_dim, self.types, places).movedim(1, -1)
+        return squash(x.reshape(B, self.types * places, self.pose_dim), eps=self.eps)
 
     def extra_repr(self) -> str:
         """What ``repr`` shows beside the convolution."""
@@ -223,7 +222,7 @@ class CapsuleLayer(nn.Module):
 
         Args:
             poses: ``[B, I, D_in]``.
-            mask: ``[B, I]`` bool; False: this input capsule does not vote.
+            mask: ``[B, I]`` bool; False: this input capsule does not vote, whatever its pose and prior hold.
             prior: initial routing logits, broadcastable to ``[B, I, J]``; added to the learned prior if there is one.
             num_iterations: T for this call; None: the layer's own.
 

@@ -190,12 +190,15 @@ struct BatchForward : Simd<Real> {
   void load_prior(int64_t tile, int64_t i, int64_t count, vec* logits) const {
     if (!in.prior) {
       for (int64_t r = 0; r < count * z.J * N; ++r) logits[r] = vec{};
-    } else if (in.prior_stride_b) {
+      return;
+    }
+    if (in.prior_stride_b) {
       gather(tile, Stored::real, in.prior, i * z.J, in.prior_stride_b, count * z.J, logits);
     } else {
       for (int64_t r = 0; r < count * z.J; ++r)
         for (int n = 0; n < N; ++n) logits[r * N + n] = SIMD::splat(in.prior[i * z.J + r]);
     }
+    clear_masked(tile, i, count, z.J, logits);
   }
 
   void squash(const vec* s, vec* v) const {

@@ -174,9 +174,10 @@ struct BatchBackward : BatchForward<Real, N> {
           const int64_t at = (tile - tile0) * chunk;
           if (out.d_poses) Forward::clear_masked(tile, first, count, rows, dx + at * x_size);
           if (out.d_poses) scatter(tile, dx + at * x_size, count * rows, stored, out.d_poses, first * rows, z.I * rows);
-          if (out.d_prior)
-            for (int64_t m = 0; m < count; ++m)
-              prior_gradient(tile, tile == 0, first + m, steps, db + (at + m) * steps * JN, out.d_prior);
+          if (!out.d_prior) continue;
+          Forward::clear_masked(tile, first, count, steps * z.J, db + at * steps * JN);
+          for (int64_t m = 0; m < count; ++m)
+            prior_gradient(tile, tile == 0, first + m, steps, db + (at + m) * steps * JN, out.d_prior);
         }
       }
       if (with_weight && stored != Stored::real) narrow(stored, dw, count * matrix, out.d_weight, first * matrix);

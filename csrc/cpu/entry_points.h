@@ -12,6 +12,11 @@ namespace fastcaps {
 using Body = void (*)(void* context, int64_t begin, int64_t end);
 using Parallel = void (*)(int64_t n, void* context, Body body);
 
+// What a kernel throws that gets no memory.
+struct OutOfMemory {
+  int64_t bytes;
+};
+
 // `out` is [B, J, D_out], stored as the poses; sample_by_sample: whether samples go one at a time.
 #define FASTCAPS_DECLARE(isa)                                            \
   namespace isa {                                                        \

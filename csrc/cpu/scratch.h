@@ -4,8 +4,8 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <new>
 
+#include "cpu/entry_points.h"
 #include "numbers.h"
 
 namespace fastcaps {
@@ -28,7 +28,7 @@ struct Scratch {
     const int64_t bytes = most(64, (count * int64_t(sizeof(T)) + 64 * line + 63) / 64 * 64);
     near = scratch_used + bytes <= kScratchStack;
     raw = near ? scratch_stack + scratch_used : (char*)std::aligned_alloc(64, bytes);
-    if (!raw) throw std::bad_alloc();
+    if (!raw) throw OutOfMemory{bytes};
     if (near) scratch_used += bytes;
 #ifdef FASTCAPS_CHECK
     std::memset(raw, 0xff, bytes);

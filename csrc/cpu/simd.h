@@ -315,11 +315,11 @@ struct Simd {
   // Logits [J, N] to coupling coefficients, in place.
   template <int N>
   static void softmax(vec* c, int64_t J, bool leaky) {
-    const vec lowest = splat(leaky ? Real(0) : -__builtin_inf());
+    const vec least = splat(leaky ? Real(0) : kLeastLogit<Real>);
     for (int n = 0; n < N; ++n) {
-      vec top = lowest;
+      vec top = least;
       for (int64_t j = 0; j < J; ++j) top = bigger(c[j * N + n], top);
-      vec total = leaky ? exp(-top) : vec{};
+      vec total = leaky ? exp(-top) : splat(kLeastShare<Real>);
       for (int64_t j = 0; j < J; ++j) total += c[j * N + n] = exp(c[j * N + n] - top);
       const vec scale = Real(1) / total;
       for (int64_t j = 0; j < J; ++j) c[j * N + n] *= scale;

@@ -292,6 +292,7 @@ struct SingleBackward : SingleForward<Real> {
       sum[j] = db[j];
       for (int64_t t = 1; t < steps; ++t) sum[j] += db[t * z.J + j];
     }
+    Forward::clear_masked(b, chunk, sum);
     const int64_t n = count(chunk), first = chunk * L * z.J;
     if (in.prior_stride_b)
       return SIMD::from_lanes(sum, 1, n, z.J, Stored::real, d_prior, b * in.prior_stride_b + first, z.J);

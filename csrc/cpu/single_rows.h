@@ -230,12 +230,21 @@ struct SingleRows : Matrices<Real> {
     repeat(wide, x);
   }
   void load_prior(int64_t b, int64_t chunk, vec* logits) const {
+    if (!in.prior) {
+      for (int64_t j = 0; j < z.J; ++j) logits[j] = vec{};
+      return;
+    }
     if (keep_prior)
       std::memcpy(logits, prior_lanes + chunk * z.J, z.J * sizeof(vec));
-    else if (in.prior)
-      prior_to_lanes(b, chunk, logits);
     else
-      for (int64_t j = 0; j < z.J; ++j) logits[j] = vec{};
+      prior_to_lanes(b, chunk, logits);
+    clear_masked(b, chunk, logits);
+  }
+  // What the mask leaves out of [J], a lane for each input capsule of a chunk, becomes 0, whatever it is.
+  void clear_masked(int64_t b, int64_t chunk, vec* x) const {
+    if (!in.mask) return;
+    const auto there = SIMD::lanes_there(in.mask + b * z.I + chunk * L, 1, count(chunk));
+    for (int64_t j = 0; j < z.J; ++j) x[j] = there ? x[j] : vec{};
   }
   void prior_to_lanes(int64_t b, int64_t chunk, vec* logits) const {
     SIMD::to_lanes(Stored::real, in.prior, b * in.prior_stride_b + chunk * L * z.J, z.J, count(chunk), z.J, logits, 1);

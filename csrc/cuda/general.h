@@ -64,7 +64,7 @@ __device__ inline void agreement(Real& logit, Real& dc, const Routing<Real>& in,
     if (ds) dc = fma(u, ds[at + e], dc);
   }
   logit = sum_over_warp(logit), dc = sum_over_warp(dc);
-  if (in.prior) logit += kLog2e<Real> * in.prior[b * in.prior_stride_b + i * in.size.J + j];
+  if (in.prior && !masked(in, b, i)) logit += kLog2e<Real> * in.prior[b * in.prior_stride_b + i * in.size.J + j];
 }
 
 // Warp: (slice of the input capsules, sample). Sums of c u or, where there is ds, of c (dc - sum_j c dc) u, which is
@@ -84,14 +84,14 @@ __global__ void __launch_bounds__(32 * kGeneralWarps) general_sweep(GeneralArgum
     for (int64_t e = lane; e < z.D_out; e += 32) sums[j * z.D_out + e] = 0;
   const int64_t end = share_begin(z.I, args.slices, slice + 1), size = z.I * z.B;
   for (int64_t i = share_begin(z.I, args.slices, slice); i < end; ++i) {
-    Real top = in.leaky ? 0 : -INFINITY, sum = in.leaky ? 1 : 0, weighted = 0, logit, dc;
+    Real top = in.leaky ? 0 : kLeastLogit<Real>, sum = in.leaky ? 1 : kLeastShare<Real>, weighted = 0, logit, dc;
     for (int64_t j = 0; !uniform && j < z.J; ++j) {
       agreement<Real, In>(logit, dc, in, args.V, args.ds, b, i, j);
-      const Real next = fmax(top, logit), finite = next == -INFINITY ? 0 : next;
-      const Real before = power_of_two(top - finite), now = power_of_two(logit - finite);
+      const Real next = fmax(top, logit);
+      const Real before = power_of_two(top - next), now = power_of_two(logit - next);
       sum = sum * before + now, weighted = weighted * before + now * dc, top = next;
     }
-    const Real finite = top == -INFINITY ? 0 : top, scale = uniform ? Real(1) / (z.J + in.leaky) : 1 / sum;
+    const Real scale = uniform ? Real(1) / (z.J + in.leaky) : 1 / sum;
     if (args.stats && lane == 0) {
       Real* to = args.stats + i * z.B + b;
       to[0] = top, to[size] = log_of_two(sum), to[2 * size] = weighted * scale;
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(32 * kGeneralWarps) general_sweep(GeneralArgum
       Real factor = scale;
       if (!uniform) {
         agreement<Real, In>(logit, dc, in, args.V, args.ds, b, i, j);
-        factor *= power_of_two(logit - finite);
+        factor *= power_of_two(logit - top);
         if (args.ds) factor *= dc - weighted * scale;
       }
       for (int64_t e = lane; e < z.D_out; e += 32)
@@ -194,12 +194,12 @@ __global__ void __launch_bounds__(32 * kGeneralWarps) general_weight(GeneralArgu
   for (int64_t j = first_j; j < (shared ? z.J : first_j + 1); ++j) {
     Real d_prior = 0;
     for (int64_t b = 0; b < z.B; ++b) {
-      const Real db = vote_gradient<Real, In>(du, args, b, i, j);
+      const bool hidden = masked(in, b, i);
+      const Real all = vote_gradient<Real, In>(du, args, b, i, j), db = hidden ? 0 : all;
       d_prior += db;
       if (args.d_prior && in.prior_stride_b && panel == 0 && lane == 0) args.d_prior[(b * z.I + i) * z.J + j] = db;
       __syncwarp();
       const In* x = static_cast<const In*>(in.poses) + (b * z.I + i) * z.D_in + first_d;
-      const bool hidden = masked(in, b, i);
       for (int64_t n = lane; n < N; n += 32) {
         const int64_t d = n % args.columns;
         if (first_d + d < z.D_in) sum[n] = fma(du[n / args.columns], hidden ? Real(0) : Real(widen(x[d])), sum[n]);

@@ -81,6 +81,12 @@ __device__ inline void each(Body&& body) {
 __device__ inline int64_t pose_of(const TileArguments& args, int b, int i) { return int64_t(b) * args.I + i; }
 __device__ inline int64_t matrix_of(const TileArguments& args, int i, int j) { return int64_t(i) * args.J + j; }
 
+// Whether the mask leaves an input capsule of a sample out: its pose and its prior count as 0, whatever they hold.
+template <class F>
+__device__ inline bool masked(const TileArguments& args, int b, int i) {
+  return !F::PLAIN && args.mask && !args.mask[pose_of(args, b, i)];
+}
+
 // Four entries of a matrix row, `count` of them there.
 template <class F>
 __device__ inline void load_four(float (&to)[4], const typename F::In* from, int count, bool aligned) {
@@ -153,7 +159,7 @@ __device__ inline void exact_product(float* c, const float (&a)[4], const float 
 template <class F>
 __device__ inline void load_pose(float (&x)[2], const TileArguments& args, int b, int i, int end, int d) {
   using In = typename F::In;
-  const bool there = b < args.B && i < end && (F::PLAIN || !args.mask || args.mask[pose_of(args, b, i)]);
+  const bool there = b < args.B && i < end && !masked<F>(args, b, i);
   const In* from = static_cast<const In*>(args.poses) + pose_of(args, b, i) * args.D_in + d;
   x[0] = x[1] = 0;
   if (F::PLAIN || args.aligned) {

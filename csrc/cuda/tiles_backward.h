@@ -77,7 +77,7 @@ struct LastSweep {
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
       const int b = sample(s), d = first_d + g;
-      const bool there = b < args.B && d < args.D_in && (F::PLAIN || !args.mask || args.mask[pose_of(args, b, i)]);
+      const bool there = b < args.B && d < args.D_in && !masked<F>(args, b, i);
       columns[s] = there ? widen(static_cast<const In*>(args.poses)[pose_of(args, b, i) * args.D_in + d]) : 0;
       if constexpr (F::TF32) columns[s] = rounded_to_tf32(columns[s]);
     }
@@ -150,7 +150,7 @@ struct LastSweep {
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
       const bool there = sample(s) < args.B && (F::PLAIN || j < args.J);
-      if (!F::PLAIN && args.prior && there)
+      if (!F::PLAIN && args.prior && there && !masked<F>(args, sample(s), i))
         c[s] += kLog2e<float> * args.prior[sample(s) * args.prior_stride_b + matrix_of(args, i, j)];
       const float exponent = c[s] - top[s] - log[s];
       c[s] = power_of_two(exponent > 0 ? 0 : exponent);
@@ -165,9 +165,12 @@ struct LastSweep {
     }
   }
 
-  __device__ void add_prior(const float (&db)[T::sections][2]) {
+  __device__ void add_prior(float (&db)[T::sections][2]) {
     each<T::sections>([&]<int section>() {
       const int j = tile * T::JT + T::capsule(section, g);
+#pragma unroll
+      for (int s = 0; s < 2; ++s)
+        if (sample(s) < args.B && masked<F>(args, sample(s), i)) db[section][s] = 0;
       if (args.prior_stride_b == 0)
         d_prior[section] += db[section][0] + db[section][1];
       else if (g % T::quads(section) == 0 && j < args.J)
@@ -211,11 +214,11 @@ struct LastSweep {
     const int b = sample(g / 4), d = first_d + 2 * (g % 4);
     const int64_t at = pose_of(args, b, i) * args.D_in + d;
     if (b >= args.B) return;
-    const bool masked = !F::PLAIN && args.mask && !args.mask[pose_of(args, b, i)], last = (tile + 1) * T::JT >= args.J;
+    const bool hidden = masked<F>(args, b, i), last = (tile + 1) * T::JT >= args.J;
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
       if (d + n >= args.D_in) return;
-      if (masked) dx[n] = 0;
+      if (hidden) dx[n] = 0;
       if (tile > 0) dx[n] += args.d_poses_sum[at + n];  // written by this thread
       if (last)
         narrow(dx[n], static_cast<In*>(args.d_poses)[at + n]);

@@ -95,7 +95,7 @@ struct Sums {
       const int j = first_j + T::capsule(section, g);
 #pragma unroll
       for (int s = 0; s < 2; ++s) {
-        if (!F::PLAIN && args.prior && j < args.J && sample(s) < args.B)
+        if (!F::PLAIN && args.prior && j < args.J && sample(s) < args.B && !masked<F>(args, sample(s), i))
           l[section][s] += kLog2e<float> * args.prior[sample(s) * args.prior_stride_b + matrix_of(args, i, j)];
         if (!F::PLAIN && j >= args.J) l[section][s] = -INFINITY;
       }
@@ -106,20 +106,18 @@ struct Sums {
   __device__ void softmax(float (&c)[T::sections][2], float (&dc)[T::sections][2], float (&mean)[2], int i) {
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
-      const bool leaky = !F::PLAIN && args.leaky;
-      const float leak = leaky && first_j == 0 ? 0 : -INFINITY;  // a further logit of 0, once for all tiles
-      float top = c[0][s], sum = 0, weighted = 0;
+      const bool leaky = !F::PLAIN && args.leaky && first_j == 0;  // a further logit of 0, once for all tiles
+      float top = c[0][s], sum = kLeastShare<float>, weighted = 0;
       each<T::sections>([&]<int section>() { top = fmaxf(top, c[section][s]); });
-      top = fmaxf(largest_over_capsules(top), leak);
-      const float finite = top == -INFINITY ? 0 : top;  // where all routes are closed the sum is 0 and c NaN
+      top = fmaxf(largest_over_capsules(top), leaky ? 0 : kLeastLogit<float>);
       each<T::sections>([&]<int section>() {
         constexpr float once = 1.f / T::quads(section);  // of the lanes that have the same capsule
-        c[section][s] = power_of_two(c[section][s] - finite);
+        c[section][s] = power_of_two(c[section][s] - top);
         sum = fmaf(once, c[section][s], sum);
         if constexpr (BACKWARD) weighted = fmaf(once * c[section][s], dc[section][s], weighted);
       });
       sum = sum_over_capsules(sum);
-      if (leaky) sum += power_of_two(leak - finite);
+      if (leaky) sum += power_of_two(-top);
       const float scale = reciprocal(sum);
       if constexpr (BACKWARD) mean[s] = sum_over_capsules(weighted) * scale;
       each<T::sections>([&]<int section>() { c[section][s] *= scale; });
@@ -149,11 +147,10 @@ struct Sums {
     const int64_t size = int64_t(args.I) * args.B;
     float* at = stats(i, s);
     if (!summed && first_j > 0) {
-      const float both = fmaxf(at[0], top), finite = both == -INFINITY ? 0 : both;
-      const float before = power_of_two(at[0] - finite + at[size]), now = power_of_two(top - finite + log);
-      // Where all routes of a tile are closed its share is 0 and its mean NaN.
-      const float weighted = (before == 0 ? 0 : before * at[2 * size]) + (now == 0 ? 0 : now * mean);
-      top = both, log = log_of_two(before + now), mean = weighted / (before + now);
+      const float both = fmaxf(at[0], top);
+      const float before = power_of_two(at[0] - both + at[size]), now = power_of_two(top - both + log);
+      mean = (before * at[2 * size] + now * mean) / (before + now);
+      top = both, log = log_of_two(before + now);
     }
     at[0] = top, at[size] = log, at[2 * size] = mean;
   }

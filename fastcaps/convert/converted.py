@@ -123,7 +123,7 @@ class Plan:
             logits = logits.mean(0, keepdim=True).expand_as(logits)
         if tensors["prior"] is not None:
             logits = logits + tensors["prior"]
-        c = self.recipe.convention.coupling(logits, options["leaky"])
+        c = self.recipe.convention.coupling(logits, options["leaky"], may_close=tensors["prior"] is not None)
         return self.axes["coupling"].arranged(c.detach() if self.recipe.detach else c)
 
 

@@ -97,7 +97,7 @@ class Convention:
                 logits = x.new_zeros(W.shape[:2]) if b is None else b
                 steps = iterations(
                     _Factors(x, W), logits, a, num_iterations, leaky=leaky, detach=detach, eps=eps,
-                    coupling=self.coupling, squash=self.squashed, weighted_sum=_sum_of_factors,
+                    may_close=b is not None, coupling=self.coupling, squash=self.squashed, weighted_sum=_sum_of_factors,
                     agreement=_mean_agreement,
                 )  # fmt: skip
                 v = last_output(steps)
@@ -106,9 +106,11 @@ class Convention:
                 v = torch.cat([checkpoint(part, few, use_reentrant=False) for few in x.split(chunk)])
         return v.to(poses.dtype)
 
-    def coupling(self, logits: Tensor, leaky: bool) -> Tensor:
-        """``[..., I, J]``, summing to 1 over J or over I."""
-        return coupling(logits, leaky) if self.softmax == "outputs" else coupling(logits.mT, leaky).mT
+    def coupling(self, logits: Tensor, leaky: bool, may_close: bool = False) -> Tensor:
+        """``[..., I, J]``, summing to 1 over J or over I, or to 0 where all logits of the sum are -inf."""
+        if self.softmax == "outputs":
+            return coupling(logits, leaky, may_close)
+        return coupling(logits.mT, leaky, may_close).mT
 
     def squashed(self, s: Tensor, eps: float) -> Tensor:
         """``[..., D_out]``, of the length that the convention gives it."""
@@ -180,8 +182,9 @@ def plain_routing(
     u = transform(poses, weight)  # [B, I, J, D_out]
     logits = (u.new_zeros(()) if prior is None else prior).expand(u.shape[:-1])
     for step in iterations(
-        u, logits, bias, num_iterations, leaky=leaky, detach=detach, eps=eps, coupling=convention.coupling,
-        weighted_sum=lambda c, u: (c[..., None] * u).sum(1), squash=convention.squashed, agreement=agreement,
+        u, logits, bias, num_iterations, leaky=leaky, detach=detach, eps=eps, may_close=prior is not None,
+        coupling=convention.coupling, weighted_sum=lambda c, u: (c[..., None] * u).sum(1),
+        squash=convention.squashed, agreement=agreement,
     ):  # fmt: skip
         last = step
     return Routed(last.v, last.c, last.s)

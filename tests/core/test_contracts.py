@@ -1,17 +1,20 @@
 """What dynamic_routing and route_votes keep to beside their numbers, on every backend and device."""
 
+import sys
 import threading
 from collections.abc import Callable
 
 import pytest
 import torch
 from support.numerics import Case, backend_op, make_inputs, run, small_inputs
+from support.processes import python
 from torch import Tensor
 
 from fastcaps.exactness import error_budget, relative_error
 from fastcaps.measure import saved_bytes
 from fastcaps.routing import dynamic_routing, route_votes
 from fastcaps.routing.dynamic.ops import op as compiled_op
+from fastcaps.routing.dynamic.ops import run_op
 
 
 @pytest.mark.parametrize("threads", [1, 2, 7, 8])
@@ -151,56 +154,6 @@ def test_autocast(implementation, wide, dtype):
         double = small_inputs(device, wide, grad=False)
         with torch.autocast(device, dtype):
             assert dynamic_routing(**double, backend=backend).dtype == torch.float64
-
-
-def test_vmap_folds_into_the_batch(implementation, wide):
-    backend, device = implementation
-    inputs = small_inputs(device, wide, grad=False)
-    stacked = torch.randn(4, 3, 5, 3, dtype=wide, device=device)
-    priors = torch.randn(5, 4, 4, dtype=wide, device=device)  # mapped axis 1: [I, N, J]
-
-    def op(poses: Tensor, prior: Tensor) -> Tensor:
-        return dynamic_routing(poses, inputs["weight"], prior=prior, bias=inputs["bias"], backend=backend)
-
-    result = torch.func.vmap(op, in_dims=(0, 1))(stacked, priors)
-    expected = torch.stack([op(stacked[n], priors[:, n]) for n in range(4)])
-    torch.testing.assert_close(result, expected)
-    result = torch.func.vmap(op, in_dims=(0, None))(stacked, inputs["prior"])
-    torch.testing.assert_close(result, torch.stack([op(poses, inputs["prior"]) for poses in stacked]))
-    result = torch.func.vmap(op, in_dims=(None, 1))(inputs["poses"], priors)
-    torch.testing.assert_close(result, torch.stack([op(inputs["poses"], priors[:, n]) for n in range(4)]))
-    masks = torch.rand(4, 3, 5, device=device) < 0.5
-    masked = lambda poses, mask: dynamic_routing(poses, inputs["weight"], mask=mask, backend=backend)  # noqa: E731
-    result = torch.func.vmap(masked)(stacked, masks)
-    torch.testing.assert_close(result, torch.stack([masked(stacked[n], masks[n]) for n in range(4)]))
-
-
-def test_functional_gradients(implementation, wide):
-    backend, device = implementation
-    inputs = small_inputs(device, wide, grad=False)
-    stacked = torch.randn(4, 3, 5, 3, dtype=wide, device=device)
-
-    def loss(weight: Tensor, poses: Tensor, backend: str = backend) -> Tensor:
-        return dynamic_routing(poses, weight, backend=backend).sin().sum()
-
-    per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(inputs["weight"], stacked)
-    for n in range(4):
-        expected = torch.func.grad(lambda w, n=n: loss(w, stacked[n], "reference"))(inputs["weight"])
-        torch.testing.assert_close(per_sample[n], expected)
-    total = torch.func.grad(lambda w: torch.func.vmap(lambda x: loss(w, x))(stacked).sum())(inputs["weight"])
-    torch.testing.assert_close(total, per_sample.sum(0))
-
-
-def test_vmap_over_the_weight_is_refused_with_the_cure(implementation, wide):
-    backend, device = implementation
-    inputs = small_inputs(device, wide, grad=False)
-    weights = torch.stack([inputs["weight"]] * 2)
-    op = torch.func.vmap(lambda w: dynamic_routing(inputs["poses"], w, backend=backend))
-    if backend == "reference":
-        assert op(weights).shape == (2, 3, 4, 2)
-        return
-    with pytest.raises(NotImplementedError, match="backend='reference'"):
-        op(weights)
 
 
 # ---------------------------------------------------------------------------------------------------------- compile
@@ -380,3 +333,55 @@ def test_only_the_inputs_and_the_sums_are_saved(dtype):
     size = max(4, dtype.itemsize)  # sums of half types are float32
     assert saved["native"] == size * T * B * J * D_out
     assert saved["reference"] > size * B * I * J * D_out  # the votes: the measure sees what it should
+
+
+@pytest.mark.parametrize("what", ["result", "copy"])
+def test_memory_that_is_not_there_is_pytorchs_own_error(implementation, what):
+    """2^50 bytes, more than any address space has: for the result, or for a copy of what is not contiguous."""
+    backend, device = implementation
+    kind = torch.OutOfMemoryError if device == "cuda" else RuntimeError
+    poses = torch.zeros(2**24 if what == "result" else 1, 1, 1, device=device)
+    weight = torch.zeros(1, 2**12, 2**12, 1, device=device)
+    if what == "copy":
+        weight = weight[:, :1, :1].expand(1, 2**24, 2**24, 1)
+    text = r"can't allocate memory: you tried to allocate|CUDA out of memory\. Tried to allocate"
+    with pytest.raises(kind, match=text) as raised:
+        dynamic_routing(poses, weight, num_iterations=1, backend=backend)
+    assert type(raised.value) is kind
+
+
+def test_an_error_after_missing_memory_is_its_own():
+    poses, weight = torch.zeros(2**24, 1, 1), torch.zeros(1, 2**12, 2**12, 1)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        dynamic_routing(poses, weight, num_iterations=1, backend="native")
+    with pytest.raises(RuntimeError, match="weight does not fit poses"):
+        run_op("native", "forward", poses, weight[..., :0], None, None, None, 1, False, False, 0.0)
+
+
+# The gradient of the weight takes 66 MB, and scratch memory for 4096 samples 105 MB.
+LITTLE_MEMORY = """
+import resource, torch, fastcaps
+
+def leave(megabytes):
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + megabytes * 2**20, resource.RLIM_INFINITY))
+
+poses, weight = torch.randn(1, 64, 8), torch.randn(64, 1000, 32, 8, requires_grad=True)
+fastcaps.dynamic_routing(poses, weight).sum().backward()
+weight.grad = None
+loss = fastcaps.dynamic_routing(poses, weight).sum()
+many = torch.randn(4096, 8, 4), torch.randn(8, 200, 32, 4)
+for megabytes, call in ((20, loss.backward), (430, lambda: fastcaps.dynamic_routing(*many))):
+    leave(megabytes)
+    try:
+        call()
+    except RuntimeError as error:
+        print("can't allocate memory" in str(error))
+"""
+
+
+@pytest.mark.process
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
+def test_memory_that_gradients_or_scratch_do_not_get():
+    ran = python("-c", LITTLE_MEMORY)
+    assert ran.stdout.split() == ["True", "True"], ran.stdout + ran.stderr

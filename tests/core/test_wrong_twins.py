@@ -34,6 +34,8 @@ MISTAKES: dict[str, dict[str, Any]] = {
     "prior without gradient": {"prior": "BIJ"},
     "prior of the first sample for all": {"prior": "BIJ"},
     "infinite prior clamped": {"prior": "closed", "num_iterations": 2},
+    "closed inputs vote for all alike": {"prior": "closed inputs"},
+    "closed inputs make NaN": {"prior": "closed inputs"},
     "bias ignored": {"bias": "J"},
     "bias in the last iteration only": {"bias": "J"},
     "bias before the first iteration only": {"bias": "J"},
@@ -147,7 +149,11 @@ def share(logits: Tensor, leaky: bool, wrong: str | None) -> Tensor:
     if wrong == "softmax over the input capsules":
         return logits.softmax(1)
     if not leaky or wrong == "leaky ignored":
-        return logits.softmax(-1)
+        if wrong == "closed inputs make NaN":
+            return logits.softmax(-1)
+        closed = logits.isneginf().all(-1, keepdim=True)
+        c = torch.where(closed, 0.0, logits).softmax(-1)
+        return c if wrong == "closed inputs vote for all alike" else torch.where(closed, 0.0, c)
     extra = torch.ones_like if wrong == "leaky logit of one" else torch.zeros_like
     c = torch.cat([logits, extra(logits[..., :1])], -1).softmax(-1)[..., :-1]
     return c / c.sum(-1, keepdim=True) if wrong == "leaky share kept by the others" else c

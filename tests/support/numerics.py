@@ -30,7 +30,7 @@ class Case:
 
     sizes: tuple[int, int, int, int, int] = SIZES[0]
     share: str = "none"  # which axes of weight are 1: none, inputs, outputs, both
-    prior: str = "none"  # none, J, IJ, BIJ, B1J, closed (IJ with -inf)
+    prior: str = "none"  # none, J, IJ, BIJ, B1J, closed (IJ with -inf), closed inputs (BIJ with rows of -inf)
     bias: str = "none"  # none, J, 1
     mask: bool = False
     num_iterations: int = 3
@@ -87,6 +87,24 @@ def pairwise_cases() -> list[Case]:
     return [Case(**choice) for choice in pairwise(LEVELS)]
 
 
+# Input capsules whose routes are all closed, beside options and sizes that take other ways.
+CLOSED = [
+    Case(prior="closed inputs", **options)
+    for options in (
+        {},
+        {"num_iterations": 1},
+        {"leaky": True, "mask": True},
+        {"detach": True, "bias": "J"},
+        {"sizes": SIZES[1], "mask": True, "grad_layout": "strided"},
+        {"sizes": SIZES[1], "share": "inputs", "num_iterations": 2},
+        {"sizes": SIZES[1], "share": "both", "bias": "1"},
+        {"sizes": SIZES[2]},
+        {"sizes": SIZES[4], "votes": True, "layout": "strided"},
+        {"votes": True, "num_iterations": 4},
+    )
+]
+
+
 def _pair(a: int, x: int, b: int, y: int) -> tuple[int, int, int, int]:
     return (a, x, b, y) if a < b else (b, y, a, x)
 
@@ -103,7 +121,7 @@ def case_id(case: Case) -> str:
 EVERY_KERNEL = {
     "triton": [
         Case(sizes=(18, 5, 3, 4, 6), prior="IJ", bias="J", mask=True),
-        Case(sizes=(3, 4, 60, 4, 16), prior="BIJ"),
+        Case(sizes=(3, 4, 60, 4, 16), prior="closed inputs"),
         Case(sizes=(5, 6, 4, 20, 8), share="inputs", prior="IJ", mask=True),
         Case(sizes=(5, 6, 4, 20, 8), share="outputs", bias="J", prior="J"),
         Case(sizes=(5, 4, 10, 3, 12), votes=True, detach=True),
@@ -118,7 +136,8 @@ EVERY_KERNEL = {
         Case(sizes=(26, 3, 11, 60, 30), prior="closed"),
         Case(sizes=(4, 3, 3, 70, 9), mask=True, bias="J"),
         Case(sizes=(5, 6, 4, 20, 8), share="inputs", prior="IJ", mask=True),
-        Case(sizes=(5, 6, 4, 20, 8), share="both", prior="BIJ"),
+        Case(sizes=(5, 6, 4, 20, 8), share="both", prior="closed inputs"),
+        Case(sizes=(9, 5, 23, 20, 7), prior="closed inputs", mask=True),
         Case(sizes=(5, 6, 4, 20, 40), votes=True, leaky=True),
     ],
 }
@@ -131,7 +150,7 @@ TILES = [
     Case(sizes=(2, 3, 50, 4, 16), prior="closed", detach=True),
     Case(sizes=(3, 4, 5, 70, 6), bias="J"),
     Case(sizes=(2, 3, 4, 5, 70)),
-    Case(sizes=(2, 3, 110, 5, 30), votes=True, prior="closed"),
+    Case(sizes=(2, 3, 110, 5, 30), votes=True, prior="closed inputs"),
     Case(sizes=(2, 3, 4, 5, 70), votes=True, share="outputs", prior="IJ"),
     Case(sizes=(2, 5, 12, 70, 9), share="inputs", prior="BIJ"),
     Case(sizes=(2, 3, 50, 3, 16), share="outputs", prior="BIJ", bias="J"),
@@ -178,11 +197,13 @@ def make_inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> Inputs:
     else:
         tensors["poses"] = randn(B, I, D_in)
         tensors["weight"] = randn(1 if case.share in ("inputs", "both") else I, J_weight, D_out, D_in) / D_in**0.5
-    priors = {"J": (J,), "IJ": (I, J), "BIJ": (B, I, J), "B1J": (B, 1, J), "closed": (I, J)}
+    priors = {"J": (J,), "IJ": (I, J), "B1J": (B, 1, J), "closed": (I, J)}
     if case.prior != "none":
-        tensors["prior"] = randn(*priors[case.prior])
+        tensors["prior"] = randn(*priors.get(case.prior, (B, I, J)))
         if case.prior == "closed" and J > 1:
             tensors["prior"][:, 0] = -math.inf
+        if case.prior == "closed inputs":
+            tensors["prior"][:, ::3] = -math.inf
     if case.bias != "none":
         tensors["bias"] = randn(J if case.bias == "J" else 1, D_out)
     mask = torch.rand(B, I, generator=generator) < 0.7 if case.mask else None
@@ -205,12 +226,14 @@ def make_inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> Inputs:
 
 
 def last_entropy(case: Case, tensors: dict[str, Tensor], mask: Tensor | None) -> float:
-    """The mean entropy over the samples' input capsules (unmasked ones) of the last coupling, by the oracle."""
+    """The mean entropy over the samples' input capsules (those that vote) of the last coupling, by the oracle."""
     arrays = {name: x.numpy() for name, x in tensors.items()}
     _, c = oracle(**arrays, mask=None if mask is None else mask.numpy(), **case.options)
     with np.errstate(divide="ignore", invalid="ignore"):
         entropy = -np.where(c > 0, c * np.log(c), 0).sum(-1)
-    return float(entropy.mean() if mask is None else entropy[mask.numpy()].mean())
+    votes = c.sum(-1) > 0
+    deciding = entropy[votes if mask is None else votes & mask.numpy()]
+    return float(deciding.mean()) if deciding.size else 0.0
 
 
 def oracle(
@@ -238,9 +261,12 @@ def oracle(
     J = max(J, *(x.shape[axis] for x, axis in ((prior, -1), (bias, 0)) if x is not None), 1)
     votes = np.broadcast_to(votes, (B, I, J, D_out))
     logits = np.zeros((B, I, J)) if prior is None else np.zeros((B, I, J)) + prior
+    if mask is not None:
+        logits[~mask] = 0.0
     for t in range(num_iterations):
         shares = np.exp(logits)
-        coupling = shares / (shares.sum(-1, keepdims=True) + (1.0 if leaky else 0.0))
+        total = shares.sum(-1, keepdims=True) + (1.0 if leaky else 0.0)
+        coupling = shares / np.where(total > 0, total, 1.0)
         s = np.einsum("bij,bijd->bjd", coupling, votes)
         if bias is not None:
             s = s + bias

@@ -44,17 +44,19 @@ def dynamic_routing(
         poses: ``[B, I, D_in]``; float64, float32, bfloat16 or float16. B and I may be 0.
         weight: ``[I or 1, J or 1, D_out, D_in]``, dtype of ``poses``; a 1 shares the matrices over that axis.
         num_iterations: T, at least 1.
-        prior: initial routing logits, broadcastable to ``[B, I, J]``; None is 0, ``-inf`` closes a route.
+        prior: initial routing logits, broadcastable to ``[B, I, J]``; None is 0, ``-inf`` closes a route. An input
+            capsule whose routes are all closed casts no vote and gets gradients of 0.
         bias: ``[J or 1, D_out]``, added to the weighted sum in every iteration.
-        mask: ``[B, I]`` bool; False: this input capsule's pose counts as 0, whatever it holds, and gets no gradient.
+        mask: ``[B, I]`` bool; False: this input capsule's pose and prior count as 0, whatever they hold, and get no
+            gradient.
         leaky: the softmax runs over J + 1 capsules, the last with a logit of 0, and drops the last.
         detach: the coupling coefficients are constants for the gradient: only the last weighted sum is
             differentiated, and the prior gets none. The default is the full gradient.
         eps: as in :func:`fastcaps.squash`, for parity with published code only.
-        backend: ``"triton"``, ``"native"``, ``"reference"``, or None for the fastest that can run here. Forward-mode
-            differentiation and vmap over the weight need ``"reference"``; everything else works on all. Second
-            derivatives, gradients by ``torch.func`` or with ``create_graph=True``, and ``torch.func`` inside
-            ``torch.compile`` are computed with the reference on any, votes in memory.
+        backend: ``"triton"``, ``"native"``, ``"reference"``, or None for the fastest that can run here. On any of
+            them, the reference computes forward-mode and second derivatives, gradients by ``torch.func`` or with
+            ``create_graph=True``, ``torch.func`` inside ``torch.compile``, and what is exported to ONNX: with the votes
+            in memory.
 
     Returns:
         ``[B, J, D_out]`` in the dtype of ``poses``. J is the largest of weight's, prior's and bias's. A weight shared
@@ -93,9 +95,9 @@ def route_votes(
     Args:
         votes: ``[B, I, J or 1, D_out]``; float64, float32, bfloat16 or float16. B and I may be 0.
         num_iterations: T, at least 1.
-        prior: initial routing logits, broadcastable to ``[B, I, J]``.
+        prior: as in :func:`dynamic_routing`.
         bias: ``[J or 1, D_out]``.
-        mask: ``[B, I]`` bool; False: the votes of this input capsule count as 0.
+        mask: ``[B, I]`` bool; False: votes and prior of this input capsule count as 0.
         leaky: as in :func:`dynamic_routing`.
         detach: as in :func:`dynamic_routing`.
         eps: as in :func:`fastcaps.squash`.

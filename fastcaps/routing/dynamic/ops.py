@@ -3,6 +3,7 @@
 Letters are those of ``reference.py``. ``api.py`` checks the arguments and chooses the backend.
 """
 
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,9 +11,9 @@ import torch
 from torch import Tensor
 
 from fastcaps.functional import compute_dtype, without_autocast
-from fastcaps.routing.backend import EXTENSION_BUILD
+from fastcaps.routing.backend import EXTENSION_BUILD, constant_when_traced
 from fastcaps.routing.dynamic.arguments import DIFFERENTIABLE, Options, Tensors
-from fastcaps.routing.dynamic.reference import dynamic_routing_reference, masked, output_capsules
+from fastcaps.routing.dynamic.reference import dynamic_routing_reference, masked, masked_prior, output_capsules
 
 
 def op(backend: str, direction: str) -> Any:
@@ -20,19 +21,40 @@ def op(backend: str, direction: str) -> Any:
     return getattr(torch.ops.fastcaps, f"{backend}_dynamic_routing_{direction}").default
 
 
+def run_op(backend: str, direction: str, *arguments: Any) -> Any:
+    """What the op returns; memory that it does not get is PyTorch's own error, as of any other op."""
+    try:
+        return op(backend, direction)(*arguments)
+    except RuntimeError:
+        # The stable ABI, which the native ops are built against, lets no error of PyTorch's through: ask once more.
+        if backend == "native" and (missing := importlib.import_module("fastcaps._C").bytes_not_allocated()):
+            try:
+                torch.empty(missing, dtype=torch.uint8, device=arguments[0].device)
+            except RuntimeError as error:
+                raise error from None
+        raise
+
+
+@constant_when_traced
+def _exports_to_onnx() -> bool:
+    return torch.onnx.is_in_onnx_export()
+
+
 def route(backend: str, tensors: Tensors, options: Options) -> Tensor:
     """The output ``[B, J, D_out]``, in the dtype of the poses, by the cheapest way that keeps every derivative."""
     with without_autocast(tensors.poses.device.type):  # everything inside is float32 at least
-        traced, transformed = torch.compiler.is_compiling(), torch._C._are_functorch_transforms_active()
-        # torch.func inside torch.compile would take the op for a constant in a second derivative.
-        if backend == "reference" or (traced and transformed):
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        transformed = torch._C._are_functorch_transforms_active()
+        forward_mode = not traced and torch.autograd.forward_ad._current_level >= 0
+        # Traced, torch.func would take the op for a constant in a second derivative, and ONNX does not know it.
+        if backend == "reference" or forward_mode or (traced and (transformed or _exports_to_onnx())):
             return reference_output(tensors, options)
         tensors = _expanded(tensors)
         if traced:
             # The op alone, whose derivatives are registered: tracing an autograd.Function would cut a second
             # derivative off without a word.
             return op(backend, "forward")(*_widened(tensors), *options)[0]
-        if transformed or torch.autograd.forward_ad._current_level >= 0:
+        if transformed:
             return DynamicRouting.apply(backend, options, *tensors)[0]
         if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
             return EagerDynamicRouting.apply(backend, options, *tensors)
@@ -57,11 +79,11 @@ def reference_output(tensors: Tensors, options: Options) -> Tensor:
 
 
 def upcast(tensors: Tensors) -> Tensors:
-    """The tensors as the reference takes them: in their compute dtype, the mask applied to the poses."""
+    """The tensors as the reference takes them: in their compute dtype, the mask applied to poses and prior."""
     poses, weight, prior, bias, mask = tensors
     dtype = compute_dtype(poses.dtype)
     weight, prior, bias = (x if x is None else x.to(dtype) for x in (weight, prior, bias))
-    return Tensors(masked(poses, mask).to(dtype), weight, prior, bias)
+    return Tensors(masked(poses, mask).to(dtype), weight, masked_prior(prior, mask), bias)
 
 
 def _expanded(tensors: Tensors) -> Tensors:
@@ -94,7 +116,7 @@ def _widened(tensors: Tensors) -> Tensors:
 def _forward(backend: str, tensors: Tensors, options: Options) -> tuple[Tensor, Tensor]:
     """The output ``[B, J, D_out]``, in the dtype of the poses, and the weighted sums ``[T, B, J, D_out]``."""
     with torch._C._AutoDispatchBelowAutograd():  # the registered derivatives are for traced calls
-        return op(backend, "forward")(*_widened(tensors), *options)
+        return run_op(backend, "forward", *_widened(tensors), *options)
 
 
 def _save(ctx: Any, backend: str, tensors: Sequence[Tensor | None], options: Options, sums: Tensor) -> None:
@@ -139,15 +161,18 @@ class DynamicRouting(torch.autograd.Function):
     def vmap(
         info: Any, in_dims: tuple[Any, ...], backend: str, options: Options, *tensors: Any
     ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-        """Fold the mapped axis into the batch, which gives every sample poses, prior and mask of its own, no weight."""
+        """Fold the mapped axis into the batch, which gives every sample poses, prior and mask of its own; a call for
+        each weight or bias, where these are mapped."""
         _, _, *tensor_dims = in_dims
-        dims, (poses, weight, prior, bias, mask) = Tensors(*tensor_dims), Tensors(*tensors)
+        dims, (poses, weight, prior, bias, mask), N = Tensors(*tensor_dims), Tensors(*tensors), info.batch_size
         if dims.weight is not None or dims.bias is not None:
-            raise NotImplementedError(
-                f"vmap over the weight or bias of dynamic_routing: the {backend} backend has one of each per call; "
-                "pass backend='reference', or map over poses, prior and mask only"
-            )
-        N = info.batch_size
+            pairs = list(zip(tensors, tensor_dims, strict=True))
+            calls = [
+                DynamicRouting.apply(backend, options, *(x if dim is None else x.select(dim, n) for x, dim in pairs))
+                for n in range(N)
+            ]
+            out, sums = (torch.stack(results) for results in zip(*calls, strict=True))
+            return (out, sums), (0, 0)
 
         def stack(x: Tensor, dim: Any) -> Tensor:
             return x.expand(N, *x.shape) if dim is None else x.movedim(dim, 0)
@@ -193,7 +218,9 @@ def _op_gradients(
     backend: str, tensors: Tensors, options: Options, sums: Tensor, grad: Tensor, wanted: Sequence[str]
 ) -> dict[str, Tensor]:
     """The wanted gradients by the backward op, in the dtypes of their tensors."""
-    gradients = op(backend, "backward")(
+    gradients = run_op(
+        backend,
+        "backward",
         grad,
         *_widened(tensors),
         sums,

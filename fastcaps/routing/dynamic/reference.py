@@ -4,6 +4,7 @@ Letters: B batch, I input capsules, J output capsules, D_in and D_out pose sizes
 compute dtype (float32 or float64): ``api.py`` checks arguments and ``ops.py`` casts half types.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -21,6 +22,11 @@ def masked(poses: Tensor, mask: Tensor | None) -> Tensor:
     return poses if mask is None else poses.masked_fill(~mask.reshape(*mask.shape, *[1] * (poses.dim() - 2)), 0)
 
 
+def masked_prior(prior: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    """A prior that broadcasts to ``[B, I, J]``, with 0 where ``mask`` ``[B, I]`` is False."""
+    return prior if prior is None or mask is None else torch.where(mask[..., None], prior, 0.0)
+
+
 def transform(poses: Tensor, weight: Tensor | None) -> Tensor:
     """The votes ``u[b, i, j] = weight[i, j] @ poses[b, i]``.
 
@@ -36,19 +42,24 @@ def transform(poses: Tensor, weight: Tensor | None) -> Tensor:
     return torch.einsum("ijdk,bik->bijd", weight.expand(poses.shape[1], -1, -1, -1), poses)
 
 
-def coupling(logits: Tensor, leaky: bool) -> Tensor:
+def coupling(logits: Tensor, leaky: bool, may_close: bool = False) -> Tensor:
     """Softmax over the output capsules; with ``leaky`` a further logit of 0 takes a share that is dropped.
 
     Args:
         logits: ``[B or 1, I, J]``
         leaky: whether a vote may go to no output capsule.
+        may_close: whether all logits of an input capsule may be -inf: its coefficients are then 0, and not NaN.
 
     Returns:
         ``[B or 1, I, J]``
     """
-    if not leaky:
+    if leaky:
+        return torch.cat([logits, torch.zeros_like(logits[..., :1])], -1).softmax(-1)[..., :-1]
+    if not may_close:
         return logits.softmax(-1)
-    return torch.cat([logits, torch.zeros_like(logits[..., :1])], -1).softmax(-1)[..., :-1]
+    closed = (logits == -math.inf).all(-1, keepdim=True)
+    # Both fills are needed: the inner one keeps NaN out of the derivatives.
+    return logits.masked_fill(closed, 0.0).softmax(-1).masked_fill(closed, 0.0)
 
 
 def output_capsules(poses: Tensor, weight: Tensor | None, prior: Tensor | None, bias: Tensor | None) -> int:
@@ -62,7 +73,7 @@ def output_capsules(poses: Tensor, weight: Tensor | None, prior: Tensor | None, 
 
 
 def weighted_sum(c: Tensor, u: Tensor) -> Tensor:
-    """``sum_i c u``: coupling ``[B, I, J]`` and votes ``[B, I, J, D_out]`` to ``[B, J, D_out]``."""
+    """``sum_i c u``: coupling ``[B or 1, I, J]`` and votes ``[B, I, J, D_out]`` to ``[B, J, D_out]``."""
     return torch.einsum("bij,bijd->bjd", c, u)
 
 
@@ -75,7 +86,7 @@ class Iteration(NamedTuple):
     """What an iteration of procedure 1 computes.
 
     Attributes:
-        c: ``[B, I, J]``, the coupling coefficients.
+        c: ``[B or 1, I, J]``, the coupling coefficients; of the first iteration as many as there are logits.
         s: ``[B, J, D_out]``, the weighted sum of the votes, plus the bias.
         v: ``[B, J, D_out]``, the squashed sum.
         agreement: ``[B, I, J]``, what the next logits gain; None in the last iteration, which has no next.
@@ -96,6 +107,7 @@ def iterations(
     leaky: bool = False,
     detach: bool = False,
     eps: float = 0.0,
+    may_close: bool = False,
     coupling: Callable[..., Tensor] = coupling,
     weighted_sum: Callable[[Tensor, Any], Tensor] = weighted_sum,
     squash: Callable[..., Tensor] = squash,
@@ -105,13 +117,14 @@ def iterations(
 
     Args:
         votes: ``[B, I, J, D_out]``, or whatever ``weighted_sum`` and ``agreement`` take for it; has ``detach()``.
-        logits: ``[B, I, J]``, those of the first iteration.
+        logits: ``[B or 1, I, J]``, those of the first iteration.
         bias: ``[J or 1, D_out]``, added to the weighted sum in every iteration, or None.
         num_iterations: T.
         leaky: route over J + 1 capsules and drop the last.
         detach: the coupling coefficients are constants for the gradient.
         eps: as in ``squash``.
-        coupling: from ``(logits, leaky)`` to c.
+        may_close: as in ``coupling``; only a prior closes routes.
+        coupling: from ``(logits, leaky, may_close)`` to c.
         weighted_sum: from ``(c, votes)`` to s without its bias.
         squash: from ``(s, eps=eps)`` to v.
         agreement: from ``(votes, v)`` to what the logits gain.
@@ -122,7 +135,7 @@ def iterations(
     routed, logits = (votes.detach(), logits.detach()) if detach else (votes, logits)  # all that the coupling sees
     for t in range(num_iterations):
         last = t == num_iterations - 1
-        c = coupling(logits, leaky)
+        c = coupling(logits, leaky, may_close)
         s = weighted_sum(c, votes if last else routed)
         if bias is not None:
             s = s + (bias.detach() if detach and not last else bias)
@@ -158,7 +171,7 @@ def dynamic_routing_reference(
     Args:
         poses: ``[B, I, D_in]``, or the votes ``[B, I, J or 1, D_out]`` where ``weight`` is None.
         weight: ``[I or 1, J or 1, D_out, D_in]``, or None.
-        prior: initial routing logits, broadcastable to ``[B, I, J]``.
+        prior: initial routing logits, broadcastable to ``[B, I, J]``; an input capsule with -inf alone casts no vote.
         bias: ``[J or 1, D_out]``, added to the weighted sum in every iteration.
         num_iterations: T.
         leaky: route over J + 1 capsules and drop the last.
@@ -168,10 +181,14 @@ def dynamic_routing_reference(
     Returns:
         ``[B, J, D_out]``
     """
-    J = output_capsules(poses, weight, prior, bias)
+    I, J = poses.shape[1], output_capsules(poses, weight, prior, bias)
     u = transform(poses, weight).expand(-1, -1, J, -1)  # [B, I, J, D_out]
-    logits = (u.new_zeros(()) if prior is None else prior).expand(u.shape[:-1])  # [B, I, J]
-    return last_output(iterations(u, logits, bias, num_iterations, leaky=leaky, detach=detach, eps=eps))
+    first = u.new_zeros(()) if prior is None else prior
+    logits = first.expand(-1 if first.dim() == 3 else 1, I, J)  # [B or 1, I, J]
+    steps = iterations(
+        u, logits, bias, num_iterations, leaky=leaky, detach=detach, eps=eps, may_close=prior is not None
+    )
+    return last_output(steps)
 
 
 def squash_backward(s: Tensor, dv: Tensor, eps: float) -> Tensor:
@@ -230,7 +247,7 @@ def dynamic_routing_backward_reference(
         logits = d_prior.new_zeros(()) if prior is None else prior
         if t > 0:
             logits = logits + agreement(u, V[t - 1])
-        c = coupling(logits.expand(d_prior.shape), leaky)
+        c = coupling(logits.expand(d_prior.shape), leaky, may_close=prior is not None)
         du += c[..., None] * ds[:, None]
         d_bias += ds
         if detach:

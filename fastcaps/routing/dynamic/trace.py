@@ -53,7 +53,7 @@ def routing_trace(
         num_iterations: T, at least 1.
         prior: initial routing logits, broadcastable to ``[B, I, J]``.
         bias: ``[J or 1, D_out]``.
-        mask: ``[B, I]`` bool; the coupling of a masked capsule is recorded too, though its votes are 0.
+        mask: ``[B, I]`` bool; a masked capsule's coupling is recorded too, that of a pose and a prior of 0.
         leaky: as in :func:`fastcaps.dynamic_routing`; the recorded shares then sum to less than 1.
         eps: as in :func:`fastcaps.squash`.
 
@@ -91,7 +91,7 @@ def _trace(tensors: Tensors, options: Options) -> RoutingTrace:
         u = transform(poses[rows], weight).expand(-1, -1, J, -1)  # [b, I, J, D_out]
         v = u.new_zeros(u.shape[0], J, D_out)
         # One more iteration than is looked at: the last one of all has no agreement.
-        steps = iterations(u, logits[rows], bias, T + 1, leaky=leaky, eps=eps)
+        steps = iterations(u, logits[rows], bias, T + 1, leaky=leaky, eps=eps, may_close=prior is not None)
         for t, iteration in enumerate(islice(steps, T)):
             previous, v = v, iteration.v
             assert iteration.agreement is not None

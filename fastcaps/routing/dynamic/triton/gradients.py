@@ -116,7 +116,8 @@ def gradients(
                 ok2 = b_ok[None, :] & (j2 < J)  # [JG, BB]
                 logit0 = tl.zeros((JG, BB), tl.float32)
                 if PRIOR:
-                    logit0 = tl.load(prior + b[None, :] * p.b + i * p.i + j2 * p.j, mask=ok2, other=0.0) * LOG2E
+                    p_at = prior + b[None, :] * p.b + i * p.i + j2 * p.j
+                    logit0 = tl.load(p_at, mask=ok2 & valid[None, :], other=0.0) * LOG2E
                 db = tl.zeros((JG, BB), tl.float32)
                 du = tl.zeros((JG, BB, D), tl.float32)
                 if T <= UNROLLED:
@@ -132,10 +133,11 @@ def gradients(
                             stats + 3 * t * rows + i * B + b, b_ok, rows, True, DETACH, d_prior is not None,
                         )  # fmt: skip
                 if d_prior is not None:
+                    db = tl.where(ok2 & valid[None, :], db, 0.0)
                     if PER_SAMPLE:
                         tl.store(d_prior + (b[None, :] * I + i) * J + j2, db, mask=ok2 & (chunk == 0))
                     else:
-                        new_dps = new_dps + (dps[n] + tl.where(ok2, db, 0.0),)
+                        new_dps = new_dps + (dps[n] + db,)
                 if VOTES:
                     du = tl.where(valid[None, :, None], du, 0.0)
                     if SHARED:

@@ -18,6 +18,9 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+# Where a largest logit and a sum of shares start, as in csrc/numbers.h: closed routes get shares of 0, not 0 / 0.
+LEAST_LOGIT = tl.constexpr(-3.4028234663852886e38)
+LEAST_SHARE = tl.constexpr(1.1754943508222875e-38)
 
 
 @triton.jit
@@ -84,29 +87,21 @@ def votes(
 
 
 @triton.jit
-def _finite(top):
-    """0 for the largest logit where every route is closed: the sum of the shares is then 0, and what it divides NaN."""
-    return tl.where(top == float("-inf"), 0.0, top)
-
-
-@triton.jit
 def _softmax(logits, leak, JT: tl.constexpr, LEAKY: tl.constexpr):
     """Of JT tensors [JG, BB]: 2^(logits - top), the largest logit top [BB], and the sum of the first, [BB]. With LEAKY
     the logit ``leak`` of a further capsule counts too."""
     top = logits[0]
     for n in tl.static_range(1, JT):
         top = tl.maximum(top, logits[n])
-    top = tl.max(top, axis=0)
-    if LEAKY:
-        top = tl.maximum(top, leak)
+    top = tl.maximum(tl.max(top, axis=0), leak if LEAKY else LEAST_LOGIT)
     total = tl.zeros_like(logits[0])
     shares = ()
     for n in tl.static_range(JT):
-        shares = shares + (tl.exp2(logits[n] - _finite(top)[None, :]),)
+        shares = shares + (tl.exp2(logits[n] - top[None, :]),)
         total += shares[n]
-    total = tl.sum(total, axis=0)
+    total = tl.sum(total, axis=0) + LEAST_SHARE
     if LEAKY:
-        total += tl.exp2(leak - _finite(top))
+        total += tl.exp2(leak - top)
     return shares, top, total
 
 
@@ -120,10 +115,8 @@ def coupling(l, top, log):
 def _merge(top1, log1, mean1, top2, log2, mean2):
     """The statistics [BB] of two sets of output capsules together."""
     top = tl.maximum(top1, top2)
-    share1, share2 = tl.exp2(top1 - _finite(top) + log1), tl.exp2(top2 - _finite(top) + log2)
-    # Where all routes of a set are closed its share is 0 and its mean NaN.
-    mean = tl.where(share1 == 0, 0.0, share1 * mean1) + tl.where(share2 == 0, 0.0, share2 * mean2)
-    return top, tl.log2(share1 + share2), mean / (share1 + share2)
+    share1, share2 = tl.exp2(top1 - top + log1), tl.exp2(top2 - top + log2)
+    return top, tl.log2(share1 + share2), (share1 * mean1 + share2 * mean2) / (share1 + share2)
 
 
 @triton.jit(do_not_specialize=["B", "I", "slices"])
@@ -215,7 +208,7 @@ def sweep(
                     j_ok = tl.reshape(j_ok, (JG, 1))
                     if PRIOR:
                         p_at = prior + b[None, :] * p.b + i * p.i + (tl.reshape(j, (JG, 1)) + n * JG) * p.j
-                        l += tl.load(p_at, mask=b_ok[None, :] & j_ok, other=0.0) * LOG2E
+                        l += tl.load(p_at, mask=valid[None, :] & j_ok, other=0.0) * LOG2E
                     logits = logits + (l if EVEN else tl.where(j_ok, l, float("-inf")),)
                     if BACKWARD:
                         dc = tl.sum(u * dss[n], axis=2)
@@ -237,7 +230,7 @@ def sweep(
                     if BACKWARD:
                         mean = tl.load(mean_at, mask=b_ok, other=0.0)
                 else:
-                    leak = 0.0 if tile == first_tile else float("-inf")  # once for all tiles
+                    leak = 0.0 if tile == first_tile else LEAST_LOGIT  # once for all tiles
                     shares, top, total = _softmax(logits, leak, JT, LEAKY)
                     scale = 1.0 / total[None, :]
                     mean = total  # not read in the forward
