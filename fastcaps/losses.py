@@ -38,6 +38,11 @@ def present_classes(labels: Tensor, B: int, J: int) -> Tensor:
     Raises:
         TypeError: labels are neither indices nor bool.
         ValueError: shapes do not fit, or a label is out of range.
+
+    Example:
+        >>> present_classes(torch.tensor([2, 0]), B=2, J=3)
+        tensor([[False, False,  True],
+                [ True, False, False]])
     """
     check_labels(labels, B, J, several=True)
     return labels if labels.dtype == torch.bool else one_hot(labels, J)

@@ -181,6 +181,10 @@ def test_the_default_kernel_is_what_was_asked_for():
     assert all(a.equal(b) for a, b in zip(asked.parameters(), default.parameters(), strict=True))
 
 
+def test_the_baseline_takes_signals():
+    assert CNN((2, 1, 30), 3, channels=(4,), units=(6,))(torch.rand(5, 2, 1, 30)).shape == (5, 3)
+
+
 def test_signals_without_height_are_told_how_to_get_it():
     with pytest.raises(ValueError, match=r"\[B, 2, 1, 30\], got \(4, 2, 30\); images.unsqueeze\(2\) adds"):
         small((2, 1, 30))(torch.rand(4, 2, 30))
