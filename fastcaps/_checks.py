@@ -53,18 +53,58 @@ def check_like(name: str, value: Any, shape: str, parameter: Tensor) -> None:
         raise TypeError(f"{name} must have the dtype of the parameters, {parameter.dtype}, got {value.dtype}")
 
 
-def check_labels(labels: Tensor, B: int, J: int) -> None:
-    """Raise unless ``labels`` are B class indices below J.
+def check_pair(name: str, value: Any, least: int) -> tuple[int, int]:
+    """``(height, width)`` from such a pair or from one int for both; raise unless both are at least ``least``."""
+    pair = value if isinstance(value, (tuple, list)) else (value, value)
+    if len(pair) != 2 or any(isinstance(size, bool) or not isinstance(size, int) for size in pair):
+        raise TypeError(f"{name} must be an int or a pair of ints (height, width), got {value!r}")
+    if min(pair) < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    return pair[0], pair[1]
+
+
+def axes_hint(name: str, given: Sequence[int], wanted: Sequence[int | None]) -> str:
+    """What to add to a message that a tensor of shape ``given`` is not ``[B, *wanted]``, where an axis is the reason.
+
+    Args:
+        name: of the tensor.
+        given: its shape.
+        wanted: ``(C, H, W)``; None fits any size.
+    """
+
+    def fits(shape: Sequence[int]) -> bool:
+        return all(expected in (size, None) for size, expected in zip(shape, wanted, strict=True))
+
+    if len(given) == 4 and fits((given[3], given[1], given[2])):
+        return f"; are the channels last? {name}.movedim(3, 1) puts them first"
+    if len(given) == 3:
+        for axis in (2, 1, 0):
+            if fits((*given[:axis], 1, *given[axis:])[1:]):
+                return f"; {name}.unsqueeze({axis}) adds the missing axis"
+    return ""
+
+
+def check_labels(labels: Tensor, B: int, J: int, *, several: bool = False) -> None:
+    """Raise unless ``labels`` are B class indices below J or, with ``several``, a bool ``[B, J]``.
 
     Values cannot be read, and are not checked, inside torch.compile, torch.func, a CUDA graph, or on the meta device.
     """
-    if not isinstance(labels, Tensor) or labels.dtype not in (torch.int64, torch.int32, torch.uint8):
+    also = ", or bool [B, J] for several classes in an image" if several else ", one class for each image"
+    if not isinstance(labels, Tensor) or labels.dtype not in _LABEL_DTYPES[several]:
         got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-        raise TypeError(f"labels must be an int64, int32 or uint8 tensor [B], got {got}")
+        raise TypeError(f"labels must be an int64, int32 or uint8 tensor [B]{also}, got {got}")
+    if labels.dtype == torch.bool:
+        if labels.shape != (B, J):
+            raise ValueError(f"bool labels must be [B, J] = [{B}, {J}], got {tuple(labels.shape)}")
+        return
     if labels.shape != (B,):
-        raise ValueError(f"labels must be [B] = [{B}], got {tuple(labels.shape)}")
+        raise ValueError(f"labels must be [B] = [{B}]{also}, got {tuple(labels.shape)}")
     unread = labels.is_meta or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     if unread or (labels.is_cuda and torch.cuda.is_current_stream_capturing()):
         return
     if B and not bool(((labels >= 0) & (labels < J)).all()):
         raise ValueError(f"labels must lie in 0 .. {J - 1}, got {labels.min().item()} .. {labels.max().item()}")
+
+
+_INDICES = (torch.int64, torch.int32, torch.uint8)
+_LABEL_DTYPES = {False: _INDICES, True: (*_INDICES, torch.bool)}  # by check_labels' ``several``

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastcaps._version import __version__
 from fastcaps.train.settings import RENAMED, Settings, hint, kind_of, option, read_settings, run_settings
@@ -157,32 +156,21 @@ def train(out: Path | None, config: Path | None, resume: bool, overwrite: bool, 
 def evaluate(model: Path, data: str | None, root: str | None, download: bool | None, backend: str | None) -> int:
     """Test a model that ``fastcaps train`` wrote."""
     from fastcaps.models.network import describe
+    from fastcaps.train.evaluation import confusion_lines, load_for
     from fastcaps.train.evaluation import evaluate as tested
-    from fastcaps.train.evaluation import load_for
 
     run = describe(model).get("run", {})
     changed = {"data": data, "root": root, "download": download}
     given: dict[str, Any] = {name: value for name, value in changed.items() if value is not None}
-    settings = dataclasses.replace(run_settings(run.get("settings", {}), str(model)), **given, backend=backend)
+    given |= {"backend": backend, "image_size": ""}  # load_for scales to what the network takes
+    settings = dataclasses.replace(run_settings(run.get("settings", {}), str(model)), **given)
     network, samples = load_for(model, settings)
     found = tested(network, settings, samples)
     wrong = round(found.error * len(found.labels) / 100)
     print(f"{settings.data}: test error {found.error:.2f} % ({wrong} of {len(found.labels)}), loss {found.loss:.4f}")
-    _print_confusions(found.scores, found.labels, samples.data.class_names)
+    for line in confusion_lines(found.scores, found.labels, samples.data.class_names):
+        print(line)
     return 0
-
-
-def _print_confusions(scores: Tensor, labels: Tensor, class_names: Sequence[str]) -> None:
-    from fastcaps.train.evaluation import confusion_counts
-
-    counts = confusion_counts(scores, labels)
-    names = [*class_names, *map(str, range(len(class_names), len(counts)))]
-    print("class      images   right  most often taken for")
-    for n, row in enumerate(counts):
-        mistaken = row.clone()
-        mistaken[n] = 0
-        other = f"{names[int(mistaken.argmax())]} ({int(mistaken.max())} times)" if mistaken.any() else ""
-        print(f"{names[n]:<10} {int(row.sum()):>6}  {int(row[n]):>6}  {other}")
 
 
 def show(model: Path, images: list[Path], out: Path) -> int:

@@ -9,7 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastcaps._axes import Axes
-from fastcaps._checks import check_choice, check_floating, check_int, check_like, check_number, check_positive
+from fastcaps._checks import (
+    axes_hint,
+    check_choice,
+    check_floating,
+    check_like,
+    check_number,
+    check_pair,
+    check_positive,
+)
 from fastcaps._deprecated import once_positional, renamed_arguments, warn_renamed
 from fastcaps.functional import squash
 from fastcaps.routing import RoutingTrace, dynamic_routing, routing_trace
@@ -29,21 +37,27 @@ class PrimaryCapsules(nn.Module):
         in_channels: channels of the feature map.
         types: capsule types, 32 in the paper.
         pose_dim: pose size, 8 in the paper.
-        kernel_size: of the convolution, in pixels.
-        stride: of the convolution, in pixels.
-        padding: of the convolution, in pixels.
+        kernel_size: of the convolution, in pixels: an int, or a pair (height, width).
+        stride: of the convolution, in pixels; an int or a pair.
+        padding: of the convolution, in pixels; an int or a pair.
         layout: which channels form a capsule. ``"capsule-major"``: channel ``type * pose_dim + k`` is entry k of a
             pose. ``"dimension-major"``: channel ``k * types + type`` is. ``"flat"``: a pose is ``pose_dim`` consecutive
             values of the flattened feature map, a mistake of many public repositories: for their checkpoints only.
         eps: as in :func:`fastcaps.squash`.
 
     Raises:
-        TypeError: a size is not an int, or ``eps`` no number.
+        TypeError: a size is not an int or a pair of ints, or ``eps`` no number.
         ValueError: a size is below 1, or the layout is unknown.
 
     Example:
         >>> PrimaryCapsules(256, types=32, pose_dim=8, kernel_size=9, stride=2)(torch.randn(2, 256, 20, 20)).shape
         torch.Size([2, 1152, 8])
+
+        Signals ``[B, C, L]`` are images of height 1.
+
+        >>> layer = PrimaryCapsules(16, types=32, pose_dim=8, kernel_size=(1, 9), stride=(1, 2))
+        >>> layer(torch.randn(2, 16, 179).unsqueeze(2)).shape
+        torch.Size([2, 2752, 8])
     """
 
     @renamed_arguments(dim="pose_dim")
@@ -52,19 +66,22 @@ class PrimaryCapsules(nn.Module):
         in_channels: int,
         types: int,
         pose_dim: int,
-        kernel_size: int,
-        stride: int = 1,
-        padding: int = 0,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
         layout: str = "capsule-major",
         eps: float = 0.0,
     ) -> None:
         super().__init__()
-        check_positive(in_channels=in_channels, types=types, pose_dim=pose_dim, kernel_size=kernel_size, stride=stride)
-        check_int("padding", padding, 0)
+        check_positive(in_channels=in_channels, types=types, pose_dim=pose_dim)
+        kernel, steps, border = (
+            check_pair(name, value, least)
+            for name, value, least in (("kernel_size", kernel_size, 1), ("stride", stride, 1), ("padding", padding, 0))
+        )
         check_choice("layout", layout, PRIMARY_LAYOUTS)
         check_number("eps", eps)
         self.types, self.pose_dim, self.layout, self.eps = types, pose_dim, layout, eps
-        self.conv = nn.Conv2d(in_channels, types * pose_dim, kernel_size, stride, padding)
+        self.conv = nn.Conv2d(in_channels, types * pose_dim, kernel, steps, border)
 
     def forward(self, features: Tensor) -> Tensor:
         """From feature maps ``[B, in_channels, H, W]`` to squashed poses ``[B, types * H_out * W_out, pose_dim]``.
@@ -78,11 +95,13 @@ class PrimaryCapsules(nn.Module):
             torch.Size([1, 18, 8])
         """
         check_like("features", features, "[B, C, H, W]", self.conv.weight)
-        C, size, padding = self.conv.in_channels, self.conv.kernel_size[0], self.conv.padding[0]
-        if features.dim() != 4 or features.shape[1] != C:
-            raise ValueError(f"features must be [B, C, H, W] with C = {C}, got {tuple(features.shape)}")
-        if min(features.shape[2:]) + 2 * padding < size:  # type: ignore[operator]
-            raise ValueError(f"features {tuple(features.shape)} are smaller than the kernel, {size}x{size}")
+        C, shape = self.conv.in_channels, tuple(features.shape)
+        if len(shape) != 4 or shape[1] != C:
+            hint = axes_hint("features", shape, (C, None, None))
+            raise ValueError(f"features must be [B, C, H, W] with C = {C}, got {shape}{hint}")
+        kernel, padding = self.conv.kernel_size, self.conv.padding
+        if any(size + 2 * border < k for size, border, k in zip(shape[2:], padding, kernel, strict=True)):  # type: ignore[operator]
+            raise ValueError(f"features {shape} are smaller than the kernel, {'x'.join(map(str, kernel))}")
         x = self.conv(features)  # [B, types * pose_dim, H_out, W_out]
         B, places = x.shape[0], x.shape[2] * x.shape[3]  # flatten would fix the batch in PyTorch's older export to ONNX
         if self.layout == "capsule-major":

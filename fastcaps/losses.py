@@ -2,6 +2,9 @@
 
 ``reduction`` is PyTorch's: ``"batchmean"`` sums over classes and averages over samples (the paper and most code),
 ``"mean"`` averages over both, ``"sum"`` sums over both, ``"none"`` returns ``[B, J]``.
+
+``class_weights`` count the samples of a class more or less: the terms of a sample are multiplied by the weight of its
+class, and with several classes by their mean. The average is over the number of samples, not over the sum of weights.
 """
 
 import torch
@@ -29,20 +32,37 @@ def _check_lengths(lengths: Tensor) -> None:
         raise ValueError(f"lengths must be [B, J] with J at least 1, got {tuple(lengths.shape)}")
 
 
-def _targets(lengths: Tensor, labels: Tensor) -> Tensor:
-    """1 for the classes that are present, else 0, ``[B, J]``, from class indices or from a bool ``[B, J]``."""
-    _check_lengths(lengths)
-    if isinstance(labels, Tensor) and labels.dtype == torch.bool:
-        if labels.shape != lengths.shape:
-            raise ValueError(f"bool labels must be [B, J] = {list(lengths.shape)}, got {tuple(labels.shape)}")
-        return labels.to(lengths.dtype)
-    check_labels(labels, *lengths.shape)
-    return one_hot(labels, lengths.shape[1]).to(lengths.dtype)
+def present_classes(labels: Tensor, B: int, J: int) -> Tensor:
+    """Which classes are in each image, bool ``[B, J]``: from class indices ``[B]``, or as it is.
+
+    Raises:
+        TypeError: labels are neither indices nor bool.
+        ValueError: shapes do not fit, or a label is out of range.
+
+    Example:
+        >>> present_classes(torch.tensor([2, 0]), B=2, J=3)
+        tensor([[False, False,  True],
+                [ True, False, False]])
+    """
+    check_labels(labels, B, J, several=True)
+    return labels if labels.dtype == torch.bool else one_hot(labels, J)
 
 
 def one_hot(labels: Tensor, J: int) -> Tensor:
     """``[B, J]`` bool from class indices ``[B]``; unlike torch's it reads no value on the host."""
     return labels[:, None] == torch.arange(J, device=labels.device)
+
+
+def _weighted(terms: Tensor, present: Tensor, class_weights: Tensor | None) -> Tensor:
+    """Terms ``[B, ...]`` times the mean weight of the classes that are ``present`` (bool ``[B, J]``); 1 if none is."""
+    if class_weights is None:
+        return terms
+    check_floating("class_weights", class_weights, "[J]")
+    if class_weights.shape != present.shape[1:]:
+        raise ValueError(f"class_weights must be [J] = {list(present.shape[1:])}, got {tuple(class_weights.shape)}")
+    weights = (present * class_weights.to(terms.dtype)).sum(1) / present.sum(1).clamp(min=1)  # [B]
+    weights = torch.where(present.any(1), weights, 1.0)
+    return terms * weights.view(-1, *[1] * (terms.dim() - 1))
 
 
 def margin_loss(
@@ -52,6 +72,7 @@ def margin_loss(
     m_plus: float = 0.9,
     m_minus: float = 0.1,
     down_weight: float = 0.5,
+    class_weights: Tensor | None = None,
     reduction: str = "batchmean",
 ) -> Tensor:
     r"""The margin loss of Sabour et al. (2017), equation 4.
@@ -60,11 +81,12 @@ def margin_loss(
 
     Args:
         lengths: ``[B, J]``, lengths of the output capsules.
-        labels: class indices ``[B]`` (int64, int32 or uint8), or which classes are present ``[B, J]`` (bool), as for
-            overlapping digits.
+        labels: class indices ``[B]`` (int64, int32 or uint8), or which classes are present, bool ``[B, J]``: any
+            number of classes in an image, also none.
         m_plus: length wanted of a present class.
         m_minus: length allowed of an absent one.
         down_weight: lambda, the weight of absent classes.
+        class_weights: ``[J]``, floating point, see above; None: all 1.
         reduction: ``"batchmean"``, ``"mean"``, ``"sum"`` or ``"none"``.
 
     Returns:
@@ -78,10 +100,11 @@ def margin_loss(
         >>> margin_loss(torch.tensor([[0.9, 0.1, 0.3]]), torch.tensor([0]))  # 0.5 * (0.3 - 0.1)^2
         tensor(0.0200)
     """
-    present = _targets(lengths, labels)
+    _check_lengths(lengths)
+    present = present_classes(labels, *lengths.shape)
     short = F.relu(m_plus - lengths).square()
     long = F.relu(lengths - m_minus).square()
-    return _reduce(present * short + down_weight * (1 - present) * long, reduction)
+    return _reduce(_weighted(torch.where(present, short, down_weight * long), present, class_weights), reduction)
 
 
 def focal_margin_loss(
@@ -92,6 +115,7 @@ def focal_margin_loss(
     m_plus: float = 0.9,
     m_minus: float = 0.1,
     down_weight: float = 0.5,
+    class_weights: Tensor | None = None,
     reduction: str = "batchmean",
 ) -> Tensor:
     r"""The margin loss with the modulating factor of the focal loss (Lin et al. 2017, equation 4).
@@ -106,6 +130,7 @@ def focal_margin_loss(
         m_plus: as in :func:`margin_loss`.
         m_minus: as in :func:`margin_loss`.
         down_weight: as in :func:`margin_loss`.
+        class_weights: as in :func:`margin_loss`.
         reduction: as in :func:`margin_loss`.
 
     Returns:
@@ -120,23 +145,31 @@ def focal_margin_loss(
         tensor(0.0800)
     """
     check_number("gamma", gamma)
-    terms = margin_loss(lengths, labels, m_plus=m_plus, m_minus=m_minus, down_weight=down_weight, reduction="none")
-    present = _targets(lengths, labels)
-    error = present * (1 - lengths) + (1 - present) * lengths
+    margins = {"m_plus": m_plus, "m_minus": m_minus, "down_weight": down_weight}
+    terms = margin_loss(lengths, labels, **margins, class_weights=class_weights, reduction="none")
+    error = torch.where(present_classes(labels, *lengths.shape), 1 - lengths, lengths)
     # Where the error is 0 the term is 0 too; a power below 1 would have an infinite slope there.
     factor = torch.where(error > 0, error, 1.0) ** gamma
     return _reduce(factor * terms, reduction)
 
 
-def spread_loss(lengths: Tensor, labels: Tensor, *, margin: float = 0.9, reduction: str = "batchmean") -> Tensor:
+def spread_loss(
+    lengths: Tensor,
+    labels: Tensor,
+    *,
+    margin: float = 0.9,
+    class_weights: Tensor | None = None,
+    reduction: str = "batchmean",
+) -> Tensor:
     r"""The spread loss of Hinton et al. (2018), equation 3.
 
     .. math:: L_j = \max(0, m - (a_t - a_j))^2 \quad (j \ne t)
 
     Args:
         lengths: ``[B, J]``, activations.
-        labels: class indices ``[B]``.
+        labels: class indices ``[B]``, one class for each image; :func:`margin_loss` takes several.
         margin: m; the paper raises it from 0.2 to 0.9 during training.
+        class_weights: as in :func:`margin_loss`.
         reduction: as in :func:`margin_loss`.
 
     Returns:
@@ -154,10 +187,18 @@ def spread_loss(lengths: Tensor, labels: Tensor, *, margin: float = 0.9, reducti
     check_labels(labels, *lengths.shape)
     target = lengths.gather(1, labels[:, None].long())  # [B, 1]
     terms = F.relu(margin - (target - lengths)).square()
-    return _reduce(terms.masked_fill(one_hot(labels, lengths.shape[1]), 0), reduction)
+    present = one_hot(labels, lengths.shape[1])
+    return _reduce(_weighted(terms.masked_fill(present, 0), present, class_weights), reduction)
 
 
-def cross_entropy_loss(lengths: Tensor, labels: Tensor, *, scale: float = 1.0, reduction: str = "batchmean") -> Tensor:
+def cross_entropy_loss(
+    lengths: Tensor,
+    labels: Tensor,
+    *,
+    scale: float = 1.0,
+    class_weights: Tensor | None = None,
+    reduction: str = "batchmean",
+) -> Tensor:
     r"""Cross-entropy with the capsule lengths as logits.
 
     Lengths lie in [0, 1), so at ``scale = 1`` the loss of a perfect network is still
@@ -165,8 +206,9 @@ def cross_entropy_loss(lengths: Tensor, labels: Tensor, *, scale: float = 1.0, r
 
     Args:
         lengths: ``[B, J]``.
-        labels: class indices ``[B]``.
+        labels: class indices ``[B]``, one class for each image; :func:`margin_loss` takes several.
         scale: factor on the lengths.
+        class_weights: as in :func:`margin_loss`.
         reduction: ``"batchmean"`` (here the same as ``"mean"``), ``"sum"``, or ``"none"`` for ``[B]``.
 
     Returns:
@@ -182,7 +224,8 @@ def cross_entropy_loss(lengths: Tensor, labels: Tensor, *, scale: float = 1.0, r
     """
     _check_lengths(lengths)
     check_labels(labels, *lengths.shape)
-    return _reduce(F.cross_entropy(scale * lengths, labels.long(), reduction="none"), reduction)
+    terms = F.cross_entropy(scale * lengths, labels.long(), reduction="none")
+    return _reduce(_weighted(terms, one_hot(labels, lengths.shape[1]), class_weights), reduction)
 
 
 def reconstruction_loss(

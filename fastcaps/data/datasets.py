@@ -90,7 +90,8 @@ class Dataset(FormerTuple):
         """Training samples, augmented: a pure function of index, seed and epoch.
 
         Args:
-            index: ``[B]`` int64, below ``num_train``; best on the CPU, see :func:`augment`.
+            index: ``[B]`` int64; best on the CPU, see :func:`augment`. ``n + num_train`` is image ``n`` again, but
+                augmented in another way.
             seed: of the run.
             epoch: which pass over the data it is.
             shift: as in :func:`augment`.
@@ -104,7 +105,7 @@ class Dataset(FormerTuple):
             >>> images.shape, labels.shape, targets.shape
             (torch.Size([4, 1, 8, 8]), torch.Size([4, 1]), torch.Size([4, 1, 1, 8, 8]))
         """
-        there = index.to(self.device)
+        there = index.to(self.device) % self.num_train
         images = self.train_images[there]
         if shift or flip:
             images = augment(images, index, seed=seed, epoch=epoch, shift=shift, flip=flip)

@@ -16,13 +16,16 @@ PARTS = ("train", "test")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 
-def image_folder(root: str | os.PathLike[str], *, channels: int | None = None) -> Dataset:
+def image_folder(
+    root: str | os.PathLike[str], *, channels: int | None = None, size: tuple[int, int] | None = None
+) -> Dataset:
     """Images of one's own: ``root/train/CLASS/*.png`` and ``root/test/CLASS/*.png`` (or jpg, bmp, webp).
 
     Args:
         root: the folder. The classes are the folders in ``train``, in alphabetical order; hidden files and folders
             (``.DS_Store``, ``__MACOSX``) do not count.
         channels: 1 for grey, 3 for colour; None: 1 if all images are grey.
+        size: (height, width) in pixels that all images are scaled to; None: as they are, which must be one size.
 
     Returns:
         A :class:`Dataset`.
@@ -48,7 +51,7 @@ def image_folder(root: str | os.PathLike[str], *, channels: int | None = None) -
     found = {part: _files(root / part, classes) for part in PARTS}
     if empty := set(range(len(classes))) - {label for _, label in found["train"]}:
         raise FileNotFoundError(f"there is no image in {str(root / 'train' / classes[min(empty)])!r}")
-    images = {path: read_image(path) for files in found.values() for path, _ in files}
+    images = {path: read_image(path, size=size) for files in found.values() for path, _ in files}
     _check_one_size(images)
     grey = channels == 1 or (channels is None and all(image.shape[0] == 1 for image in images.values()))
     stacked = [
@@ -94,7 +97,10 @@ def _check_one_size(images: Mapping[Path, Tensor]) -> None:
     for path in others:
         h, w = images[path].shape[1:]
         if (h, w) != (H, W):
-            raise ValueError(f"all images must have one size: {first} has {W}x{H} pixels, {path} {w}x{h}")
+            raise ValueError(
+                f"all images must have one size, or be scaled to one (size=, --image-size): "
+                f"{first} has {W}x{H} pixels, {path} {w}x{h}"
+            )
 
 
 def read_image(

@@ -1,29 +1,41 @@
 """The capsule network of Sabour et al. (2017), for any image size, channel count and number of classes."""
 
-import functools
 import itertools
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastcaps._checks import check_labels, check_positive
-from fastcaps._deprecated import warn_renamed
+from fastcaps._checks import check_pair, check_positive
 from fastcaps.functional import length
 from fastcaps.layers import CapsuleLayer, PrimaryCapsules
 from fastcaps.losses import (
     cross_entropy_loss,
     focal_margin_loss,
     margin_loss,
-    one_hot,
     reconstruction_loss,
     spread_loss,
 )
-from fastcaps.models.network import Network, at_least_float32, check_image_shape, check_images
+from fastcaps.models.decoder import Decoder
+from fastcaps.models.network import (
+    Network,
+    at_least_float32,
+    check_image_shape,
+    check_images,
+    only_labels,
+    warn_if_channels_last,
+    warn_if_large,
+)
 from fastcaps.routing import RoutingTrace
+
+KERNEL_SIZES = (9, 3, 1)  # the default along an axis is the first that fits: the paper's if it does
+LESS = {  # what makes a part of a large network smaller
+    "convolutions": "fewer stem_channels or types, or a smaller kernel_size",
+    "capsule layers": "a larger stem_stride or primary_stride, fewer types, or share_weight='inputs'",
+    "decoder": "smaller images, or decoder=False",
+}
 
 
 class CapsNetOutput(NamedTuple):
@@ -44,92 +56,6 @@ class CapsNetOutput(NamedTuple):
 torch.utils._pytree._register_namedtuple(CapsNetOutput, serialized_type_name="fastcaps.models.CapsNetOutput")
 
 
-def _order_of_0_1(init: Callable[..., None]) -> Callable[..., None]:
-    """Take the arguments in the order of version 0.1, too, where ``image_shape`` stood third."""
-
-    @functools.wraps(init)
-    def call(self: "Decoder", *args: Any, **kwargs: Any) -> None:
-        if args and isinstance(args[0], int):
-            warn_renamed(
-                "Decoder(num_classes, capsule_dim, image_shape)", "Decoder(image_shape, num_classes, capsule_dim)"
-            )
-            names = ("num_classes", "capsule_dim", "image_shape", "hidden")
-            given = dict(zip(names, args, strict=False))
-            if len(args) > len(names) or given.keys() & kwargs.keys():
-                raise TypeError(f"Decoder takes {', '.join(names)}, each once")
-            args, kwargs = (), given | kwargs
-        init(self, *args, **kwargs)
-
-    return call
-
-
-class Decoder(nn.Module):
-    """Draws the image that one class capsule stands for (Sabour et al. 2017, figure 2).
-
-    Args:
-        image_shape: ``(C, H, W)``.
-        num_classes: J.
-        capsule_dim: D_out.
-        hidden: widths of the hidden layers.
-
-    Raises:
-        TypeError: a size is not an int.
-        ValueError: a size is below 1.
-
-    Example:
-        >>> Decoder((1, 28, 28), 10, 16)(torch.randn(2, 10, 16), torch.tensor([3, 7])).shape
-        torch.Size([2, 1, 28, 28])
-    """
-
-    @_order_of_0_1
-    def __init__(
-        self,
-        image_shape: Sequence[int],
-        num_classes: int,
-        capsule_dim: int,
-        hidden: tuple[int, ...] = (512, 1024),
-    ) -> None:
-        super().__init__()
-        C, H, W = check_image_shape(image_shape)
-        check_positive(num_classes=num_classes, capsule_dim=capsule_dim)
-        check_positive(**{f"hidden[{n}]": width for n, width in enumerate(hidden)})
-        self.poses_shape, self.image_shape = (num_classes, capsule_dim), (C, H, W)
-        widths = [num_classes * capsule_dim, *hidden]
-        layers: list[nn.Module] = []
-        for before, after in itertools.pairwise(widths):
-            layers += [nn.Linear(before, after), nn.ReLU()]
-        self.layers = nn.Sequential(*layers, nn.Linear(widths[-1], math.prod(self.image_shape)), nn.Sigmoid())
-
-    def forward(self, poses: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Draw one capsule of each sample; all others are set to 0 first.
-
-        Args:
-            poses: ``[B, J, D_out]``, dtype of the parameters.
-            labels: class indices ``[B]``: which capsule is drawn; None: the longest.
-
-        Returns:
-            Images ``[B, C, H, W]`` in [0, 1].
-
-        Raises:
-            TypeError: labels are not indices.
-            ValueError: shapes do not fit, or a label is out of range.
-
-        Example:
-            >>> Decoder((1, 8, 8), 10, 16)(torch.randn(2, 10, 16)).shape
-            torch.Size([2, 1, 8, 8])
-        """
-        if not isinstance(poses, Tensor) or poses.dim() != 3 or poses.shape[1:] != self.poses_shape:
-            got = tuple(poses.shape) if isinstance(poses, Tensor) else type(poses).__name__
-            J, D_out = self.poses_shape
-            raise ValueError(f"poses must be [B, J, D_out] = [B, {J}, {D_out}], got {got}")
-        if labels is None:
-            labels = length(poses).argmax(1)
-        else:
-            check_labels(labels, *poses.shape[:2])
-        chosen = poses * one_hot(labels, poses.shape[1])[..., None]
-        return self.layers(chosen.flatten(1)).unflatten(1, self.image_shape)
-
-
 class CapsNet(Network):
     """Convolution, primary capsules, class capsules by routing, and a decoder (Sabour et al. 2017, section 4).
 
@@ -139,10 +65,13 @@ class CapsNet(Network):
         image_shape: ``(C, H, W)`` of the images.
         num_classes: J.
         stem_channels: channels of the first convolution.
-        kernel_size: of both convolutions, in pixels.
+        kernel_size: of both convolutions, in pixels: an int, or a pair (height, width). None: the paper's 9, and along
+            an axis where that does not fit 3, or else 1.
+        stem_stride: stride of the first convolution, in pixels; an int or a pair.
+        padding: of both convolutions, in pixels; an int or a pair.
         types: primary capsule types.
         primary_dim: pose size of the primary capsules.
-        primary_stride: stride of the second convolution, in pixels.
+        primary_stride: stride of the second convolution, in pixels; an int or a pair.
         primary_layout: as ``layout`` in :class:`PrimaryCapsules`.
         primary_eps: as ``eps`` there.
         hidden_capsules: capsule layers between the primary and the class capsules: ``(capsules, pose size)`` of each.
@@ -153,8 +82,11 @@ class CapsNet(Network):
         **layer_options: passed to every :class:`CapsuleLayer`: ``share_weight``, ``detach``, ``backend``, ...
 
     Raises:
-        TypeError: a size is not an int.
+        TypeError: a size is not an int, or not a pair where that is allowed.
         ValueError: a size is below 1, or the image is too small for the kernels.
+
+    Warns:
+        UserWarning: the network has more than 50 million parameters, or ``image_shape`` looks like ``(H, W, C)``.
 
     Example:
         >>> network = CapsNet((1, 28, 28), num_classes=10)
@@ -163,9 +95,15 @@ class CapsNet(Network):
         >>> output = network(torch.rand(2, 1, 28, 28))
         >>> output.lengths.shape, output.reconstruction.shape
         (torch.Size([2, 10]), torch.Size([2, 1, 28, 28]))
+
+        Signals are images of height 1.
+
+        >>> CapsNet((1, 1, 187), num_classes=5)(torch.rand(2, 187)[:, None, None]).lengths.shape
+        torch.Size([2, 5])
     """
 
     former_defaults: ClassVar[dict[str, Any]] = {"bias": False}
+    presence_threshold = 0.5  # a length is a probability; in the middle of the margin loss's 0.1 and 0.9
 
     def __init__(
         self,
@@ -173,10 +111,12 @@ class CapsNet(Network):
         num_classes: int,
         *,
         stem_channels: int = 256,
-        kernel_size: int = 9,
+        kernel_size: int | tuple[int, int] | None = None,
+        stem_stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
         types: int = 32,
         primary_dim: int = 8,
-        primary_stride: int = 2,
+        primary_stride: int | tuple[int, int] = 2,
         primary_layout: str = "capsule-major",
         primary_eps: float = 0.0,
         hidden_capsules: Sequence[tuple[int, int]] = (),
@@ -191,26 +131,32 @@ class CapsNet(Network):
         self.config |= self.config.pop("layer_options")
         layer_options["bias"] = bias
         self.image_shape = C, H, W = check_image_shape(image_shape)
-        check_positive(num_classes=num_classes, stem_channels=stem_channels, kernel_size=kernel_size)
-        check_positive(types=types, primary_dim=primary_dim, primary_stride=primary_stride, capsule_dim=capsule_dim)
-        smallest = 2 * kernel_size - 1
-        if min(H, W) < smallest:
-            raise ValueError(
-                f"image_shape {(C, H, W)} is too small for two convolutions of kernel_size {kernel_size}: "
-                f"height and width must be at least {smallest}"
-            )
+        warn_if_channels_last(self.image_shape)
+        check_positive(num_classes=num_classes, stem_channels=stem_channels)
+        check_positive(types=types, primary_dim=primary_dim, capsule_dim=capsule_dim)
+        stem_steps, steps = check_pair("stem_stride", stem_stride, 1), check_pair("primary_stride", primary_stride, 1)
+        border = check_pair("padding", padding, 0)
+        if kernel_size is None:
+            kernel_size = _default_kernel_sizes((H, W), stem_steps, border)
+            self.config["kernel_size"] = kernel_size  # a file says what it was
+        kernel = check_pair("kernel_size", kernel_size, 1)
+        rows, columns = _map_size((C, H, W), kernel, stem_steps, steps, border)
         self.num_classes = num_classes
-        self.stem = nn.Conv2d(C, stem_channels, kernel_size)
+        self.stem = nn.Conv2d(C, stem_channels, kernel, stem_steps, border)
         self.primary = PrimaryCapsules(
-            stem_channels, types, primary_dim, kernel_size, primary_stride, layout=primary_layout, eps=primary_eps
+            stem_channels, types, primary_dim, kernel, steps, border, layout=primary_layout, eps=primary_eps
         )
-        rows, columns = ((size - smallest) // primary_stride + 1 for size in (H, W))
-        I, D_in = types * rows * columns, primary_dim
-        self.hidden = nn.Sequential()
-        for J, D_out in hidden_capsules:
-            self.hidden.append(CapsuleLayer(I, D_in, J, D_out, num_iterations, **layer_options))
-            I, D_in = J, D_out
-        self.capsules = CapsuleLayer(I, D_in, num_classes, capsule_dim, num_iterations, **layer_options)
+        sizes = [(types * rows * columns, primary_dim), *hidden_capsules, (num_classes, capsule_dim)]
+        shapes = [(I, D_in, J, D_out) for (I, D_in), (J, D_out) in itertools.pairwise(sizes)]
+        with torch.device("meta"):  # the count, before memory is asked for
+            planned: dict[str, list[nn.Module]] = {
+                "convolutions": [self.stem, self.primary],
+                "capsule layers": [CapsuleLayer(*shape, **layer_options | {"device": "meta"}) for shape in shapes],
+                "decoder": [Decoder(self.image_shape, num_classes, capsule_dim)] if decoder else [],
+            }
+        warn_if_large(planned, LESS)
+        layers = [CapsuleLayer(*shape, num_iterations, **layer_options) for shape in shapes]
+        self.hidden, self.capsules = nn.Sequential(*layers[:-1]), layers[-1]
         self.decoder = Decoder(self.image_shape, num_classes, capsule_dim) if decoder else None
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> CapsNetOutput:
@@ -218,18 +164,22 @@ class CapsNet(Network):
 
         Args:
             images: ``[B, C, H, W]`` in [0, 1], dtype of the parameters.
-            labels: class indices ``[B]``: which capsule the decoder draws, the true one in training. None: the longest.
+            labels: which capsules the decoder draws, the true ones in training: class indices ``[B]``, or bool
+                ``[B, J]`` for several classes in an image, which are drawn together. None: the longest.
 
         Returns:
             A :class:`CapsNetOutput`.
 
         Raises:
-            TypeError: images have another dtype than the parameters, or labels are not indices.
+            TypeError: images have another dtype than the parameters, or labels are neither indices nor bool.
             ValueError: shapes do not fit, or a label is out of range.
 
         Example:
-            >>> CapsNet((1, 8, 8), 10, kernel_size=3)(torch.rand(2, 1, 8, 8)).lengths.shape
+            >>> network, images = CapsNet((1, 8, 8), 10, kernel_size=3), torch.rand(2, 1, 8, 8)
+            >>> network(images).lengths.shape
             torch.Size([2, 10])
+            >>> network(images, torch.rand(2, 10) > 0.5).reconstruction.shape
+            torch.Size([2, 1, 8, 8])
         """
         poses = self.class_poses(images)
         lengths = length(poses)
@@ -266,18 +216,25 @@ class CapsNet(Network):
         return self.primary(F.relu(self.stem(images)))
 
     def loss(
-        self, output: CapsNetOutput, images: Tensor, labels: Tensor, *, reconstruction_weight: float = 0.0005
+        self,
+        output: CapsNetOutput,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        reconstruction_weight: float = 0.0005,
+        class_weights: Tensor | None = None,
     ) -> Tensor:
         """The paper's loss: margin loss plus 0.0005 times the summed squared reconstruction error; a scalar.
 
         Args:
             output: what the network returned for ``images`` and ``labels``.
             images: ``[B, C, H, W]``.
-            labels: class indices ``[B]``.
+            labels: class indices ``[B]``, or bool ``[B, J]``: the labels that the network was called with.
             reconstruction_weight: the paper's weight suits 784 pixels; a smaller image wants a larger one.
+            class_weights: ``[J]``, as in :func:`fastcaps.losses.margin_loss`; they leave the reconstruction as it is.
 
         Raises:
-            TypeError: labels are not indices, or images are no floating-point tensor.
+            TypeError: labels are neither indices nor bool, or images are no floating-point tensor.
             ValueError: shapes do not fit, or a label is out of range.
 
         Example:
@@ -286,7 +243,7 @@ class CapsNet(Network):
             >>> network.loss(network(images, labels), images, labels).shape
             torch.Size([])
         """
-        loss = margin_loss(output.lengths, labels)
+        loss = margin_loss(output.lengths, labels, class_weights=class_weights)
         if output.reconstruction is not None:
             loss = loss + reconstruction_loss(output.reconstruction, images, weight=reconstruction_weight)
         return loss
@@ -308,10 +265,13 @@ class CapsNet(Network):
         *,
         loss: str | None = None,
         reconstruction_weight: float = 0.0,
+        class_weights: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The loss of the lengths by :func:`classification_loss` plus that of each reconstruction, and the lengths.
 
-        Arguments are those of :meth:`Network.training_loss`; the network's own loss is the margin loss.
+        Of several things in an image each is drawn alone and compared with its own target; :meth:`loss` compares a
+        drawing of all with the whole image. Arguments are those of :meth:`Network.training_loss`; the network's own
+        loss is the margin loss.
 
         Example:
             >>> images, labels = torch.rand(2, 1, 8, 8), torch.tensor([[3], [1]])
@@ -322,7 +282,7 @@ class CapsNet(Network):
         """
         poses = self.class_poses(images)
         lengths = length(at_least_float32(poses))
-        total = classification_loss(loss or "margin", lengths, labels)
+        total = classification_loss(loss or "margin", lengths, labels, class_weights)
         if self.decoder is not None:
             for k in range(labels.shape[1]):
                 drawn = self.reconstruct(poses, labels[:, k]).to(targets.dtype)
@@ -364,10 +324,15 @@ class CapsNet(Network):
         return length(self.class_poses(images)).argmax(1)
 
     def reconstruct(self, poses: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Images ``[B, C, H, W]`` for class capsules ``[B, J, D_out]``: of the labelled ones, or of the longest.
+        """Images ``[B, C, H, W]`` for class capsules ``[B, J, D_out]``.
+
+        Args:
+            poses: ``[B, J, D_out]``.
+            labels: which capsules are drawn: class indices ``[B]``, or bool ``[B, J]``, all that are True together.
+                None: the longest.
 
         Raises:
-            TypeError: labels are not indices.
+            TypeError: labels are neither indices nor bool.
             ValueError: the network has no decoder, shapes do not fit, or a label is out of range.
 
         Example:
@@ -379,22 +344,72 @@ class CapsNet(Network):
         return self.decoder(poses, labels)
 
 
-def classification_loss(name: str, lengths: Tensor, labels: Tensor) -> Tensor:
+def classification_loss(name: str, lengths: Tensor, labels: Tensor, class_weights: Tensor | None = None) -> Tensor:
     """The loss of a name for lengths of class capsules; a scalar.
 
     Args:
         name: ``"margin"``, ``"spread"``, ``"cross-entropy"`` or ``"focal"``. Cross-entropy takes lengths times 10, as
             lengths below 1 cannot make a softmax sure of anything.
         lengths: ``[B, J]``.
-        labels: ``[B, K]`` int64, the classes of the K things in each image.
+        labels: ``[B, K]`` int64, the classes of the K things in each image; of the losses that know one class in an
+            image, K must be 1.
+        class_weights: ``[J]``, as in :func:`fastcaps.losses.margin_loss`.
+
+    Raises:
+        ValueError: the loss knows one class in an image, and there are more.
 
     Example:
         >>> classification_loss("margin", torch.rand(2, 5), torch.tensor([[3, 1], [0, 4]])).shape
         torch.Size([])
     """
     if name == "spread":
-        return spread_loss(lengths, labels[:, 0])
+        return spread_loss(lengths, only_labels(labels), class_weights=class_weights)
     if name == "cross-entropy":
-        return cross_entropy_loss(lengths, labels[:, 0], scale=10.0)
+        return cross_entropy_loss(lengths, only_labels(labels), scale=10.0, class_weights=class_weights)
     present = (labels[:, :, None] == torch.arange(lengths.shape[1], device=labels.device)).any(1)
-    return (margin_loss if name == "margin" else focal_margin_loss)(lengths, present)
+    return (margin_loss if name == "margin" else focal_margin_loss)(lengths, present, class_weights=class_weights)
+
+
+def default_kernel_size(size: int, stem_stride: int = 1, padding: int = 0) -> int:
+    """The kernel size of both convolutions along an axis of so many pixels, where none is given.
+
+    Example:
+        >>> [default_kernel_size(size) for size in (28, 8, 1)]
+        [9, 3, 1]
+    """
+    return next(kernel for kernel in KERNEL_SIZES if _places(size, kernel, stem_stride, 1, padding) > 0)
+
+
+def _default_kernel_sizes(
+    size: tuple[int, int], stem_stride: tuple[int, int], padding: tuple[int, int]
+) -> int | tuple[int, int]:
+    """The default along both axes of an image; one int where it is the same."""
+    rows, columns = (default_kernel_size(*axis) for axis in zip(size, stem_stride, padding, strict=True))
+    return rows if rows == columns else (rows, columns)
+
+
+def _map_size(image_shape: tuple[int, int, int], *options: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of the map of primary capsules.
+
+    Args:
+        image_shape: ``(C, H, W)``.
+        *options: what :func:`_places` takes beside the size, a pair of each.
+
+    Raises:
+        ValueError: the image is too small.
+    """
+    axes = list(zip(image_shape[1:], *options, strict=True))
+    rows, columns = (_places(*axis) for axis in axes)
+    if min(rows, columns) < 1:
+        least = " and ".join(str(next(n for n in itertools.count(1) if _places(n, *rest) > 0)) for _, *rest in axes)
+        raise ValueError(
+            f"image_shape {image_shape} is too small for two convolutions of kernel_size {options[0]}: "
+            f"height and width must be at least {least}"
+        )
+    return rows, columns
+
+
+def _places(size: int, kernel: int, stem_stride: int, primary_stride: int, padding: int) -> int:
+    """How many places an axis of the image has after both convolutions; below 1 where it is too small for them."""
+    after_stem = (size + 2 * padding - kernel) // stem_stride + 1
+    return (after_stem + 2 * padding - kernel) // primary_stride + 1

@@ -8,7 +8,20 @@ from torch import Tensor, nn
 
 from fastcaps._checks import check_number, check_positive
 from fastcaps.losses import cross_entropy_loss
-from fastcaps.models.network import Network, at_least_float32, check_image_shape, check_images
+from fastcaps.models.network import (
+    Network,
+    at_least_float32,
+    check_image_shape,
+    check_images,
+    only_labels,
+    warn_if_channels_last,
+    warn_if_large,
+)
+
+LESS = {  # what makes a part of a large network smaller
+    "convolutions": "fewer channels",
+    "linear layers": "smaller images, fewer channels or fewer units",
+}
 
 
 class CNN(Network):
@@ -50,6 +63,7 @@ class CNN(Network):
         super().__init__()
         self.config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         self.image_shape = C, H, W = check_image_shape(image_shape)
+        warn_if_channels_last(self.image_shape)
         check_positive(num_classes=num_classes)
         check_number("dropout", dropout)
         check_positive(**{f"channels[{n}]": width for n, width in enumerate(channels)})
@@ -58,11 +72,13 @@ class CNN(Network):
         layers: list[nn.Module] = []
         for before, after in itertools.pairwise([C, *channels]):
             layers += [nn.Conv2d(before, after, 5, padding=2), nn.ReLU()]
+        widths = [[C, *channels][-1] * H * W, *units]
+        planned = [nn.Linear(*sizes, device="meta") for sizes in itertools.pairwise([*widths, num_classes])]
+        warn_if_large({"convolutions": layers, "linear layers": planned}, LESS)
         layers.append(nn.Flatten())
-        for before, after in itertools.pairwise([[C, *channels][-1] * H * W, *units]):
+        for before, after in itertools.pairwise(widths):
             layers += [nn.Linear(before, after), nn.ReLU()]
-        last = [[C, *channels][-1] * H * W, *units][-1]
-        self.scores = nn.Linear(last, num_classes)
+        self.scores = nn.Linear(widths[-1], num_classes)
         self.layers = nn.Sequential(*layers, nn.Dropout(dropout))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -96,11 +112,12 @@ class CNN(Network):
         *,
         loss: str | None = None,
         reconstruction_weight: float = 0.0,
+        class_weights: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Cross-entropy and the scores; see :meth:`Network.training_loss`.
 
         Raises:
-            ValueError: another loss, or a reconstruction, is asked for.
+            ValueError: another loss, or a reconstruction, is asked for, or there are several classes in an image.
 
         Example:
             >>> images, labels = torch.rand(2, 3, 8, 8), torch.tensor([[3], [1]])
@@ -111,7 +128,7 @@ class CNN(Network):
         if loss not in (None, "cross-entropy") or reconstruction_weight:
             raise ValueError("a CNN is trained with cross-entropy and has no decoder")
         scores = at_least_float32(self(images))
-        return cross_entropy_loss(scores, labels[:, 0]), scores
+        return cross_entropy_loss(scores, only_labels(labels), class_weights=class_weights), scores
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ import inspect
 import json
 import os
 import reprlib
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcaps._atomic import write_whole
-from fastcaps._checks import check_like, check_positive
+from fastcaps._checks import axes_hint, check_like, check_positive
 from fastcaps._reading import one_line, parsed_json
 from fastcaps._version import __version__
 from fastcaps.layers import CapsuleLayer
@@ -28,6 +29,7 @@ METADATA = "fastcaps"  # under this key a file says what it holds
 CHECKSUM = "sha256"  # and under this one, of what
 OF_A_MACHINE = {"backend", "device", "dtype"}  # options that are decided where a file is read
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+LARGE = 50_000_000  # parameters, from which on a network warns: the paper's has 8 million
 
 
 class Network(nn.Module):
@@ -40,10 +42,13 @@ class Network(nn.Module):
         config: the arguments that it was made with.
         image_shape: ``(C, H, W)``.
         num_classes: J.
+        presence_threshold: the probability from which a class counts as present; None: one always is, as all
+            probabilities add to 1.
         kind: the model in :data:`fastcaps.train.settings.MODELS` whose settings it is trained with.
         former_defaults: what arguments were in files that do not name them yet.
     """
 
+    presence_threshold: float | None = None
     kind: str = "capsnet"
     former_defaults: ClassVar[dict[str, Any]] = {}
     config: dict[str, Any]
@@ -75,6 +80,7 @@ class Network(nn.Module):
         *,
         loss: str | None = None,
         reconstruction_weight: float = 0.0,
+        class_weights: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The loss of a batch, and the scores by which its classes are chosen.
 
@@ -84,6 +90,7 @@ class Network(nn.Module):
             targets: ``[B, K, C, H, W]``, what a decoder should draw for each of them.
             loss: a name of :data:`fastcaps.train.settings.LOSSES`; None: the network's own.
             reconstruction_weight: of the summed squared error of the decoder.
+            class_weights: ``[J]``, as in :func:`fastcaps.losses.margin_loss`; None: all 1.
 
         Returns:
             A scalar and ``[B, J]``, both in float32 at least.
@@ -250,12 +257,24 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def only_labels(labels: Tensor) -> Tensor:
+    """Labels ``[B]`` of ``[B, 1]``.
+
+    Raises:
+        ValueError: there are several in an image.
+    """
+    if labels.shape[1] != 1:
+        raise ValueError(f"this loss knows one class in an image, labels [B, 1], got {tuple(labels.shape)}: use margin")
+    return labels[:, 0]
+
+
 def check_images(images: Tensor, image_shape: tuple[int, int, int], parameter: Tensor) -> None:
     """Raise unless ``images`` is ``[B, *image_shape]`` of the dtype of ``parameter``."""
     check_like("images", images, "[B, C, H, W]", parameter)
     if images.dim() != 4 or images.shape[1:] != image_shape:
         wanted = ", ".join(map(str, image_shape))
-        raise ValueError(f"images must be [B, C, H, W] = [B, {wanted}], got {tuple(images.shape)}")
+        hint = axes_hint("images", images.shape, image_shape)
+        raise ValueError(f"images must be [B, C, H, W] = [B, {wanted}], got {tuple(images.shape)}{hint}")
 
 
 def check_image_shape(image_shape: Sequence[int]) -> tuple[int, int, int]:
@@ -265,3 +284,33 @@ def check_image_shape(image_shape: Sequence[int]) -> tuple[int, int, int]:
     C, H, W = image_shape
     check_positive(**{"image_shape's C": C, "image_shape's H": H, "image_shape's W": W})
     return C, H, W
+
+
+def warn_if_channels_last(image_shape: tuple[int, int, int]) -> None:
+    """Ask whether ``(H, W, C)`` was given for ``(C, H, W)``: 1, 3 or 4 stand last, and first a number of rows."""
+    C, H, W = image_shape
+    if W in (1, 3, 4) and min(C, H) > 4:
+        warnings.warn(
+            f"image_shape {image_shape} means {C} channels of {H} x {W} pixels; "
+            f"are the channels last? Then write {(W, C, H)}",
+            stacklevel=3,
+        )
+
+
+def warn_if_large(parts: Mapping[str, Iterable[nn.Module]], less: Mapping[str, str]) -> None:
+    """Warn of a network with many parameters, and say which part holds them.
+
+    Args:
+        parts: the modules of each part, perhaps on the meta device.
+        less: what makes each part smaller.
+    """
+    counts = {
+        part: sum(p.numel() for module in modules for p in module.parameters()) for part, modules in parts.items()
+    }
+    total, largest = sum(counts.values()), max(counts, key=counts.__getitem__)
+    if total > LARGE:
+        warnings.warn(
+            f"this network has {total / 1e6:,.0f} million parameters, {counts[largest] / 1e6:,.0f} million of them in "
+            f"the {largest}; to make it smaller: {less[largest]}",
+            stacklevel=3,
+        )

@@ -23,10 +23,12 @@ class Batches:
         rank: which process this is.
         world: how many there are.
         accumulate: in how many parts each global batch is given, one after the other, for gradients that are summed.
+        labels: ``[count]`` int64, on the CPU: each class comes equally often, see :func:`balanced_order`. None: each
+            sample comes once an epoch.
 
     Raises:
         ValueError: there are fewer samples than a batch holds, ``batch_size`` is no multiple of ``world * accumulate``,
-            or ``rank`` is not below ``world``.
+            ``rank`` is not below ``world``, or there is not a label for each sample.
 
     Example:
         >>> images, labels = torch.rand(10, 1, 8, 8), torch.arange(10)
@@ -45,6 +47,7 @@ class Batches:
         rank: int = 0,
         world: int = 1,
         accumulate: int = 1,
+        labels: Tensor | None = None,
     ) -> None:
         if not 1 <= batch_size <= count:
             raise ValueError(f"batch_size must be from 1 to {count}, the number of samples, got {batch_size}")
@@ -52,8 +55,10 @@ class Batches:
             raise ValueError(f"batch_size {batch_size} must be a multiple of {world} processes x {accumulate} parts")
         if not 0 <= rank < world:
             raise ValueError(f"rank must be from 0 to {world - 1}, got {rank}")
+        if labels is not None and labels.shape != (count,):
+            raise ValueError(f"labels must be [count] = [{count}], got {tuple(labels.shape)}")
         self.sample, self.count, self.batch_size, self.seed = sample, count, batch_size, seed
-        self.rank, self.world, self.accumulate = rank, world, accumulate
+        self.rank, self.world, self.accumulate, self.labels = rank, world, accumulate, labels
         self.epoch = self.position = 0  # of the next batch
 
     def __len__(self) -> int:
@@ -62,7 +67,7 @@ class Batches:
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         epoch = self.epoch
-        order = random_integers(2**20, torch.arange(self.count), self.seed, epoch, 5).argsort(stable=True)
+        order = self._order(epoch)
         for position in range(self.position, len(self)):
             last = position == len(self) - 1
             # Before the batch is given away: a state taken while it is worked on says what comes next.
@@ -70,6 +75,12 @@ class Batches:
             first = position // self.accumulate * self.batch_size
             own = order[first : first + self.batch_size][self.rank :: self.world]
             yield self.sample(own.chunk(self.accumulate)[position % self.accumulate], epoch)
+
+    def _order(self, epoch: int) -> Tensor:
+        """The samples of an epoch, ``[count]`` int64."""
+        if self.labels is not None:
+            return balanced_order(self.labels, self.seed, epoch)
+        return random_integers(2**20, torch.arange(self.count), self.seed, epoch, 5).argsort(stable=True)
 
     def state_dict(self) -> dict[str, int]:
         """Epoch and position of the next batch."""
@@ -84,3 +95,41 @@ class Batches:
         if not 0 <= state["position"] < len(self):
             raise ValueError(f"position must be from 0 to {len(self) - 1}, got {state['position']}")
         self.epoch, self.position = state["epoch"], state["position"]
+
+
+def balanced_order(labels: Tensor, seed: int, epoch: int) -> Tensor:
+    """An epoch's samples with every class equally often: a pure function of labels, seed and epoch.
+
+    Each class goes through its own samples in shuffled rounds, and goes on in the next epoch where it has stopped. Of
+    J classes, each stands once in every J samples.
+
+    Args:
+        labels: ``[N]`` int64, on the CPU.
+        seed: of the run.
+        epoch: which one it is.
+
+    Returns:
+        ``[N]`` int64: sample n of round r is ``n + r N``, so that each round augments it in another way.
+
+    Example:
+        >>> labels = torch.tensor([0, 0, 0, 0, 0, 1])
+        >>> order = balanced_order(labels, seed=0, epoch=0)
+        >>> labels[order % 6].bincount()
+        tensor([3, 3])
+    """
+    N = len(labels)
+    members = [(labels == label).nonzero()[:, 0] for label in labels.unique()]
+    each = -(-N // len(members))  # samples of a class
+    chosen = torch.stack([_shuffled_rounds(own, N, each * epoch, each, seed) for own in members], 1)  # [each, J]
+    place = torch.arange(chosen.numel()).view_as(chosen)
+    mixed = random_integers(2**20, place, seed, epoch, 6).argsort(dim=1, stable=True)
+    return chosen.gather(1, mixed).flatten()[:N]
+
+
+def _shuffled_rounds(members: Tensor, N: int, first: int, count: int, seed: int) -> Tensor:
+    """``count`` entries, from ``first`` on, of all the members again and again, in another order in each round."""
+    n = len(members)
+    rounds = torch.arange(first // n, (first + count - 1) // n + 1)
+    numbers = members + N * rounds[:, None]  # [rounds, n]
+    mixed = random_integers(2**20, numbers, seed, 7).argsort(dim=1, stable=True)
+    return numbers.gather(1, mixed).flatten()[first % n :][:count]

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from fastcaps.routing import dynamic_routing
 from fastcaps.train.samples import Samples, load_data
 from fastcaps.train.settings import Settings
 
+LISTED = 20  # names of classes in a line
 DEAD = 0.1  # m- of the margin loss: an output capsule that no image makes longer than this says nothing
 
 
@@ -44,6 +46,53 @@ def confusion_counts(scores: Tensor, labels: Tensor) -> Tensor:
         for a, b in zip(sorted(set(true) - hits), sorted(set(guess) - hits), strict=True):
             counts[a, b] += 1
     return counts
+
+
+def confusion_lines(scores: Tensor, labels: Tensor, class_names: Sequence[str]) -> list[str]:
+    """A table with a line for each class, and one that names the classes that were never predicted.
+
+    Args:
+        scores: ``[N, J]``.
+        labels: ``[N, K]``.
+        class_names: of the first classes; the others are numbers.
+    """
+    counts = confusion_counts(scores, labels)
+    names = [*class_names, *map(str, range(len(class_names), len(counts)))]
+    lines = ["class      images   right  most often taken for"]
+    for n, row in enumerate(counts):
+        mistaken = row.clone()
+        mistaken[n] = 0
+        other = f"{names[int(mistaken.argmax())]} ({int(mistaken.max())} times)" if mistaken.any() else ""
+        lines.append(f"{names[n]:<10} {int(row.sum()):>6}  {int(row[n]):>6}  {other}")
+    if missing := never_predicted(class_counts(scores, labels)):
+        lines.append(f"never predicted: {list_classes(missing, names)}")
+    return lines
+
+
+def class_counts(scores: Tensor, labels: Tensor) -> Tensor:
+    """How often each class is there, and how often it is predicted.
+
+    Args:
+        scores: ``[N, J]``.
+        labels: ``[N, K]``; the K highest scores are the prediction.
+
+    Returns:
+        ``[2, J]`` int64.
+    """
+    J, K = scores.shape[1], labels.shape[1]
+    return torch.stack([found.flatten().bincount(minlength=J) for found in (labels, scores.topk(K, 1).indices)])
+
+
+def never_predicted(counts: Tensor) -> list[int]:
+    """The classes that are there and not once predicted, from :func:`class_counts`."""
+    there, predicted = counts
+    return ((there > 0) & (predicted == 0)).nonzero()[:, 0].tolist()
+
+
+def list_classes(classes: Sequence[int], class_names: Sequence[str]) -> str:
+    """The names of classes, or their numbers where they have none; of many the first."""
+    names = [class_names[n] if n < len(class_names) else str(n) for n in classes[:LISTED]]
+    return ", ".join(names) + (f" and {len(classes) - LISTED} more" if len(classes) > LISTED else "")
 
 
 def routing_statistics(network: Network, images: Tensor) -> dict[str, float]:
@@ -114,12 +163,16 @@ def evaluate(network: Network, settings: Settings, samples: Samples) -> Evaluati
 def load_for(model: str | os.PathLike[str], settings: Settings) -> tuple[Network, Samples]:
     """A saved network and the data set of the settings for it, both on the GPU if one may be used.
 
+    Images of a folder are scaled to the size that the network takes.
+
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: a file is not what it should be, or the network was made for other images or classes.
     """
     device = "cuda" if settings.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
     network = Network.load(model, device)
+    if settings.data == "image-folder":
+        settings = dataclasses.replace(settings, image_size="x".join(map(str, network.image_shape[1:])))
     data = load_data(settings)
     if data.image_shape != network.image_shape or data.num_classes > network.num_classes:
         raise ValueError(

@@ -14,7 +14,7 @@ from fastcaps.models import CNN, CapsNet
 from fastcaps.models.network import Network
 from fastcaps.train.batches import Batches
 from fastcaps.train.checkpoint import check_state
-from fastcaps.train.evaluation import routing_statistics, wrong_of
+from fastcaps.train.evaluation import class_counts, never_predicted, routing_statistics, wrong_of
 from fastcaps.train.settings import Settings
 
 PROBES = 32  # test images whose routing is watched
@@ -42,13 +42,13 @@ def build_network(settings: Settings, shape: tuple[int, int, int], num_classes: 
         if settings.model == "cnn":
             return CNN(shape, num_classes)
         options: dict[str, Any] = {} if settings.backend is None else {"backend": settings.backend}
-        assert settings.kernel_size is not None
         assert settings.primary_stride is not None
         return CapsNet(
             shape,
             num_classes,
             stem_channels=settings.stem,
             kernel_size=settings.kernel_size,
+            stem_stride=settings.stem_stride,
             types=settings.types,
             primary_dim=settings.primary_dim,
             primary_stride=settings.primary_stride,
@@ -70,14 +70,25 @@ class Training(L.LightningModule):
         probes: test images ``[B, C, H, W]`` whose routing is watched.
         batches: to train on.
         config: what ``config.json`` says; checkpoints say it, too.
+        class_weights: ``[J]``, for the loss of training; the test counts all images alike.
+
+    Attributes:
+        never_predicted: the classes that no image of the last test was taken for, though there were some.
     """
 
     network: Network
     settings: Settings
     probes: Tensor
+    class_weights: Tensor | None
 
     def __init__(
-        self, network: Network, settings: Settings, probes: Tensor, batches: Batches, config: dict[str, Any]
+        self,
+        network: Network,
+        settings: Settings,
+        probes: Tensor,
+        batches: Batches,
+        config: dict[str, Any],
+        class_weights: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -85,6 +96,8 @@ class Training(L.LightningModule):
         assert settings.epochs is not None
         self.epochs = settings.epochs
         self.register_buffer("probes", probes, persistent=False)
+        self.register_buffer("class_weights", class_weights, persistent=False)
+        self.never_predicted: list[int] = []
         self.test_loss, self.test_error = MeanMetric(), MeanMetric()
         loss = network.training_loss
         self.batch_loss = torch.compile(loss, fullgraph=True) if settings.compile else loss
@@ -157,7 +170,7 @@ class Training(L.LightningModule):
             self.watched = self.global_step
             if numbers := self.routing_of(self.probes):
                 self.write({f"routing/{name}": number for name, number in numbers.items()})
-        loss, scores = self.batch_loss(*batch, **self.loss_options)
+        loss, scores = self.batch_loss(*batch, **self.loss_options, class_weights=self.class_weights)
         # Of several processes one alone must not stop: the gradient, which all share, is looked at below.
         if self.trainer.world_size == 1 and not torch.isfinite(loss):
             self.diverged(f"the loss is {loss.item()}", batch[0])
@@ -199,6 +212,7 @@ class Training(L.LightningModule):
             loss, scores = self.network.training_loss(*batch, **self.loss_options)
         self.test_loss.update(loss, weight=len(scores))
         self.test_error.update(100 * wrong_of(scores, batch[1]).float())
+        self.test_counts += class_counts(scores, batch[1])
 
     def on_validation_epoch_end(self) -> None:
         """Log and print the epoch."""
@@ -206,16 +220,21 @@ class Training(L.LightningModule):
         self.test_loss.reset()
         self.test_error.reset()
         self.log("test_error", error, prog_bar=True, logger=False)
+        self.never_predicted = never_predicted(self.trainer.strategy.reduce(self.test_counts, reduce_op="sum"))
+        missing = len(self.never_predicted)
         speed = self.seen / max(self.trained_for, 1e-9)
-        self.write({"epoch": self.current_epoch + 1, "test_loss": loss, "test_error": error, "images/s": speed})
+        numbers = {"test_loss": loss, "test_error": error, "images/s": speed, "never_predicted": missing}
+        self.write({"epoch": self.current_epoch + 1, **numbers})
         self.print(
             f"epoch {self.current_epoch + 1} of {self.epochs}: test error {error:.2f} %, "
             f"test loss {loss:.4f}, {speed:.0f} images/s"
+            + (f", {missing} of {self.network.num_classes} classes never predicted" if missing else "")
         )
 
     def on_validation_epoch_start(self) -> None:
-        """Stop the clock of images/s."""
+        """Stop the clock of images/s, and begin to count."""
         self.trained_for = time.perf_counter() - self.epoch_start
+        self.test_counts = torch.zeros(2, self.network.num_classes, dtype=torch.long, device=self.device)
 
     def write(self, numbers: dict[str, float]) -> None:
         """Log numbers to the CSV file and to TensorBoard."""

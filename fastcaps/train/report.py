@@ -21,7 +21,16 @@ from fastcaps._version import __version__
 from fastcaps.models import CapsNet
 from fastcaps.models.network import Network
 from fastcaps.train import figures
-from fastcaps.train.evaluation import Evaluation, confusion_counts, evaluate, load_for, wrong_of
+from fastcaps.train.evaluation import (
+    Evaluation,
+    class_counts,
+    confusion_counts,
+    evaluate,
+    list_classes,
+    load_for,
+    never_predicted,
+    wrong_of,
+)
 from fastcaps.train.samples import Samples
 from fastcaps.train.settings import Settings, run_config
 
@@ -123,7 +132,7 @@ def _course(rows: list[dict[str, float]], *names: str) -> dict[str, tuple[list[f
 def _curves(rows: list[dict[str, float]]) -> Section | None:
     smooth = _course(rows, "train_loss", "test_loss"), _course(rows, "train_error", "test_error")
     panels = [("loss", smooth[0], True), ("error (%)", smooth[1], False), ("learning rate", _course(rows, "lr"), False)]
-    note = "Training: single batches, with augmentation. Test: the whole test set after each epoch."
+    note = "Training: single batches, with augmentation and class weights. Test: the whole test set after each epoch."
     drawn = [panel for panel in panels if panel[1]]
     return Section("Curves", note, [figures.curves(drawn, "step")]) if drawn else None
 
@@ -226,6 +235,9 @@ def _summary(samples: Samples, network: Network, found: Evaluation, rows: Sequen
         ("images/s in training", speed),
         ("fastcaps", __version__),
     ]
-    if names := samples.data.class_names:
+    names = samples.data.class_names
+    if missing := never_predicted(class_counts(found.scores, found.labels)):
+        table.append(("never predicted", list_classes(missing, names)))
+    if names:
         table.append(("classes", ", ".join(f"{n}: {name}" for n, name in enumerate(names))))
     return Section("Summary", "The network as it was after the last epoch.", [table])

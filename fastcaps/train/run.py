@@ -25,10 +25,11 @@ from fastcaps.data import Dataset, MultiMNIST
 from fastcaps.models.network import Network
 from fastcaps.train.batches import Batches
 from fastcaps.train.callbacks import Keeper, Pictures, Progress, WholeFiles
+from fastcaps.train.evaluation import list_classes
 from fastcaps.train.lock import locked
 from fastcaps.train.module import LOG_STEPS, PROBES, Diverged, Training, build_network
 from fastcaps.train.report import write_report
-from fastcaps.train.samples import Samples, fingerprint, load_data
+from fastcaps.train.samples import Samples, class_weights, fingerprint, load_data, training_counts
 from fastcaps.train.settings import FREE, Settings, changes, run_config
 
 __all__ = ["Diverged", "check_devices", "launched", "settle", "train"]
@@ -166,6 +167,8 @@ def _train(given: dict[str, Any], out: Path, *, first: bool, resume: bool, overw
         (out / "report.html").unlink(missing_ok=True)  # of the run before it was made longer
         write_report(out)
         print(f"{out / 'model.safetensors'} and {out / 'report.html'} are written")
+        if module.never_predicted:
+            print(f"warning: {_missing(module.never_predicted, data, settings)}", file=sys.stderr)
 
 
 def _module(
@@ -179,12 +182,26 @@ def _module(
         rank=trainer.global_rank,
         world=trainer.world_size,
         accumulate=settings.accumulate,
+        labels=samples.data.tensors[1].cpu() if settings.sampling == "balanced" else None,
     )
     probes = samples.test(torch.arange(min(PROBES, samples.data.num_test)))[0]
-    module = Training(network, settings, probes, batches, config)
+    module = Training(network, settings, probes, batches, config, class_weights(samples.data, settings))
     if settings.precision == "64":
         module.double()  # Lightning does so only after it has read a checkpoint, and would round that to float32
     return module
+
+
+def _missing(classes: list[int], data: Dataset | MultiMNIST, settings: Settings) -> str:
+    """That these classes are never predicted, and what may help where they are rare."""
+    text = f"no test image was taken for {list_classes(classes, data.class_names)}"
+    counts = training_counts(data)
+    rare = int(counts[classes].max())
+    if 2 * rare <= counts.max() and settings.sampling == "uniform" and settings.class_weights == "none":
+        text += (
+            f"; they have at most {rare} training images, another class {int(counts.max())}: "
+            "--sampling balanced or --class-weights balanced may help"
+        )
+    return text
 
 
 def _begin(out: Path, config: dict[str, Any], resume: bool) -> None:
@@ -216,7 +233,7 @@ def _trainer(settings: Settings, out: Path, devices: int, nodes: int, keeper: Ke
         accelerator=settings.accelerator,
         devices=devices,
         num_nodes=nodes,
-        # The one buffer, the probes, is the same everywhere.
+        # The buffers, probes and class weights, are the same everywhere.
         strategy=DDPStrategy(broadcast_buffers=False) if devices * nodes > 1 else "auto",
         precision={"32": "32-true", "64": "64-true"}.get(settings.precision, settings.precision),  # type: ignore[arg-type]
         max_epochs=settings.epochs,

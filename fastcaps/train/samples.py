@@ -29,7 +29,7 @@ def load_data(settings: Settings) -> Dataset | MultiMNIST:
     if settings.data in MULTI_DIGIT:
         return datasets.multi_digit(MULTI_DIGIT[settings.data])
     if settings.data == "image-folder":
-        return datasets.image_folder(settings.root)
+        return datasets.image_folder(settings.root, size=settings.image_height_width())
     load: Callable[..., Dataset | MultiMNIST] = getattr(datasets, settings.data.replace("-", "_"))
     return load(settings.root, download=settings.download)
 
@@ -47,6 +47,31 @@ def fingerprint(data: Dataset | MultiMNIST) -> dict[str, Any]:
         "test images": data.num_test,
         "sha256": digest.hexdigest(),
     }
+
+
+def training_counts(data: Dataset | MultiMNIST) -> Tensor:
+    """How many training images each class has, ``[J]`` int64; of pairs, how many digits they are made of."""
+    return data.tensors[1].cpu().bincount(minlength=data.num_classes)
+
+
+def class_weights(data: Dataset | MultiMNIST, settings: Settings) -> Tensor | None:
+    """The weights of the classes in the loss of training, ``[J]`` float32; None: all 1.
+
+    Balanced weights are N / (J n) for a class with n of the N training images: all classes count the same, and the mean
+    over the training images is 1.
+
+    Raises:
+        ValueError: the settings name more or fewer weights than there are classes.
+    """
+    if settings.class_weights == "none":
+        return None
+    if settings.class_weights == "balanced":
+        counts = training_counts(data)
+        return counts.sum() / (counts > 0).sum() / counts.clamp(min=1)
+    weights = settings.class_weight_numbers() or []
+    if len(weights) != data.num_classes:
+        raise ValueError(f"--class-weights has {len(weights)} numbers, but there are {data.num_classes} classes")
+    return torch.tensor(weights)
 
 
 class Samples:

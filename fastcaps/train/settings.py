@@ -10,11 +10,13 @@ from typing import Any
 
 from fastcaps._deprecated import renamed_arguments
 from fastcaps._reading import read_json
+from fastcaps.models.capsnet import default_kernel_size
 from fastcaps.routing.backend import BACKENDS
 
 DATA = ("digits", "digits-100", "digits-1000", "mnist", "fashion-mnist", "cifar10", "multi-mnist", "image-folder")
 MODELS = ("capsnet", "cnn")
 LOSSES = ("margin", "spread", "cross-entropy", "focal")
+SAMPLINGS = ("uniform", "balanced")
 SCHEDULES = ("exponential", "cosine", "constant")
 PRECISIONS = ("32", "64", "bf16-mixed")
 ACCELERATORS = ("auto", "cpu", "gpu")
@@ -48,11 +50,16 @@ class Settings:
     data: str = _setting("digits", "data set", DATA)
     root: str = _setting("data", "folder with the files of the data set")
     download: bool = _setting(False, "fetch missing or broken files into --root")
+    image_size: str = _setting(
+        "", "pixels that the images of a folder are scaled to: HEIGHTxWIDTH, or one number for both; unset: as they are"
+    )
+    sampling: str = _setting("uniform", "every image equally often, or every class", SAMPLINGS)
     model: str = _setting("capsnet", "capsule network, or the paper's convolutional baseline", MODELS)
     stem: int = _setting(256, "channels of the first convolution")
     kernel_size: int | None = _setting(
-        None, "kernel size of both convolutions in pixels; unset: 9, or 3 for images below 17 pixels"
+        None, "kernel size of both convolutions in pixels; unset: 9, or where that does not fit 3"
     )
+    stem_stride: int = _setting(1, "stride of the first convolution in pixels")
     primary_stride: int | None = _setting(
         None, "stride of the second convolution in pixels; unset: 2, or 1 for images below 17 pixels"
     )
@@ -64,6 +71,9 @@ class Settings:
     bias: bool | None = _setting(None, "learned bias of the capsule layers; unset: yes for a capsule network")
     loss: str | None = _setting(
         None, "classification loss; unset: margin for a capsule network, cross-entropy for the baseline", LOSSES
+    )
+    class_weights: str = _setting(
+        "none", "weights of the classes in the loss of training: none, balanced, or a number for each, as 1,1,2.5"
     )
     reconstruction: float | None = _setting(
         None,
@@ -94,6 +104,8 @@ class Settings:
             self._check_kind(field)
         self._check_ranges()
         self.capsule_layers()
+        self.image_height_width()
+        self.class_weight_numbers()
         self._check_combinations()
 
     def _check_kind(self, field: "dataclasses.Field[Any]") -> None:
@@ -129,6 +141,8 @@ class Settings:
             raise ValueError("--model cnn is trained with --loss cross-entropy and without --reconstruction")
         if self.data == "multi-mnist" and (cnn or self.loss not in (None, "margin", "focal")):
             raise ValueError("--data multi-mnist, two digits each, wants --model capsnet and --loss margin or focal")
+        if self.image_size and self.data != "image-folder":
+            raise ValueError("--image-size is for --data image-folder: the images of other data sets have one size")
         if self.data == "multi-mnist" and (self.shift or self.flip):
             raise ValueError("--data multi-mnist has no --shift or --flip: pairs are shifted already")
 
@@ -148,6 +162,39 @@ class Settings:
             raise ValueError(f"--hidden-capsules {wanted}, got {self.hidden_capsules!r}")
         return sizes
 
+    def image_height_width(self) -> tuple[int, int] | None:
+        """``image_size`` in numbers: (height, width); None: unset.
+
+        Raises:
+            ValueError: it is malformed.
+        """
+        if not self.image_size:
+            return None
+        try:
+            sizes = [int(size) for size in self.image_size.split("x")]
+        except ValueError:
+            sizes = []
+        if len(sizes) not in (1, 2) or min(sizes) < 1:
+            raise ValueError(f"--image-size must be like 28 or 32x48, height x width, got {self.image_size!r}")
+        return sizes[0], sizes[-1]
+
+    def class_weight_numbers(self) -> list[float] | None:
+        """``class_weights`` in numbers; None: ``"none"`` or ``"balanced"``.
+
+        Raises:
+            ValueError: it is malformed.
+        """
+        if self.class_weights in ("none", "balanced"):
+            return None
+        try:
+            weights = [float(weight) for weight in self.class_weights.split(",")]
+        except ValueError:
+            weights = []
+        if not weights or not all(0 <= weight < float("inf") for weight in weights) or not any(weights):
+            wanted = "must be none, balanced, or a number for each class, as 1,1,2.5"
+            raise ValueError(f"--class-weights {wanted}, got {self.class_weights!r}")
+        return weights
+
     def resolved(self, image_shape: tuple[int, int, int]) -> "Settings":
         """The same with a value for everything that the model or the images decide.
 
@@ -155,9 +202,11 @@ class Settings:
             image_shape: ``(C, H, W)``.
         """
         C, H, W = image_shape
-        small, capsules, pairs = min(H, W) < 17, self.model == "capsnet", self.data == "multi-mnist"
+        capsules, pairs = self.model == "capsnet", self.data == "multi-mnist"
+        small = min((size for size in (H, W) if size > 4), default=1) < 17  # a signal's height of 1 says nothing
+        kernel_size = min(default_kernel_size(size, self.stem_stride) for size in (H, W))
         defaults: dict[str, Any] = {
-            "kernel_size": (3 if small else 9) if capsules else None,
+            "kernel_size": kernel_size if capsules and kernel_size > 1 else None,  # None: CapsNet's, axis by axis
             "primary_stride": (1 if small else 2) if capsules else None,
             "bias": True if capsules else None,
             "loss": "margin" if capsules else "cross-entropy",
@@ -184,7 +233,16 @@ class _Each(Settings):
 Settings.__init__ = renamed_arguments(**RENAMED)(Settings.__init__)  # type: ignore[method-assign]
 
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
-_SIZES = ("stem", "kernel_size", "primary_stride", "types", "primary_dim", "capsule_dim", "num_iterations")
+_SIZES = (
+    "stem",
+    "kernel_size",
+    "stem_stride",
+    "primary_stride",
+    "types",
+    "primary_dim",
+    "capsule_dim",
+    "num_iterations",
+)
 _CAPSNET = (*_SIZES, "hidden_capsules", "bias", "backend")
 _COUNTS = (*_SIZES, "epochs", "batch_size", "accumulate", "devices", "nodes")
 
@@ -223,7 +281,7 @@ def read_settings(path: str | os.PathLike[str], options: Mapping[str, Any]) -> d
     read = read_json(path)
     of_run = isinstance(read, dict) and "settings" in read
     settings = settings_of_run(read["settings"], str(path)) if of_run else known_settings(read, str(path))
-    decided = {"model": {*_CAPSNET, "loss", "reconstruction"}, "data": BY_IMAGES}
+    decided = {"model": {*_CAPSNET, "loss", "reconstruction"}, "data": BY_IMAGES | {"image_size"}}
     for name in decided if of_run else ():
         if name in options and options[name] != settings.get(name):
             settings = {key: value for key, value in settings.items() if key not in decided[name]}

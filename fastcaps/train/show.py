@@ -25,7 +25,8 @@ def show(model: Path, images: Sequence[Path], out: Path) -> list[str]:
         out: the page.
 
     Returns:
-        A line for each image with its likeliest classes and their probabilities, and one that names the page.
+        A line for each image with its likeliest classes and their probabilities, and one that names the page. A line
+        says that no class is present where none reaches :attr:`Network.presence_threshold`.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -42,8 +43,10 @@ def show(model: Path, images: Sequence[Path], out: Path) -> list[str]:
     for path, row in zip(images, probabilities, strict=True):
         best = row.topk(min(BEST, len(row)))
         found = [(names[n], value) for value, n in zip(*map(Tensor.tolist, best), strict=True)]
-        lines.append(f"{path}: " + ", ".join(f"{name} ({value:.3f})" for name, value in found))
-        titles.append(f"{path.name}: {found[0][0]}")
+        absent = network.presence_threshold is not None and found[0][1] < network.presence_threshold
+        start = f"no class is present, as all are below {network.presence_threshold}: " if absent else ""
+        lines.append(f"{path}: {start}" + ", ".join(f"{name} ({value:.3f})" for name, value in found))
+        titles.append(f"{path.name}: {'no class' if absent else found[0][0]}")
     sections = [Section("Images", "As the network sees them.", [figures.pictures(pictures, titles)])]
     for n, path in enumerate(images):
         for section in network_sections(network, pictures[n : n + 1]):

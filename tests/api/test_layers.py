@@ -39,6 +39,26 @@ def test_primary_layouts(layout):
                     torch.testing.assert_close(poses[b, capsule], squash(expected))
 
 
+def test_primary_capsules_of_signals():
+    layer = PrimaryCapsules(16, types=3, pose_dim=4, kernel_size=(1, 9), stride=(1, 2), padding=(0, 1))
+    signals = torch.randn(2, 16, 179)
+    poses = layer(signals.unsqueeze(2))
+    maps = nn.functional.conv1d(signals, layer.conv.weight[:, :, 0], layer.conv.bias, stride=2, padding=1)
+    expected = maps.unflatten(1, (3, 4)).movedim(2, -1).flatten(1, 2)  # [B, types * L, pose_dim]
+    torch.testing.assert_close(poses, squash(expected))
+    assert poses.shape == (2, 3 * 87, 4)
+
+
+def test_one_size_is_a_pair_of_it():
+    torch.manual_seed(0)
+    one = PrimaryCapsules(2, 3, 4, 3, 2, 1)
+    torch.manual_seed(0)
+    pairs = PrimaryCapsules(2, 3, 4, (3, 3), [2, 2], (1, 1))
+    features = torch.randn(2, 2, 7, 9)
+    assert one(features).equal(pairs(features))
+    assert repr(one) == repr(pairs)
+
+
 def test_primary_pose_dim_was_dim_in_0_1():
     features = torch.randn(2, 2, 7, 9)
     layer = PrimaryCapsules(2, 3, pose_dim=4, kernel_size=3)
@@ -271,6 +291,24 @@ def test_reconstruction_follows_the_label_or_the_longest():
     assert not torch.equal(output.reconstruction, network(images, (longest + 1) % 5).reconstruction)
 
 
+def test_several_classes_in_an_image():
+    network = CapsNet((1, 8, 8), 5, **SMALL)
+    images = torch.rand(3, 1, 8, 8)
+    present = torch.tensor([[1, 1, 0, 0, 0], [0, 0, 0, 0, 1], [0, 0, 0, 0, 0]]).bool()
+    output = network(images, present)
+    unmasked = (output.poses * present[..., None]).flatten(1)
+    torch.testing.assert_close(output.reconstruction.flatten(1), network.decoder.layers(unmasked))
+    assert output.reconstruction.equal(network.reconstruct(output.poses, present))
+    assert output.reconstruction[1].equal(network.reconstruct(output.poses, torch.tensor([0, 4, 0]))[1])
+    loss = network.loss(output, images, present)
+    expected = fastcaps.losses.margin_loss(output.lengths, present)
+    torch.testing.assert_close(loss, expected + fastcaps.losses.reconstruction_loss(output.reconstruction, images))
+    loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in network.parameters())
+    one_hot = torch.eye(5).bool()[[3, 0, 4]]
+    assert network(images, one_hot).reconstruction.equal(network(images, torch.tensor([3, 0, 4])).reconstruction)
+
+
 def test_loss_is_the_papers():
     network = CapsNet((1, 8, 8), 5, **SMALL)
     images, labels = torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 4])
@@ -280,6 +318,9 @@ def test_loss_is_the_papers():
     torch.testing.assert_close(network.loss(output, images, labels), margin + 0.0005 * squares)
     weighted = network.loss(output, images, labels, reconstruction_weight=0.5)
     torch.testing.assert_close(weighted, margin + 0.5 * squares)
+    weights = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
+    margin = fastcaps.losses.margin_loss(output.lengths, labels, class_weights=weights)
+    torch.testing.assert_close(network.loss(output, images, labels, class_weights=weights), margin + 0.0005 * squares)
     without = CapsNet((1, 8, 8), 5, **SMALL, decoder=False)
     output = without(images)
     assert output.reconstruction is None

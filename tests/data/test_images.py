@@ -94,8 +94,9 @@ def test_image_folders_that_are_wrong(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"there is no image in .*test"):
         image_folder(tmp_path)
     picture(tmp_path / "test" / "a" / "1.png", size=(5, 3))
-    with pytest.raises(ValueError, match=r"one size: .*1.png has 4x3 pixels, .*1.png 5x3"):
+    with pytest.raises(ValueError, match=r"one size, .*: .*1.png has 4x3 pixels, .*1.png 5x3"):
         image_folder(tmp_path)
+    assert image_folder(tmp_path, size=(3, 4)).test_images.shape == (1, 1, 3, 4)
     (tmp_path / "test" / "a" / "1.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match="is not an image that can be read"):
         image_folder(tmp_path)
