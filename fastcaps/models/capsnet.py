@@ -18,6 +18,7 @@ from fastcaps.losses import (
     reconstruction_loss,
     spread_loss,
 )
+from fastcaps.models.convolutions import default_kernel_sizes, map_size
 from fastcaps.models.decoder import Decoder
 from fastcaps.models.network import (
     Network,
@@ -30,7 +31,6 @@ from fastcaps.models.network import (
 )
 from fastcaps.routing import RoutingTrace
 
-KERNEL_SIZES = (9, 3, 1)  # the default along an axis is the first that fits: the paper's if it does
 LESS = {  # what makes a part of a large network smaller
     "convolutions": "fewer stem_channels or types, or a smaller kernel_size",
     "capsule layers": "a larger stem_stride or primary_stride, fewer types, or share_weight='inputs'",
@@ -137,10 +137,10 @@ class CapsNet(Network):
         stem_steps, steps = check_pair("stem_stride", stem_stride, 1), check_pair("primary_stride", primary_stride, 1)
         border = check_pair("padding", padding, 0)
         if kernel_size is None:
-            kernel_size = _default_kernel_sizes((H, W), stem_steps, border)
+            kernel_size = default_kernel_sizes((H, W), stem_steps, border)
             self.config["kernel_size"] = kernel_size  # a file says what it was
         kernel = check_pair("kernel_size", kernel_size, 1)
-        rows, columns = _map_size((C, H, W), kernel, stem_steps, steps, border)
+        rows, columns = map_size((C, H, W), kernel, stem_steps, steps, border)
         self.num_classes = num_classes
         self.stem = nn.Conv2d(C, stem_channels, kernel, stem_steps, border)
         self.primary = PrimaryCapsules(
@@ -368,48 +368,3 @@ def classification_loss(name: str, lengths: Tensor, labels: Tensor, class_weight
         return cross_entropy_loss(lengths, only_labels(labels), scale=10.0, class_weights=class_weights)
     present = (labels[:, :, None] == torch.arange(lengths.shape[1], device=labels.device)).any(1)
     return (margin_loss if name == "margin" else focal_margin_loss)(lengths, present, class_weights=class_weights)
-
-
-def default_kernel_size(size: int, stem_stride: int = 1, padding: int = 0) -> int:
-    """The kernel size of both convolutions along an axis of so many pixels, where none is given.
-
-    Example:
-        >>> [default_kernel_size(size) for size in (28, 8, 1)]
-        [9, 3, 1]
-    """
-    return next(kernel for kernel in KERNEL_SIZES if _places(size, kernel, stem_stride, 1, padding) > 0)
-
-
-def _default_kernel_sizes(
-    size: tuple[int, int], stem_stride: tuple[int, int], padding: tuple[int, int]
-) -> int | tuple[int, int]:
-    """The default along both axes of an image; one int where it is the same."""
-    rows, columns = (default_kernel_size(*axis) for axis in zip(size, stem_stride, padding, strict=True))
-    return rows if rows == columns else (rows, columns)
-
-
-def _map_size(image_shape: tuple[int, int, int], *options: tuple[int, int]) -> tuple[int, int]:
-    """Height and width of the map of primary capsules.
-
-    Args:
-        image_shape: ``(C, H, W)``.
-        *options: what :func:`_places` takes beside the size, a pair of each.
-
-    Raises:
-        ValueError: the image is too small.
-    """
-    axes = list(zip(image_shape[1:], *options, strict=True))
-    rows, columns = (_places(*axis) for axis in axes)
-    if min(rows, columns) < 1:
-        least = " and ".join(str(next(n for n in itertools.count(1) if _places(n, *rest) > 0)) for _, *rest in axes)
-        raise ValueError(
-            f"image_shape {image_shape} is too small for two convolutions of kernel_size {options[0]}: "
-            f"height and width must be at least {least}"
-        )
-    return rows, columns
-
-
-def _places(size: int, kernel: int, stem_stride: int, primary_stride: int, padding: int) -> int:
-    """How many places an axis of the image has after both convolutions; below 1 where it is too small for them."""
-    after_stem = (size + 2 * padding - kernel) // stem_stride + 1
-    return (after_stem + 2 * padding - kernel) // primary_stride + 1

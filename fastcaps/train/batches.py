@@ -100,8 +100,8 @@ class Batches:
 def balanced_order(labels: Tensor, seed: int, epoch: int) -> Tensor:
     """An epoch's samples with every class equally often: a pure function of labels, seed and epoch.
 
-    Each class goes through its own samples in shuffled rounds, and goes on in the next epoch where it has stopped. Of
-    J classes, each stands once in every J samples.
+    Each class goes through its own samples in shuffled rounds, over the epochs. Of J classes, each stands once in every
+    J samples.
 
     Args:
         labels: ``[N]`` int64, on the CPU.

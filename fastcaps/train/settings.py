@@ -10,7 +10,7 @@ from typing import Any
 
 from fastcaps._deprecated import renamed_arguments
 from fastcaps._reading import read_json
-from fastcaps.models.capsnet import default_kernel_size
+from fastcaps.models.convolutions import default_kernel_size
 from fastcaps.routing.backend import BACKENDS
 
 DATA = ("digits", "digits-100", "digits-1000", "mnist", "fashion-mnist", "cifar10", "multi-mnist", "image-folder")

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from fastcaps import CapsNet, Decoder
 from fastcaps.losses import cross_entropy_loss, margin_loss, reconstruction_loss
 from fastcaps.models import CNN
+from fastcaps.models.convolutions import least_size
 from fastcaps.models.network import METADATA, Network
 
 IMAGES = torch.rand(3, 1, 8, 8)
@@ -180,6 +181,18 @@ def test_the_default_kernel_is_what_was_asked_for():
     torch.manual_seed(0)
     default = small((1, 20, 20))
     assert all(a.equal(b) for a, b in zip(asked.parameters(), default.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("padding", [0, 1, 2])
+@pytest.mark.parametrize("kernel", [1, 2, 5])
+def test_the_least_image(kernel, padding, stride):
+    least = least_size(kernel, stride, padding)
+    options = {"kernel_size": kernel, "padding": padding, "stem_stride": stride}
+    assert small((1, least, 30), **options)(torch.rand(1, 1, least, 30)).lengths.shape == (1, 3)
+    if least > 1:
+        with pytest.raises(ValueError, match=f"height and width must be at least {least} and {least}"):
+            small((1, least - 1, 30), **options)
 
 
 def test_the_baseline_takes_signals():
