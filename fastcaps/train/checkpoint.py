@@ -12,6 +12,7 @@ PARTS = {
     "epoch": int, "global_step": int, "pytorch-lightning_version": str, "state_dict": dict, "loops": dict,
     "callbacks": dict, "optimizer_states": list, "lr_schedulers": list, "batches": dict, "fastcaps": dict,
 }  # fmt: skip
+MIGRATED = "legacy_pytorch-lightning_version"  # Lightning adds it to what an older version wrote, before we see it
 OLDEST = Version("2.5")  # Lightning's version that fastcaps has always needed
 # Parts of a group of parameters and of a schedule that all versions of torch write, and need.
 GROUP = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "params")
@@ -55,8 +56,8 @@ def check_state(checkpoint: dict[str, Any], like: dict[str, Any], where: str) ->
         "optimizer_states": [_optimizer_like(checkpoint["optimizer_states"], like["optimizer_states"][0], where)],
         "lr_schedulers": [_schedule_like(checkpoint["lr_schedulers"], like["lr_schedulers"][0], where)],
     }
-    if checkpoint["pytorch-lightning_version"] != lightning.__version__:
-        del like["loops"]  # Lightning changes it to what it is today
+    if MIGRATED in checkpoint or checkpoint["pytorch-lightning_version"] != lightning.__version__:
+        del like["loops"]  # of another version, whose state Lightning knows how to read
     for name, part in like.items():
         _check_like(checkpoint[name], part, f"{where}: {name}")
     if "loops" in like:

@@ -237,6 +237,16 @@ def test_a_checkpoint_that_was_edited(stopped, tmp_path, capsys, seeds):
     assert statuses == {0, 1}
 
 
+@pytest.mark.usefixtures("no_report")
+def test_a_checkpoint_of_another_version_of_lightning_goes_on(stopped, tmp_path):
+    shutil.copytree(stopped, tmp_path / "run")
+    checkpoint = torch.load(stopped / "last.ckpt", weights_only=True)
+    checkpoint["pytorch-lightning_version"] = "2.5.0"
+    del checkpoint["loops"]["fit_loop"]["epoch_loop.manual_optimization.optim_step_progress"]
+    torch.save(checkpoint, tmp_path / "run" / "last.ckpt")
+    assert train(tmp_path / "run", "--resume") == 0
+
+
 def test_a_log_that_was_damaged(whole, tmp_path):
     from fastcaps.train.report import read_log
 
