@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastcaps.convert.arrangement import Arrangement
 from fastcaps.convert.recipes import Recipe, as_tuple, get_path
 from fastcaps.functional import compute_dtype, length, without_autocast
-from fastcaps.routing import dynamic_routing
+from fastcaps.routing import dynamic_routing, route_votes
 from fastcaps.routing.conventions import Routed, plain_routing
 
 
@@ -141,7 +141,9 @@ class Plan:
     def routing(self) -> Callable[..., Tensor]:
         """The op, or where the op does not do that, plain PyTorch."""
         convention = self.recipe.convention
-        return convention if convention.effects else dynamic_routing
+        if convention.effects:
+            return convention
+        return dynamic_routing if self.recipe.weight is not None else _route_votes
 
     def plain(self, layer: nn.Module, poses: Tensor, num_iterations: int) -> Routed:
         """The same with the votes in memory and exactly as the recipe says; in canonical order."""
@@ -177,6 +179,11 @@ class Plan:
             logits = logits + tensors["prior"]
         c = self.recipe.convention.coupling(logits, options["leaky"])
         return c.detach() if self.recipe.detach else c
+
+
+def _route_votes(poses: Tensor, weight: None, **options: Any) -> Tensor:
+    """:func:`fastcaps.routing.route_votes` with the arguments of ``dynamic_routing``."""
+    return route_votes(poses, **options)
 
 
 def _for_each(weight: Tensor, poses: Tensor) -> Tensor:

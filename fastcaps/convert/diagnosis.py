@@ -194,6 +194,7 @@ def _swaps(axes: str, *pairs: tuple[str, str]) -> Iterator[str]:
     for a, b in pairs:
         table = {a: b, b: a}
         words = axes.replace("(", "( ").replace(")", " )").split()
+        if not {a, b} <= set(words):
+            continue
         swapped = " ".join(table.get(word, word) for word in words).replace("( ", "(").replace(" )", ")")
-        if swapped != axes:
-            yield swapped
+        yield swapped

@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from fastcaps._axes import Axes
 from fastcaps._checks import check_number
 from fastcaps._deprecated import renamed_arguments, warn_renamed
 from fastcaps.convert.arrangement import Arrangement, input_axes
@@ -153,12 +152,6 @@ class Recipe:
             return ("v", "c")  # as recipes of 0.1 say it
         return as_tuple(self.returns)
 
-    @property
-    def parameters(self) -> dict[str, str]:
-        """The axes of each parameter, by its name."""
-        named = {self.weight: self.axes, self.prior: self.prior_axes, self.bias: self.bias_axes}
-        return {name: axes for name, axes in named.items() if isinstance(name, str) and axes is not None}
-
     def code(self) -> str:
         """The call that makes this recipe, without what is the default."""
         values = {field: getattr(self, field.name) for field in fields(self)[2:]}
@@ -192,7 +185,9 @@ class Recipe:
     def mismatch(self, layer: nn.Module) -> str | None:
         """Why a layer is not what this recipe describes, apart from the name of its class; None where it is."""
         have = {name: p for name, p in layer.named_parameters() if not self.is_unused(name)}
-        want = {name: len(Axes.parse(text, WEIGHT_AXES, ()).groups) for name, text in self.parameters.items()}
+        axes = self.parsed_axes()
+        named = {"weight": self.weight, "prior": self.prior, "bias": self.bias}
+        want = {path: len(axes[name].axes.groups) for name, path in named.items() if isinstance(path, str)}
         if not callable(self.weight) and have.keys() != want.keys():
             return f"its parameters are {_few(list(have))}, not {_few(list(want))}"
         for name, rank in want.items():
@@ -280,6 +275,45 @@ RECIPES: tuple[Recipe, ...] = (
     Recipe(  # the authors' TensorFlow layer, in PyTorch
         "sabour", "CapsuleLayer", "weights", "I D_in (J D_out)", out_capsules="output_dim",
         num_iterations="num_routing", bias="biases", leaky="leaky",
+    ),
+    Recipe(
+        "riroaki", "DigitCaps", "W", "1 J I D_out D_in", num_iterations="num_routing", detach=True, norm_eps=1e-8
+    ),
+    Recipe(
+        "motokimura", "DigitCaps", "W", "I J D_out D_in", num_iterations="routing_iters", logits="batch", detach=True
+    ),
+    Recipe(
+        "hula-ai", "DigitCapsLayer", "W", "1 I J D_out D_in",
+        num_iterations="num_iterations", detach=True, eps=1e-7, output="B 1 J D_out 1",
+    ),
+    Recipe("gchochla", "SemanticCaps", "Ws", "J I D_out D_in", num_iterations="route_iters"),
+    Recipe("cezannec", "DigitCaps", "W", "J I D_in D_out", softmax="inputs", output="J B 1 1 D_out"),
+    Recipe(
+        "aleayotte", "CapsuleLayer", "route_weights", "J I D_in D_out",
+        num_iterations="num_iterations", softmax="inputs", output="J B D_out 1 1",
+    ),
+    Recipe("labml", "Router", "weight", "I J D_in D_out", num_iterations="iterations", softmax="inputs", eps=1e-8),
+    Recipe("laubonghaudoi", "DigitCaps", "W", "1 I J D_in D_out", num_iterations="opt.r"),
+    *(
+        Recipe(
+            f"leftthomas{name}", "CapsuleLinear", "weight", axes,
+            num_iterations="num_iterations", output=("B J D_out", "B J I"), returns=(returned, "c"),
+        )
+        for axes, shared in (("J I D_out D_in", ""), ("J D_out D_in", "-shared"))
+        for returned, name in (("s", shared), ("v", f"{shared}-squashed"))
+    ),
+    Recipe("3d-point-capsules", "LatentCapsLayer", "W", "J I D_out D_in", detach=True),
+    Recipe(
+        "abc-capsnet", "DigitCapsuleLayer", "W", "1 I J D_out D_in", num_iterations="routing_iterations", eps=1e-8
+    ),
+    Recipe("alexcapsnet", "DenseCapsule", "weight", "J I D_out D_in", num_iterations="routings", norm_eps=1e-8),
+    Recipe(
+        "capsfake", "DigitCaps", "W", "1 I J D_out D_in", softmax="inputs", logits="batch", squash="elementwise",
+        eps=1e-7, output="B J D_out 1", ignored_arguments="device",
+    ),
+    Recipe(
+        "timomernick", ("CapsuleLayer", "Digits_Caps"), "W", "1 I J D_out D_in",
+        softmax="inputs", logits="batch", squash="outputs", input="B D_in I", output="B J D_out 1",
     ),
 )  # fmt: skip
 
