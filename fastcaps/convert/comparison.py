@@ -21,7 +21,7 @@ from fastcaps.measure import free_memory
 __all__ = ["LIMIT", "Verdict", "verify"]
 
 NORM_EPS_LIMIT = 1e-5  # what leaving norm_eps out may change
-PARAMETERS_HELD, VOTES_HELD = 6, 16  # at the peak of a comparison: of the layer, and of a sample and an iteration
+PARAMETERS_HELD, VOTES_HELD = 12, 16  # at the peak of a comparison: of the layer, and of a sample and an iteration
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -94,8 +94,8 @@ def prepare(layer: nn.Module, recipe: Recipe, args: tuple[Any, ...], kwargs: dic
 def needed_memory(layer: nn.Module, plan: Plan, poses: Tensor, num_iterations: int) -> int:
     """About the bytes that a comparison takes beside the layer, in float64.
 
-    That is: a copy of the layer, the gradients of two results, one weight in another order of its axes, and what
-    autograd keeps of the votes of the few samples that are compared.
+    That is: a copy of the layer, the gradients of two results, a third run with its weight in another order and its
+    gradient, what the old layer makes of its weight, and what autograd keeps of the votes of the few samples.
     """
     x = plan.canonical(layer, poses)
     weight = plan.tensors(layer, poses)["weight"]
@@ -245,7 +245,7 @@ class Comparison:
         computed = replace(wanted, norm_eps=0.0) if drops_norm_eps else wanted
         in_float64 = self.dtype == torch.float64
         notes = [] if in_float64 else ["compared in float32, as the old layer cannot run in float64"]
-        outcomes = []
+        outcomes: list[_Outcome] = []
         for case in self.cases():
             found = self.observe(case, notes)
             if found is not None:
@@ -283,6 +283,7 @@ class Comparison:
         if not self._close(new, exact, computed, case):
             _refuse(f"fastcaps itself is wrong here ({case.name}): please report this", moved)
         inexact = Errors.of(new, exact).largest
+        del new  # before the copy in float32 is made
         if case.weights is not Weights.MODEL:
             return _Outcome(case.weights, moved, inexact)
         # Both in float64: in float32, rounding would hide or feign it.

@@ -144,7 +144,7 @@ def variants(recipe: Recipe, num_iterations: int) -> Iterator[Recipe]:
         yield replace(recipe, **{name: value}, **_without_the_other(recipe, name, value))
 
 
-def _without_the_other(recipe: Recipe, name: str, value: Any) -> dict[str, float]:
+def _without_the_other(recipe: Recipe, name: str, value: Any) -> dict[str, Any]:
     """eps and norm_eps exclude each other."""
     other = {"eps": "norm_eps", "norm_eps": "eps"}.get(name)
     return {other: 0.0} if other is not None and value and getattr(recipe, other) else {}
@@ -153,7 +153,7 @@ def _without_the_other(recipe: Recipe, name: str, value: Any) -> dict[str, float
 def combinations(recipe: Recipe, num_iterations: int) -> Iterator[Recipe]:
     """The recipe with every combination of conventions and numbers of iterations; none routes less than once."""
     offsets = [recipe.offset + step for step in (0, -1, 1, -2, 2) if num_iterations + step > 0]
-    flags = {**CHOICES, "offset": offsets}
+    flags: dict[str, Any] = {**CHOICES, "offset": offsets}
     for values in itertools.product(*flags.values()):
         yield replace(recipe, **dict(zip(flags, values, strict=True)))
 
@@ -161,7 +161,8 @@ def combinations(recipe: Recipe, num_iterations: int) -> Iterator[Recipe]:
 def _with_epsilons_and_gradients(recipe: Recipe) -> Iterator[Recipe]:
     """The recipe with each epsilon, and with the full and the detached gradient."""
     for name, value, detach in itertools.product(("eps", "norm_eps"), EPSILONS, (recipe.detach, not recipe.detach)):
-        yield replace(recipe, **{"eps": 0.0, "norm_eps": 0.0, name: value}, detach=detach)
+        epsilons: dict[str, Any] = {"eps": 0.0, "norm_eps": 0.0, name: value}
+        yield replace(recipe, **epsilons, detach=detach)
 
 
 def _changes(recipe: Recipe, num_iterations: int) -> Iterator[tuple[str, Any]]:

@@ -1,5 +1,6 @@
 """A recipe for a layer that nothing is known of: axes from its shapes, conventions by trying their combinations."""
 
+import inspect
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from fastcaps.convert.comparison import Refusal, prepare, verify
 from fastcaps.convert.diagnosis import enough, fit
 from fastcaps.convert.modules import detached_copy, is_floating
-from fastcaps.convert.recipes import Recipe
+from fastcaps.convert.recipes import RETURNS, Recipe
 
 MOST = 24  # readings of the axes that are tried: more than a few only where sizes are equal
 LARGEST_T = 10
@@ -47,8 +48,10 @@ def _readings(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     parts = returned if isinstance(returned, tuple) else (returned,)
     if not all(isinstance(part, Tensor) for part in parts) or len(parts) > 2:
         return
-    axes = [("B", "J", "D_out"), ("B", "I", "J")][: len(parts)]
+    axes: list[tuple[str, ...]] = [RETURNS[name] for name in ("v", "c")][: len(parts)]
     parameters = {name: parameter for name, parameter in layer.named_parameters() if parameter.dim() > 1}
+    arguments = list(inspect.signature(type(layer).forward).parameters)[1:]
+    others = tuple(name for name in (*arguments[: len(args)], *kwargs) if name != arguments[0])
     for poses, known in arrangements(args[0].shape, ("B", "I", "D_in"), {}):
         for outputs, sizes in _all_arrangements([part.shape for part in parts], axes, known):
             for name, weight in parameters.items():
@@ -59,6 +62,7 @@ def _readings(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
                             out_capsules=sizes["J"] if "(" in text else None,
                             output=outputs if len(parts) > 1 else outputs[0],
                             returns=("v", "c") if len(parts) > 1 else "v",
+                            ignored_arguments=others,
                             unused=tuple(other for other, _ in layer.named_parameters() if other != name),
                         )  # fmt: skip
 

@@ -75,7 +75,9 @@ def hints(
         softmaxes: the modules that take a softmax.
     """
     modules = dict(model.named_modules())
-    left = {path: module for path, module in modules.items() if not _is_known(path, module, modules, found)}
+    known = {path for path, m in modules.items() if path in found or isinstance(m, (ConvertedCapsules, CapsuleLayer))}
+    around = {outer for path in known for outer in _around(path)}
+    left = {path: m for path, m in modules.items() if path not in around and known.isdisjoint(_around(path))}
     similar = [text for path, module in left.items() for text in _other_parameters(path, module, recipes)]
     takers = [path for path, module in left.items() if module in softmaxes]
     tried = {path: [other for other in _around(path) if other in left] for path in takers}
@@ -93,18 +95,10 @@ def hints(
     return similar if found or len(nothing) < len(takers) else [*similar, *_template(nothing, modules)]
 
 
-def _is_known(
-    path: str, module: nn.Module, modules: Mapping[str, nn.Module], found: Mapping[str, Sequence[Recipe]]
-) -> bool:
-    """Whether a module has a recipe, is fastcaps's, or has or lies in such a module."""
-    ours = [other for other, m in modules.items() if other in found or isinstance(m, (ConvertedCapsules, CapsuleLayer))]
-    return any(path in _around(other) or other in _around(path) for other in ours)
-
-
 def _around(path: str) -> list[str]:
     """A path and those of the modules around it, the model last."""
     parts = path.split(".") if path else []
-    return [".".join(parts[:n]) for n in range(len(parts), 0, -1)] + [""]
+    return [".".join(parts[:n]) for n in range(len(parts), -1, -1)]
 
 
 def _label(path: str, module: nn.Module) -> str:
@@ -114,11 +108,11 @@ def _label(path: str, module: nn.Module) -> str:
 def _other_parameters(path: str, module: nn.Module, recipes: Sequence[Recipe]) -> Iterator[str]:
     """That a module has the name of a recipe's class, and why it is not that class."""
     known = [recipe for recipe in recipes if type(module).__name__ in recipe.class_names]
-    if known and next(module.parameters(), None) is not None:
-        reasons = "; ".join(
-            f"recipe {recipe.name!r} knows this class, but {recipe.mismatch(module)}" for recipe in known
-        )
-        yield f"{_label(path, module)} was not recognised: {reasons}"
+    if not known or next(module.parameters(), None) is None:
+        return
+    reasons = [f"recipe {recipe.name!r} knows this class, but {recipe.mismatch(module)}" for recipe in known[:2]]
+    more = f"; and so for {len(known) - 2} more recipes" if len(known) > 2 else ""
+    yield f"{_label(path, module)} was not recognised: {'; '.join(reasons)}{more}"
 
 
 def _described(path: str, module: nn.Module, recipes: Sequence[Recipe], calls: Calls) -> Iterator[str]:
@@ -133,14 +127,20 @@ def _described(path: str, module: nn.Module, recipes: Sequence[Recipe], calls: C
                 text = f"recipe {recipe.name!r} describes it, but does not know its class: {advice}"
                 yield f"{_label(path, module)} was not recognised: {text}"
                 return
-        try:
-            guessed = guess(module, args, kwargs)
-        except Exception:  # other people's code, called in ways that it was not made for
-            guessed = None
+        guessed = suggestion(module, args, kwargs)
     if guessed is not None:
-        yield f"{_label(path, module)} was not recognised, but a recipe describes it: pass recipes=recipes after" + (
-            TWO_LINES.format(recipe=guessed.code())
-        )
+        yield f"{_label(path, module)} was not recognised, but {guessed}"
+
+
+def suggestion(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """The lines that make a recipe for a module, in words; None where no combination of conventions describes it."""
+    try:
+        guessed = guess(module, args, kwargs)
+    except Exception:  # other people's code, called in ways that it was not made for
+        return None
+    if guessed is None:
+        return None
+    return f"a recipe describes it: pass recipes=recipes after{TWO_LINES.format(recipe=guessed.code())}"
 
 
 def _agrees(module: nn.Module, recipe: Recipe, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

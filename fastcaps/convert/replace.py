@@ -11,7 +11,7 @@ from torch import nn
 from fastcaps.convert.comparison import Verdict, verify
 from fastcaps.convert.converted import ConvertedCapsules, Plan, convert_layer, restore_layer
 from fastcaps.convert.diagnosis import described, diagnose
-from fastcaps.convert.hints import SoftmaxWatch, hints
+from fastcaps.convert.hints import SoftmaxWatch, hints, suggestion
 from fastcaps.convert.modules import Calls, detached_copy, first_calls, floating_tensors, random_state_kept
 from fastcaps.convert.recipes import RECIPES, Recipe
 from fastcaps.convert.report import ConversionReport, LayerReport
@@ -166,6 +166,8 @@ def _first_that_agrees(
     others = [f"recipe {other.name!r}: {why.refused}" for other, why in refused if other is not recipe]
     if verdict.differs:
         recipe, verdict = _diagnosed(layer, recipe, verdict, args, kwargs, fix)
+    elif guessed := suggestion(layer, args, kwargs):
+        others.append(f"but {guessed}")
     return recipe, replace(verdict, notes=(*verdict.notes, *others))
 
 

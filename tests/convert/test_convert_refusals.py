@@ -70,6 +70,7 @@ def test_ones_own_recipe_wins_over_a_known_class_name():
     report = quietly(nn.Sequential(DigitCaps()), torch.randn(4, I, D_IN))
     assert report.replaced == []
     assert "the recipe does not fit" in report.layers[0].reason
+    assert "axes='1 I J D_in D_out'" in report.layers[0].notes[-1]  # what would, found by trying
 
 
 def test_a_sample_of_the_wrong_shape():
