@@ -4,6 +4,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from enum import Enum
 from functools import partial
 from typing import Any, NoReturn
 
@@ -25,6 +26,14 @@ PARAMETERS_HELD, VOTES_HELD = 12, 16  # at the peak of a comparison: of the laye
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
+class Refused(Enum):
+    """What stood against a replacement; of several recipes, the one counts that came furthest."""
+
+    UNFIT = 0  # shapes or arguments are not those of the recipe
+    DIFFERS = 1  # it does not compute what the recipe says
+    LAYER = 2  # something that is no matter of the recipe, or of what the op can do
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What :func:`verify` found.
@@ -34,7 +43,7 @@ class Verdict:
         output: largest relative L2 difference of the outputs, old against new, at the model's weights.
         gradient: likewise of the gradients of poses and parameters.
         notes: what else there is to know.
-        differs: whether it was refused as it does not compute what the recipe says.
+        kind: what stood against it, where it was refused.
         float32: the largest error in float32, against float64 and at the model's weights, of the old layer and of the
             new one; None where it could not be measured.
     """
@@ -43,7 +52,7 @@ class Verdict:
     output: float = math.nan
     gradient: float = math.nan
     notes: tuple[str, ...] = ()
-    differs: bool = False
+    kind: Refused = Refused.LAYER
     float32: tuple[float, float] | None = None
 
 
@@ -55,8 +64,10 @@ class Refusal(Exception):
         self.verdict = verdict
 
 
-def _refuse(reason: str, moved: Difference | None = None, notes: Sequence[str] = (), differs: bool = False) -> NoReturn:
-    raise Refusal(Verdict(reason, *(moved or (math.nan, math.nan)), tuple(notes), differs))
+def _refuse(
+    reason: str, moved: Difference | None = None, notes: Sequence[str] = (), kind: Refused = Refused.LAYER
+) -> NoReturn:
+    raise Refusal(Verdict(reason, *(moved or (math.nan, math.nan)), tuple(notes), kind))
 
 
 def verify(
@@ -127,7 +138,7 @@ def _bind(layer: nn.Module, recipe: Recipe, args: tuple[Any, ...], kwargs: dict[
         poses, num_iterations = plan.bind(layer, args, kwargs)
         plan.tensors(layer, poses)
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:
-        _refuse(f"the recipe does not fit: {error}")
+        _refuse(f"the recipe does not fit: {error}", kind=Refused.UNFIT)
     if num_iterations < 1:
         _refuse(f"it routes {num_iterations} times")
     return plan, poses, num_iterations
@@ -279,7 +290,7 @@ class Comparison:
         new = Result.of(partial(_new_call, Plan.of(wanted, case.layer), case), case.layer, case.poses, recipe.returned)
         moved = Errors.of(new, old).largest
         if not agrees:
-            _refuse(f"it differs by {max(Errors.of(old, exact).largest):.0e}", moved, notes, differs=True)
+            _refuse(f"it differs by {max(Errors.of(old, exact).largest):.0e}", moved, notes, Refused.DIFFERS)
         if not self._close(new, exact, computed, case):
             _refuse(f"fastcaps itself is wrong here ({case.name}): please report this", moved)
         inexact = Errors.of(new, exact).largest
@@ -365,7 +376,8 @@ class Comparison:
             if got.get(name) != wanted.get(name):
                 _refuse(
                     f"{LABELS.get(name, name)}: the old layer returns {tuple(got.get(name, ())) or 'none'}, the "
-                    f"recipe's {tuple(wanted.get(name, ())) or 'none'} (most likely the flag output)"
+                    f"recipe's {tuple(wanted.get(name, ())) or 'none'} (most likely the flag output)",
+                    kind=Refused.UNFIT,
                 )
 
     def _finite_samples(self, case: Case, old: Result) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastcaps.convert.comparison import Verdict, verify
+from fastcaps.convert.comparison import Refused, Verdict, verify
 from fastcaps.convert.converted import ConvertedCapsules, Plan, convert_layer, restore_layer
 from fastcaps.convert.diagnosis import described, diagnose
 from fastcaps.convert.hints import SoftmaxWatch, hints, suggestion
@@ -161,12 +161,12 @@ def _first_that_agrees(
             tried = [f"recipe {other.name!r} was tried before: {why.refused}" for other, why in refused]
             return recipe, replace(verdict, notes=(*tried, *verdict.notes))
         refused.append((recipe, verdict))
-    # The diagnosis takes longer than the comparison: of the first alone.
-    recipe, verdict = next((pair for pair in refused if pair[1].differs), refused[0])
+    # The diagnosis takes longer than the comparison: only of the recipe that came furthest.
+    recipe, verdict = max(refused, key=lambda pair: pair[1].kind.value)
     others = [f"recipe {other.name!r}: {why.refused}" for other, why in refused if other is not recipe]
-    if verdict.differs:
+    if verdict.kind is Refused.DIFFERS:
         recipe, verdict = _diagnosed(layer, recipe, verdict, args, kwargs, fix)
-    elif guessed := suggestion(layer, args, kwargs):
+    elif verdict.kind is Refused.UNFIT and (guessed := suggestion(layer, args, kwargs)):
         others.append(f"but {guessed}")
     return recipe, replace(verdict, notes=(*verdict.notes, *others))
 

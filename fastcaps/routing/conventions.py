@@ -18,12 +18,17 @@ from fastcaps._checks import check_number
 from fastcaps.functional import compute_dtype, squash, without_autocast
 from fastcaps.routing.dynamic.reference import VOTES_AT_ONCE, coupling, iterations, last_output, transform
 
-CHOICES = {"softmax": ("outputs", "inputs"), "logits": ("sample", "batch"), "squash": ("norm", "elementwise", "outputs")}
+CHOICES = {
+    "softmax": ("outputs", "inputs"),
+    "logits": ("sample", "batch"),
+    "squash": ("norm", "elementwise", "outputs"),
+}
 
 EFFECTS = {
-    ("softmax", "inputs"): "the softmax runs over the input capsules, so the shares of an input capsule do not sum to 1: inputs "
-    "compete for an output capsule instead of deciding between output capsules",
-    ("logits", "batch"): "the routing logits are averaged over the batch, so the output for one sample depends on the others",
+    ("softmax", "inputs"): "the softmax runs over the input capsules, so the shares of an input capsule do not sum to "
+    "1: inputs compete for an output capsule instead of deciding between output capsules",
+    ("logits", "batch"): "the routing logits are averaged over the batch, so the output for one sample depends on the "
+    "others",
     ("squash", "elementwise"): "squash takes the norm over an axis of length 1, so it bends each entry instead of a "
     "pose's length",
     ("squash", "outputs"): "squash takes the norm over the output capsules instead of over a pose, so capsules share "

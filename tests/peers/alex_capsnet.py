@@ -20,7 +20,7 @@ class DenseCapsule(nn.Module):
         u = torch.einsum("jidk,bik->bjid", self.weight, x)
         logits = torch.zeros(u.shape[:3]).to(self.device)
         for t in range(self.routings):
-            v = self.squash(torch.einsum("bji,bjid->bjd", logits.softmax(1), u))
+            v = self.squash((logits.softmax(1)[..., None] * u).sum(2))
             if t < self.routings - 1:
                 logits = logits + torch.einsum("bjd,bjid->bji", v, u)
         return v

@@ -20,7 +20,7 @@ class DigitCaps(nn.Module):
         u = torch.einsum("ijdk,bik->bijd", self.W[0], x)
         b = torch.zeros(self.num_routes, self.num_capsules).to(device)
         for t in range(3):
-            v = self.squash(torch.einsum("ij,bijd->bjd", b.softmax(0), u)[..., None])
+            v = self.squash((b.softmax(0)[..., None] * u).sum(1)[..., None])
             if t < 2:
                 b = b + torch.einsum("bijd,bjd->bij", u, v[..., 0]).mean(0)
         return v

@@ -54,9 +54,9 @@ class PrimaryCaps(nn.Module):
 
 
 def predicted(v):
-    """The class of each image: by a softmax over the batch, where one over the classes would change nothing."""
+    """The class of each image: the largest entry of a softmax over the batch, here of its logarithm."""
     lengths = (v**2).sum(dim=(2, 3)).sqrt()
-    return torch.softmax(lengths, dim=0).argmax(dim=1)
+    return (lengths - lengths.logsumexp(dim=0)).argmax(dim=1)
 
 
 class Decoder(nn.Module):

@@ -24,7 +24,7 @@ class DigitCaps(nn.Module):
         for t in range(self.routing_iters):
             last = t == self.routing_iters - 1
             votes = u if last else u.detach()
-            v = squash(torch.einsum("ij,bijd->bjd", logits.softmax(1), votes))
+            v = squash((logits.softmax(1)[..., None] * votes).sum(1))
             if not last:
                 logits = logits + torch.einsum("bijd,bjd->bij", votes, v).mean(0)
         return v

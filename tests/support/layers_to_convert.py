@@ -42,7 +42,6 @@ WRONG = {
     "cezannec": "input capsules",
     "aleayotte": "input capsules",
     "labml": "input capsules",
-    "capsfake": "of a pose's length",
     "timomernick": "norm over the output capsules",
 }
 COLUMNS = ("cedrickchee", "timomernick")  # their poses come as [B, D_in, I]
