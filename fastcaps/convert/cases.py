@@ -111,7 +111,7 @@ def _restore(model: nn.Module, layer: nn.Module, plan: Plan) -> None:
 def _route_twice(layer: nn.Module, plan: Plan, num_iterations: int) -> int:
     """Let a layer whose T may change later route twice at least: one iteration does not tell what a second does."""
     path, T = plan.recipe.num_iterations, max(num_iterations, 2)
-    if isinstance(path, int):
+    if not isinstance(path, str):
         return num_iterations
     if plan.iterations_argument is None:
         set_path(layer, path, T - plan.recipe.offset)

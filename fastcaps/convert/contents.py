@@ -54,7 +54,7 @@ def contents(layer: nn.Module) -> dict[str, tuple[Any, Any]]:
 def _digest(parameter: Tensor) -> bytes:
     """A fingerprint of the entries, bit by bit: a copy of a large weight would take as much memory as the weight."""
     entries = parameter.detach().cpu().contiguous().flatten().view(torch.uint8)
-    return hashlib.blake2b(memoryview(entries.numpy())).digest()
+    return hashlib.blake2b(entries.numpy().data).digest()
 
 
 def _content(value: Any) -> Any:

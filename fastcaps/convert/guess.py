@@ -2,7 +2,7 @@
 
 import inspect
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from fastcaps.convert.comparison import Refusal, prepare, verify
 from fastcaps.convert.diagnosis import enough, fit
 from fastcaps.convert.modules import detached_copy, is_floating
-from fastcaps.convert.recipes import RETURNS, Recipe
+from fastcaps.convert.recipes import POSES_AXES, RETURNS, Recipe
+from fastcaps.layers import WEIGHT_AXES
 
 MOST = 24  # readings of the axes that are tried: more than a few only where sizes are equal
 LARGEST_T = 10
@@ -46,29 +47,39 @@ def _readings(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     with torch.no_grad():
         returned = detached_copy(layer)(*args, **kwargs)
     parts = returned if isinstance(returned, tuple) else (returned,)
-    if not all(isinstance(part, Tensor) for part in parts) or len(parts) > 2:
+    names = ("v", "c")[: len(parts)]
+    if not all(isinstance(part, Tensor) for part in parts) or len(parts) > len(names):
         return
-    axes: list[tuple[str, ...]] = [RETURNS[name] for name in ("v", "c")][: len(parts)]
-    parameters = {name: parameter for name, parameter in layer.named_parameters() if parameter.dim() > 1}
+    parameters = dict(layer.named_parameters())
     arguments = list(inspect.signature(type(layer).forward).parameters)[1:]
     others = tuple(name for name in (*arguments[: len(args)], *kwargs) if name != arguments[0])
-    for poses, known in arrangements(args[0].shape, ("B", "I", "D_in"), {}):
-        for outputs, sizes in _all_arrangements([part.shape for part in parts], axes, known):
-            for name, weight in parameters.items():
-                for order in (("I", "J", "D_out", "D_in"), ("J", "D_out", "D_in")):
-                    for text, _ in arrangements(weight.shape, order, sizes):
-                        yield Recipe(
-                            "mine", type(layer).__name__, weight=name, axes=text, input=poses,
-                            out_capsules=sizes["J"] if "(" in text else None,
-                            output=outputs if len(parts) > 1 else outputs[0],
-                            returns=("v", "c") if len(parts) > 1 else "v",
-                            ignored_arguments=others,
-                            unused=tuple(other for other, _ in layer.named_parameters() if other != name),
-                        )  # fmt: skip
+    shapes = [args[0].shape, *(part.shape for part in parts)]
+    for (poses, *outputs), sizes in _all_arrangements(shapes, [POSES_AXES, *(RETURNS[name] for name in names)], {}):
+        for name, weight in parameters.items():
+            for axes in _weight_arrangements(weight.shape, sizes):
+                yield Recipe(
+                    "mine",
+                    type(layer).__name__,
+                    weight=name,
+                    axes=axes,
+                    out_capsules=sizes["J"] if "(" in axes else None,
+                    input=poses,
+                    output=outputs[0] if isinstance(returned, Tensor) else tuple(outputs),
+                    returns=names[0] if isinstance(returned, Tensor) else names,
+                    ignored_arguments=others,
+                    unused=tuple(other for other in parameters if other != name),
+                )
+
+
+def _weight_arrangements(shape: tuple[int, ...], sizes: Mapping[str, int]) -> Iterator[str]:
+    """The axes that a weight may have, which may be shared over the input capsules."""
+    for axes in (WEIGHT_AXES, WEIGHT_AXES[1:]):
+        for text, _ in arrangements(shape, axes, sizes):
+            yield text
 
 
 def _all_arrangements(
-    shapes: list[torch.Size], axes: list[tuple[str, ...]], known: Mapping[str, int]
+    shapes: Sequence[torch.Size], axes: Sequence[tuple[str, ...]], known: Mapping[str, int]
 ) -> Iterator[tuple[tuple[str, ...], dict[str, int]]]:
     """Those of several tensors, with sizes that agree."""
     if not shapes:

@@ -47,9 +47,10 @@ class Recipe:
         axes: its axes ``I``, ``J``, ``D_out``, ``D_in``, as in :meth:`fastcaps.CapsuleLayer.from_weight`; None where
             the weight has no name.
         num_iterations: T, or the attribute that holds it (read in every call), or the argument of ``forward`` that
-            does.
+            does, or a function of the layer.
         offset: added to it.
-        out_capsules: J, or the attribute that holds it: where the weight has one axis for ``J`` and ``D_out``, or no J.
+        out_capsules: J, or the attribute that holds it, or a function of the layer: where the weight has one axis for
+            ``J`` and ``D_out``, or no J.
         prior: the name of learned initial logits, or None.
         prior_axes: their axes.
         bias: the name of the bias, or None.
@@ -88,9 +89,9 @@ class Recipe:
     classes: str | tuple[str, ...]
     weight: str | Callable[[nn.Module], Tensor] | None
     axes: str | None = None
-    num_iterations: int | str = 3
+    num_iterations: int | str | Callable[[nn.Module], int] = 3
     offset: int = 0
-    out_capsules: int | str | None = None
+    out_capsules: int | str | Callable[[nn.Module], int] | None = None
     prior: str | None = None
     prior_axes: str = "I J"
     bias: str | None = None
@@ -224,9 +225,9 @@ Recipe.__init__ = renamed_arguments(**RENAMED)(Recipe.__init__)  # type: ignore[
 
 
 def get_path(layer: nn.Module, path: Any, *default: Any) -> Any:
-    """The attribute of a dotted path, or the value itself where it is no path."""
+    """The attribute of a dotted path, what a function gives, or the value itself where it is neither."""
     if not isinstance(path, str):
-        return path
+        return path(layer) if callable(path) else path
     value: Any = layer
     for name in path.split("."):
         value = getattr(value, name, *default)

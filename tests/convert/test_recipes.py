@@ -226,6 +226,7 @@ def test_functions_for_weight_input_and_output():
     )
     x = torch.randn(7, D_IN, I, 1)
     assert_replaced_and_equal(Factors(), x, recipe)
+    assert_replaced_and_equal(Factors(), x, dataclasses.replace(recipe, num_iterations=lambda layer: layer.A.dim() - 2))
     assert "differs" in refused(Factors(), x, dataclasses.replace(recipe, num_iterations=3))
     assert "differs" in refused(Factors(), x, dataclasses.replace(recipe, eps=1e-12))
     assert "differs" in refused(
