@@ -11,6 +11,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -25,14 +26,27 @@ from fastcaps.measure import training_cost
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 from peers import (  # noqa: E402
+    abc_capsnet,
     adambielski,
+    ale_ayotte,
+    alex_capsnet,
     cedrickchee,
+    cezannec,
     danielhavir,
+    gchochla,
     gram_ai,
     higgsfield,
+    hula_ai,
+    labml,
+    laubonghaudoi,
+    leftthomas,
+    motokimura,
+    point_capsules,
     readable_capsnet,
+    riroaki,
     sabour_tensorflow,
     seed,
+    timomernick,
     xifengguo,
 )
 
@@ -47,19 +61,34 @@ LAYERS = {
     "danielhavir": lambda: danielhavir.RoutingCapsules(D_IN, I, J, D_OUT, T),
     "readable_capsnet": lambda: readable_capsnet.CapsuleLayerWithRouting(I, D_IN, J, D_OUT, T),
     "sabour": lambda: sabour_tensorflow.CapsuleLayer(I, J, D_IN, D_OUT, T),
+    "riroaki": lambda: riroaki.DigitCaps(D_IN, I, J, D_OUT, T),
+    "motokimura": lambda: motokimura.DigitCaps(I, D_IN, J, D_OUT, T),
+    "hula-ai": lambda: hula_ai.DigitCapsLayer(J, I, D_IN, D_OUT, T),
+    "gchochla": lambda: gchochla.SemanticCaps(J, I, D_OUT, D_IN, T),
+    "cezannec": lambda: cezannec.DigitCaps(J, I, D_IN, D_OUT),
+    "aleayotte": lambda: ale_ayotte.CapsuleLayer(J, I, D_IN, D_OUT, T),
+    "labml": lambda: labml.Router(I, J, D_IN, D_OUT, T),
+    "laubonghaudoi": lambda: laubonghaudoi.DigitCaps(SimpleNamespace(r=T), I, J, D_IN, D_OUT),
+    "leftthomas": lambda: leftthomas.CapsuleLinear(J, D_IN, D_OUT, I, T),
+    "3d-point-capsules": lambda: point_capsules.LatentCapsLayer(J, I, D_IN, D_OUT),
+    "abc-capsnet": lambda: abc_capsnet.DigitCapsuleLayer(J, I, D_IN, D_OUT, T),
+    "alexcapsnet": lambda: alex_capsnet.DenseCapsule(I, D_IN, J, D_OUT, "cpu", T),
+    "timomernick": lambda: timomernick.CapsuleLayer(D_IN, I, J, D_OUT),
 }
+COLUMNS = ("cedrickchee", "timomernick")  # their poses come as [B, D_in, I]
 
 
 def step(layer: nn.Module, poses: torch.Tensor) -> None:
     """Forward, and backward to the poses and all parameters."""
     out = layer(poses)
+    out = out[0] if isinstance(out, tuple) else out
     torch.autograd.grad(out, [poses, *layer.parameters()], torch.ones_like(out))
 
 
 def measure(name: str, rounds: int, device: str, fix: bool = False) -> dict[str, Any]:
     """One convention: old and new take turns."""
     generator = torch.Generator().manual_seed(0)
-    shape = (B, D_IN, I) if name == "cedrickchee" else (B, I, D_IN)
+    shape = (B, D_IN, I) if name in COLUMNS else (B, I, D_IN)
     poses = (torch.randn(shape, generator=generator) / D_IN**0.5).to(device)
     torch.manual_seed(0)
     new = LAYERS[name]().to(device)

@@ -84,6 +84,19 @@ def training_cost(step: Callable[[], Any], device: torch.device | str, rounds: i
     return Cost(statistics.median(times), max(itertools.accumulate((e.nbytes() for e in events), initial=0)))
 
 
+def free_memory(device: torch.device | str) -> int | None:
+    """The bytes that can still be allocated on a device, about; None where the system does not tell."""
+    if torch.device(device).type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    try:
+        with open("/proc/meminfo") as lines:
+            found = next(line for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):  # not Linux
+        return None
+    return 1024 * int(found.split()[1])
+
+
 def reset_peak(device: str) -> int:
     """Begin a new peak of CUDA memory; the bytes that are allocated now."""
     if device != "cuda":

@@ -6,7 +6,7 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from fastcaps.models import CapsNet
 
 LARGEST_STRIDE = 8  # pixels
 PARAMETERS = ("weight", "bias")  # of a convolution or a linear layer
+COUNTERS = ("total_ops", "total_params")  # what the profiler thop leaves in every module
+SHOWN = 3  # names in a message
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class PublicNetwork:
         decoder: the three linear layers of the decoder.
         eps: of the primary capsules' squash.
         not_kept: what a CapsNet cannot reproduce, in words.
+        chooses: how it takes the class that it predicts and draws, in words; None: the longest capsule, as a CapsNet.
     """
 
     recipe: str
@@ -45,6 +48,7 @@ class PublicNetwork:
     decoder: tuple[str, str, str] = ("decoder.0", "decoder.2", "decoder.4")
     eps: float = 0.0
     not_kept: str | None = None
+    chooses: str | None = None
 
 
 NETWORKS = {
@@ -60,6 +64,7 @@ NETWORKS = {
         PublicNetwork(
             "higgsfield", "conv_layer.conv", "primary_capsules.capsules.{}", "flat", "digit_capsules",
             decoder=tuple(f"decoder.reconstraction_layers.{n}" for n in (0, 2, 4)),  # type: ignore[arg-type]
+            chooses="by a softmax of the lengths over the batch, so that it depends on the other images",
         ),
         PublicNetwork(
             "cedrickchee", "conv1.conv0", "primary.conv_units.{}", "dimension-major", "digits",
@@ -128,6 +133,8 @@ def convert_checkpoint(
 ) -> CapsNet:
     """A :class:`fastcaps.CapsNet` that computes what a public network does, from its state dict.
 
+    Counters that a profiler left, and a prefix that all names share, are left out with a warning.
+
     Args:
         state: the state dict, as :func:`read_state_dict` gives it.
         recipe: whose network it is, a key of ``NETWORKS``.
@@ -139,17 +146,19 @@ def convert_checkpoint(
     Returns:
         The network. What it does otherwise than the paper, it does too (see ``repr`` of its ``capsules``), but for
         ``norm_eps`` (xifengguo, danielhavir), which is left out with a warning: unlike
-        :func:`fastcaps.convert.replace_capsules`, nothing here can tell whether it matters.
+        :func:`fastcaps.convert.replace_capsules`, nothing here can tell whether it matters. A warning also says where
+        the network chooses its class otherwise than by the longest capsule (higgsfield).
 
     Raises:
-        ValueError: the recipe is unknown, keys are missing or left over, sizes do not fit, or what the network does
-            cannot be reproduced and ``fix`` is False.
+        ValueError: the recipe is unknown, keys are missing or left over (:class:`OtherNetwork`), sizes do not fit, or
+            what the network does cannot be reproduced and ``fix`` is False.
     """
     if recipe not in NETWORKS:
         raise ValueError(f"recipe must be one of {', '.join(map(repr, NETWORKS))}, got {recipe!r}")
     network, layer = NETWORKS[recipe], find_recipe(recipe)
     if network.not_kept and not fix:
         raise ValueError(f"a CapsNet cannot reproduce {recipe!r}: {network.not_kept}; fix=True (--fix) changes that")
+    state, left_out = _tidied(state)
     # adambielski's network may stand alone, or in one that reconstructs as well
     parts = _parts({key.removeprefix("capsnet."): value for key, value in state.items()}, network, layer)
     # Where J and D_out share an axis, the prior tells J.
@@ -178,10 +187,64 @@ def convert_checkpoint(
     if wrong:
         raise ValueError(f"the checkpoint is not of the network that {recipe!r} stands for: {'; '.join(wrong)}")
     converted.load_state_dict(parts)
-    if layer.norm_eps:
-        text = f"the {layer.norm_eps:g} that squash of {recipe!r} adds to the norm is left out: it matters only to"
-        warnings.warn(f"{text} capsules that are about as short, and the accuracy tells", stacklevel=2)
+    for note in (*left_out, *_what_changes(network, layer)):
+        warnings.warn(note, stacklevel=2)
     return converted
+
+
+def _what_changes(network: PublicNetwork, layer: Recipe) -> Iterator[str]:
+    """What a conversion does not keep although it can be made."""
+    if layer.norm_eps:
+        text = f"the {layer.norm_eps:g} that squash of {layer.name!r} adds to the norm is left out: it matters only to"
+        yield f"{text} capsules that are about as short, and the accuracy tells"
+    if network.chooses:
+        text = f"the network of {layer.name!r} chooses the class that it predicts and draws {network.chooses}"
+        yield f"{text}; here the longest capsule is the class, which can be another one"
+
+
+def _tidied(state: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], list[str]]:
+    """The state dict without a profiler's counters and without a prefix of all names, and what was left out."""
+    notes = []
+    counters = [key for key in state if key.rpartition(".")[2] in COUNTERS]
+    if counters:
+        notes.append(f"{len(counters)} counters of a profiler ({', '.join(COUNTERS)}) are left out")
+        state = {key: value for key, value in state.items() if key not in counters}
+    prefix = ""
+    while len({key.partition(".")[0] for key in state}) == 1 and all("." in key for key in state):
+        prefix += next(iter(state)).partition(".")[0] + "."
+        state = {key.partition(".")[2]: value for key, value in state.items()}
+    if prefix:
+        notes.append(f"the prefix {prefix} that all names share is left out")
+    return state, notes
+
+
+def way_out(state: Mapping[str, Tensor]) -> str:
+    """What to do with the checkpoint of an unknown network, in two lines; the first says where its capsules may be."""
+    found = _capsule_weights(state, square=False) or _capsule_weights(state, square=True)
+    named = shortened([f"{key} {list(state[key].shape)}" for key in sorted(found, key=lambda key: -state[key].numel())])
+    return (
+        f"what may be the weight of a capsule layer: {named}\n"
+        "write a FILE.py with a function that builds the model and loads the file into it; then `fastcaps doctor "
+        "FILE.py:FUNCTION` examines it, and fastcaps.convert.replace_capsules(model, sample) converts its layers"
+    )
+
+
+def _capsule_weights(state: Mapping[str, Tensor], square: bool) -> list[str]:
+    """The tensors with an axis for each of I, J, D_out and D_in, or two on one; ``square``: kernels of convolutions."""
+    return [
+        key
+        for key, value in state.items()
+        if value.is_floating_point()
+        and len([size for size in value.shape if size != 1]) in (3, 4)
+        and (square or value.shape[-1] != value.shape[-2])
+        and f"{key.removesuffix('weight')}bias" not in state
+    ]
+
+
+def shortened(names: Sequence[str]) -> str:
+    """The first of these names, and how many there are besides."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"{', '.join(names[:SHOWN]) or 'none'}{more}"
 
 
 def what_fix_changes(recipe: str) -> list[str]:
@@ -191,15 +254,19 @@ def what_fix_changes(recipe: str) -> list[str]:
     return [*layer.convention.effects, *([not_kept] if not_kept else [])]
 
 
+class OtherNetwork(ValueError):
+    """A checkpoint has other names than the network that it was said to be of."""
+
+
 def _parts(state: Mapping[str, Tensor], network: PublicNetwork, layer: Recipe) -> dict[str, Tensor]:
     """The checkpoint's tensors by the names of a CapsNet."""
     keys = _keys(state, network, layer)
     wanted = [key for group in keys.values() for key in group]
     missing, unexpected = [key for key in wanted if key not in state], [key for key in state if key not in wanted]
     if missing or unexpected:
-        raise ValueError(
+        raise OtherNetwork(
             f"the checkpoint is not of the network that {network.recipe!r} stands for; "
-            f"missing: {', '.join(missing) or 'none'}; unexpected: {', '.join(unexpected) or 'none'}"
+            f"missing: {shortened(missing)}; unexpected: {shortened(unexpected)}\n{way_out(state)}"
         )
     for name, group in keys.items():
         for key in group:
@@ -229,7 +296,7 @@ def _rank(name: str, layer: Recipe) -> int:
     """How many axes a tensor of the checkpoint has, by its name in a CapsNet."""
     module, _, kind = name.rpartition(".")
     if module == "capsules":
-        return len(layer.parsed_axes()[kind].groups)
+        return len(layer.parsed_axes()[kind].axes.groups)
     if kind == "bias":
         return 1
     return 4 if module in ("stem", "primary.conv") else 2

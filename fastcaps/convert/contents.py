@@ -1,9 +1,11 @@
 """The contents of a layer beside its parameters, and what a call changes of them."""
 
+import hashlib
 from collections import deque
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None))  # compared by value; all else by identity and content
@@ -44,9 +46,15 @@ def _parts(value: Any) -> dict[str, Any] | None:
 
 def contents(layer: nn.Module) -> dict[str, tuple[Any, Any]]:
     """What a layer holds, parameters included, each as its object and its content: both tell what ``forward`` sets."""
-    parameters = {n: (p, p.detach().cpu().numpy().tobytes()) for n, p in layer.named_parameters()}
+    parameters = {n: (p, _digest(p)) for n, p in layer.named_parameters()}
     others = {n: (None, v) if isinstance(v, PLAIN) else (v, _content(v)) for n, v in held(layer).items()}
     return {**parameters, **others}
+
+
+def _digest(parameter: Tensor) -> bytes:
+    """A fingerprint of the entries, bit by bit: a copy of a large weight would take as much memory as the weight."""
+    entries = parameter.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return hashlib.blake2b(entries.numpy().data).digest()
 
 
 def _content(value: Any) -> Any:

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastcaps._axes import Axes
-from fastcaps.convert.recipes import Recipe, get_path
-from fastcaps.routing import dynamic_routing
+from fastcaps.convert.arrangement import Arrangement
+from fastcaps.convert.recipes import Recipe, as_tuple, get_path
+from fastcaps.functional import compute_dtype, length, without_autocast
+from fastcaps.routing import dynamic_routing, route_votes
 from fastcaps.routing.conventions import Routed, plain_routing
 
 
@@ -21,14 +22,14 @@ class Plan:
 
     Attributes:
         recipe: the recipe.
-        axes: its axes, parsed.
+        axes: its axes, parsed; none of what a function arranges.
         arguments: the names of the arguments of ``forward``; the first is the poses.
         defaults: the values of those that have one.
         iterations_argument: of the others, the one that holds the number of iterations, or None.
     """
 
     recipe: Recipe
-    axes: Mapping[str, Axes]
+    axes: Mapping[str, Arrangement]
     arguments: tuple[str, ...]
     defaults: Mapping[str, Any] = field(default_factory=dict)
     iterations_argument: str | None = None
@@ -36,6 +37,7 @@ class Plan:
     def __setstate__(self, state: dict[str, Any]) -> None:
         renamed = {"layouts": "axes", "extra": "iterations_argument"}  # in pickles of 0.1
         vars(self).update({renamed.get(name, name): value for name, value in state.items()})
+        vars(self)["axes"] = self.recipe.parsed_axes()
 
     @classmethod
     def of(cls, recipe: Recipe, layer: nn.Module) -> "Plan":
@@ -49,11 +51,23 @@ class Plan:
     def forward(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What ``forward`` of a converted layer does."""
         poses, num_iterations = self.bind(layer, args, kwargs)
+        sizes = self.sizes(layer, poses)
         tensors, options = self.tensors(layer, poses), self.options(layer, num_iterations)
-        v = self.routing(**tensors, **options)
-        if "coupling" in self.axes:
-            return self.axes["output"].arranged(v), self._coupling(tensors, options)
-        return self.axes["output"].arranged(v)
+        results: dict[str, Tensor] = {}
+        if not {"v", "length"}.isdisjoint(self.recipe.returned):
+            results["v"] = self.routing(**tensors, **options)
+        if not {"s", "c"}.isdisjoint(self.recipe.returned):
+            results |= self._coupling_and_sum(tensors, options, "s" in self.recipe.returned)
+        return self.arranged(results, sizes)
+
+    def arranged(self, results: Mapping[str, Tensor], sizes: Mapping[str, int]) -> Any:
+        """What the layer returns, from ``v``, ``s`` and ``c`` in canonical order, as far as it needs them."""
+        results = {**results, "length": length(results["v"])} if "length" in self.recipe.returned else results
+        wanted = [results[name] for name in self.recipe.returned]
+        if callable(self.recipe.output):
+            return self.recipe.output(*wanted)
+        parts = tuple(self.axes[name].arranged(t, sizes) for name, t in zip(self.recipe.returned, wanted, strict=True))
+        return parts if isinstance(self.recipe.output, (tuple, list)) else parts[0]
 
     def bind(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, int]:
         """The poses as they were given, and T.
@@ -62,8 +76,8 @@ class Plan:
             TypeError: there are no poses, or there is an argument that the recipe does not know.
         """
         given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
-        known = {self.arguments[0], self.iterations_argument}
-        unknown = [name for name in given if name not in known and not _equal(given[name], self.defaults.get(name))]
+        known = {self.arguments[0], self.iterations_argument, *as_tuple(self.recipe.ignored_arguments)}
+        unknown = [name for name in given if name not in known and not self._changes_nothing(name, given[name])]
         if len(args) > len(self.arguments) or unknown or self.arguments[0] not in given:
             takes = ", ".join(name for name in self.arguments if name in known)
             raise TypeError(f"a layer converted by recipe {self.recipe.name!r} takes {takes}; got {', '.join(given)}")
@@ -74,25 +88,48 @@ class Plan:
             T = given[name] if name in given else self.defaults[name]
         return given[self.arguments[0]], T + self.recipe.offset
 
-    def sizes(self, layer: nn.Module) -> dict[str, int]:
-        """``I``, ``J``, ``D_in`` and ``D_out``, as far as the weight tells them."""
-        known = {} if self.recipe.out_capsules is None else {"J": int(get_path(layer, self.recipe.out_capsules))}
-        return self.axes["weight"].sizes(get_path(layer, self.recipe.weight), known)
+    def _changes_nothing(self, name: str, value: Any) -> bool:
+        """Whether an argument is the default, or only says where tensors lie."""
+        return isinstance(value, torch.device) or (name in self.defaults and _equal(value, self.defaults[name]))
+
+    def sizes(self, layer: nn.Module, poses: Tensor | None = None) -> dict[str, int]:
+        """``I``, ``J``, ``D_in`` and ``D_out``, as far as the weight, and the poses where they are given, tell them."""
+        sizes = {} if self.recipe.out_capsules is None else {"J": int(get_path(layer, self.recipe.out_capsules))}
+        if "weight" in self.axes:
+            sizes = self.axes["weight"].sizes(get_path(layer, self.recipe.weight), sizes)
+        if poses is not None and "input" in self.axes:
+            sizes |= self.axes["input"].sizes(poses, sizes, "input")
+        return sizes
+
+    def canonical(self, layer: nn.Module, poses: Tensor) -> Tensor:
+        """The poses, or the votes, in canonical order."""
+        if callable(self.recipe.input):
+            return self.recipe.input(poses)
+        return self.axes["input"].canonical(poses, self.sizes(layer, poses), "input")
 
     def tensors(self, layer: nn.Module, poses: Tensor) -> dict[str, Any]:
         """Poses, weight, prior and bias in canonical order: views, but for one copy of a weight that lies otherwise."""
-        sizes = self.sizes(layer)
-        weight = self.axes["weight"].canonical(get_path(layer, self.recipe.weight), sizes)
+        sizes = self.sizes(layer, poses)
 
         def optional(name: str, path: str | None) -> Tensor | None:
             return None if path is None else self.axes[name].canonical(get_path(layer, path), sizes, name)
 
         return {
-            "poses": self.axes["input"].canonical(poses, sizes, "input"),
-            "weight": weight.contiguous().expand(-1, sizes.get("J", 1), -1, -1),
+            "poses": self.canonical(layer, poses),
+            "weight": self._weight(layer, sizes),
             "prior": optional("prior", self.recipe.prior),
             "bias": optional("bias", self.recipe.bias),
         }
+
+    def _weight(self, layer: nn.Module, sizes: Mapping[str, int]) -> Tensor | None:
+        """``[I or 1, J, D_out, D_in]``, or None where the layer is given the votes."""
+        if self.recipe.weight is None:
+            return None
+        if callable(self.recipe.weight):
+            weight = self.recipe.weight(layer)
+        else:
+            weight = self.axes["weight"].canonical(get_path(layer, self.recipe.weight), sizes)
+        return weight.contiguous().expand(-1, sizes.get("J", weight.shape[1]), -1, -1)
 
     def options(self, layer: nn.Module, num_iterations: int) -> dict[str, Any]:
         """The options of the routing."""
@@ -104,27 +141,65 @@ class Plan:
     def routing(self) -> Callable[..., Tensor]:
         """The op, or where the op does not do that, plain PyTorch."""
         convention = self.recipe.convention
-        return convention if convention.effects else dynamic_routing
+        if convention.effects:
+            return convention
+        return dynamic_routing if self.recipe.weight is not None else _route_votes
 
     def plain(self, layer: nn.Module, poses: Tensor, num_iterations: int) -> Routed:
         """The same with the votes in memory and exactly as the recipe says; in canonical order."""
         options, convention = self.options(layer, num_iterations), self.recipe.convention
         return plain_routing(**self.tensors(layer, poses), convention=convention, **options)
 
+    def _coupling_and_sum(self, tensors: dict[str, Any], options: dict[str, Any], with_sum: bool) -> dict[str, Tensor]:
+        """``c``, and ``s`` where it is wanted, of the last iteration; half types are computed in float32."""
+        poses = tensors["poses"]
+        dtype = compute_dtype(poses.dtype)
+        with without_autocast(poses.device.type):
+            exact = {name: None if t is None else t.to(dtype) for name, t in tensors.items()}
+            c = self._coupling(exact, options)
+            found = {"c": c, "s": _weighted_sum(c, exact)} if with_sum else {"c": c}
+        return {name: t.to(poses.dtype) for name, t in found.items()}
+
     def _coupling(self, tensors: dict[str, Any], options: dict[str, Any]) -> Tensor:
         """The last coupling, with its gradient: a softmax of ``prior + <u, V>``, V the sum of the earlier outputs."""
+        x, W = tensors["poses"], tensors["weight"]
         earlier = [
             self.routing(**tensors, **{**options, "num_iterations": t}) for t in range(1, options["num_iterations"])
         ]
-        x, W = tensors["poses"], tensors["weight"].expand(tensors["poses"].shape[1], -1, -1, -1)
-        V = torch.stack(earlier).sum(0) if earlier else x.new_zeros(x.shape[0], *W.shape[1:3])
-        logits = torch.einsum("bik,ijdk,bjd->bij", x, W, V)
+        if not earlier:
+            J = x.shape[2] if W is None else W.shape[1]
+            logits = x.new_zeros(*x.shape[:2], J)
+        elif W is None:
+            logits = torch.einsum("bijd,bjd->bij", x, torch.stack(earlier).sum(0))
+        else:
+            logits = torch.einsum("bik,ijdk,bjd->bij", x, _for_each(W, x), torch.stack(earlier).sum(0))
         if self.recipe.logits == "batch":
             logits = logits.mean(0, keepdim=True).expand_as(logits)
         if tensors["prior"] is not None:
             logits = logits + tensors["prior"]
         c = self.recipe.convention.coupling(logits, options["leaky"], may_close=tensors["prior"] is not None)
-        return self.axes["coupling"].arranged(c.detach() if self.recipe.detach else c)
+        return c.detach() if self.recipe.detach else c
+
+
+def _route_votes(poses: Tensor, weight: None, **options: Any) -> Tensor:
+    """:func:`fastcaps.routing.route_votes` with the arguments of ``dynamic_routing``."""
+    return route_votes(poses, **options)
+
+
+def _for_each(weight: Tensor, poses: Tensor) -> Tensor:
+    """A weight that may be shared over the input capsules as one of each."""
+    return weight.expand(poses.shape[1], -1, -1, -1)
+
+
+def _weighted_sum(c: Tensor, tensors: dict[str, Any]) -> Tensor:
+    """``s``: the votes, which are never held, weighted by ``c [B, I, J]`` and summed, plus the bias."""
+    x, W, bias = tensors["poses"], tensors["weight"], tensors["bias"]
+    if W is None:
+        s = torch.einsum("bij,bijd->bjd", c, x)
+    else:  # one product of matrices for each output capsule
+        weighted = torch.einsum("bij,bik->jbik", c, x).flatten(2)
+        s = (weighted @ _for_each(W, x).permute(1, 0, 3, 2).flatten(1, 2)).transpose(0, 1)
+    return s if bias is None else s + bias
 
 
 def _equal(a: Any, b: Any) -> bool:

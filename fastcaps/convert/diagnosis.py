@@ -1,81 +1,168 @@
-"""The diagnosis of a recipe that does not describe a layer: which single change of it would."""
+"""The diagnosis of a recipe that does not describe a layer: which changes of it would."""
 
+import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
+from torch import nn
 
-from fastcaps.convert.cases import Case
+from fastcaps.convert.cases import Case, Weights
+from fastcaps.convert.comparison import Comparison, Refusal, expected, expected_outputs, prepare
 from fastcaps.convert.recipes import Recipe
 from fastcaps.convert.results import LIMIT, Errors, Result
+from fastcaps.exactness import relative_error
 from fastcaps.routing.conventions import CHOICES
 
 EPSILONS = (0.0, 1e-16, 1e-12, 1e-10, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4)
 LIMIT_FLOAT32 = 1e-4  # relative L2
+ROUGH = 1e-2  # a combination this close is right, but perhaps for an epsilon
 
 
 @dataclass(frozen=True)
-class Observation:
-    """What the old layer computed in one case."""
+class Fit:
+    """How well a recipe describes a layer.
 
-    case: Case
-    result: Result
-
-
-def diagnose(
-    recipe: Recipe,
-    num_iterations: int,
-    observations: Sequence[Observation],
-    dtype: torch.dtype,
-    expected: Callable[[Recipe, Case], Result],
-) -> str:
-    """Which single change of the recipe explains the old layer, in words.
-
-    Args:
+    Attributes:
         recipe: the recipe.
-        num_iterations: T at the model's weights.
-        observations: what the old layer computed.
-        dtype: in which.
-        expected: what a recipe says for a case.
+        error: the largest relative L2 error of outputs and gradients, over all cases.
     """
 
-    def worst(variant: Recipe, enough: float) -> float:
-        """The largest error of the old layer; the search stops where ``enough`` is reached."""
-        largest = 0.0
-        for observation in observations:
-            case = observation.case
-            case = replace(case, num_iterations=case.num_iterations + variant.offset - recipe.offset)
-            try:
-                exact = expected(variant, case)
-            except (ValueError, RuntimeError, AttributeError):  # axes that do not fit
-                return math.inf
-            largest = max(largest, *Errors.of(observation.result, exact).largest)
-            if not largest < enough:
-                break
-        return largest
-
-    closest, best = math.inf, ""
-    unchanged = worst(recipe, math.inf)
-    for text, variant in variants(recipe, num_iterations):
-        error = worst(variant, closest)
-        if error < closest:
-            closest, best = error, text
-    if closest <= (LIMIT if dtype == torch.float64 else LIMIT_FLOAT32):
-        return f"it differs; most likely {best} (with that the difference is {closest:.0e})"
-    hint = f"; the closest is {best} (difference {closest:.0e})" if closest < unchanged / 10 else ""
-    return f"it differs by {unchanged:.0e}, and no single flag explains it{hint}"
+    recipe: Recipe
+    error: float
 
 
-def variants(recipe: Recipe, num_iterations: int) -> Iterator[tuple[str, Recipe]]:
-    """The recipe with one flag changed, and how to say so; none routes less than once."""
+@dataclass(frozen=True)
+class Diagnosis:
+    """Why a recipe does not describe a layer.
+
+    Attributes:
+        text: in words.
+        recipe: the recipe with the changes by which it describes the layer, or None.
+    """
+
+    text: str
+    recipe: Recipe | None = None
+
+
+def diagnose(layer: nn.Module, recipe: Recipe, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Diagnosis:
+    """Which changes of the recipe explain the old layer: one flag, or else several conventions together."""
+    try:
+        comparison = prepare(layer, recipe, args, kwargs)
+        unchanged = closest(comparison, [recipe])
+        best = closest(comparison, variants(recipe, comparison.num_iterations))
+        if best.error > enough(comparison):
+            best = min(best, fit(comparison), key=lambda found: found.error)
+    except Refusal as refusal:  # of a case that was not reached before
+        return Diagnosis(str(refusal))
+    changes = described(recipe, best.recipe)
+    if best.error <= enough(comparison):
+        text = f"it differs; most likely {changes} (with that the difference is {best.error:.0e})"
+        return Diagnosis(text, best.recipe)
+    hint = f"; the closest is {changes} (difference {best.error:.0e})" if best.error < unchanged.error / 10 else ""
+    return Diagnosis(f"it differs by {unchanged.error:.0e}, and no combination of conventions explains it{hint}")
+
+
+def enough(comparison: Comparison) -> float:
+    """The error at which a recipe counts as found."""
+    return LIMIT if comparison.dtype == torch.float64 else LIMIT_FLOAT32
+
+
+def fit(comparison: Comparison) -> Fit:
+    """The combination of conventions that is closest to the old layer."""
+    recipe = comparison.plan.recipe
+    decisive = _decisive(comparison)
+    if decisive is None:
+        return Fit(recipe, math.inf)
+    combined = combinations(recipe, comparison.num_iterations)
+    rough = min((Fit(one, _output_error(one, *decisive, recipe)) for one in combined), key=lambda found: found.error)
+    if rough.error > ROUGH:
+        return rough
+    return closest(comparison, _with_epsilons_and_gradients(rough.recipe))
+
+
+def _decisive(comparison: Comparison) -> tuple[Case, Result] | None:
+    """The first case in which routing decides, and what the old layer computes in it."""
+    for case in comparison.cases():
+        if case.weights is Weights.DECISIVE and (found := comparison.observe(case, [])) is not None:
+            return found
+    return None
+
+
+def closest(comparison: Comparison, candidates: Iterable[Recipe]) -> Fit:
+    """The recipe that is closest to the old layer.
+
+    Case by case the recipes are tried that have equalled it so far; or where none has, the one that came closest.
+    """
+    fits = [Fit(candidate, 0.0) for candidate in candidates]
+    for case in comparison.cases():
+        found = comparison.observe(case, [])
+        if found is None:
+            continue
+        errors = [Fit(one.recipe, max(one.error, _error(one.recipe, *found, comparison.plan.recipe))) for one in fits]
+        equal = [one for one in errors if one.error <= enough(comparison)]
+        fits = equal or [min(errors, key=lambda one: one.error)]
+    return min(fits, key=lambda one: one.error)
+
+
+def _error(variant: Recipe, case: Case, result: Result, recipe: Recipe) -> float:
+    """The largest error of the old layer from what a variant of the recipe says; infinite where that does not fit."""
+    try:
+        return max(Errors.of(result, expected(variant, _case_of(variant, case, recipe))).largest)
+    except (ValueError, RuntimeError, AttributeError):  # axes that do not fit
+        return math.inf
+
+
+@torch.no_grad()
+def _output_error(variant: Recipe, case: Case, result: Result, recipe: Recipe) -> float:
+    """The same of the outputs alone, which takes a fraction of the time."""
+    returned = expected_outputs(variant, _case_of(variant, case, recipe))
+    outputs = returned if isinstance(returned, tuple) else (returned,)
+    pairs = zip(result.outputs.values(), outputs, strict=True)
+    return max(relative_error(old, value) for old, value in pairs)
+
+
+def _case_of(variant: Recipe, case: Case, recipe: Recipe) -> Case:
+    """The case with as many iterations as the variant counts."""
+    return replace(case, num_iterations=case.num_iterations + variant.offset - recipe.offset)
+
+
+def described(recipe: Recipe, variant: Recipe) -> str:
+    """What differs between two recipes, in words."""
+    pairs = [(f.name, getattr(recipe, f.name), getattr(variant, f.name)) for f in fields(Recipe)]
+    changes = [
+        f"{name}={new!r} instead of {old!r}" for name, old, new in pairs if new != old or type(new) is not type(old)
+    ]
+    return " and ".join(changes)
+
+
+def variants(recipe: Recipe, num_iterations: int) -> Iterator[Recipe]:
+    """The recipe with one flag changed; none routes less than once."""
     for name, value in _changes(recipe, num_iterations):
-        other = {"eps": "norm_eps", "norm_eps": "eps"}.get(name)
-        if other is not None and value and getattr(recipe, other):  # one or the other
-            yield f"{name}={value!r} and {other}=0", replace(recipe, **{name: value, other: 0.0})
-        else:
-            yield f"{name}={value!r} instead of {getattr(recipe, name)!r}", replace(recipe, **{name: value})
+        yield replace(recipe, **{name: value}, **_without_the_other(recipe, name, value))
+
+
+def _without_the_other(recipe: Recipe, name: str, value: Any) -> dict[str, Any]:
+    """eps and norm_eps exclude each other."""
+    other = {"eps": "norm_eps", "norm_eps": "eps"}.get(name)
+    return {other: 0.0} if other is not None and value and getattr(recipe, other) else {}
+
+
+def combinations(recipe: Recipe, num_iterations: int) -> Iterator[Recipe]:
+    """The recipe with every combination of conventions and numbers of iterations; none routes less than once."""
+    offsets = [recipe.offset + step for step in (0, -1, 1, -2, 2) if num_iterations + step > 0]
+    flags: dict[str, Any] = {**CHOICES, "offset": offsets}
+    for values in itertools.product(*flags.values()):
+        yield replace(recipe, **dict(zip(flags, values, strict=True)))
+
+
+def _with_epsilons_and_gradients(recipe: Recipe) -> Iterator[Recipe]:
+    """The recipe with each epsilon, and with the full and the detached gradient."""
+    for name, value, detach in itertools.product(("eps", "norm_eps"), EPSILONS, (recipe.detach, not recipe.detach)):
+        epsilons: dict[str, Any] = {"eps": 0.0, "norm_eps": 0.0, name: value}
+        yield replace(recipe, **epsilons, detach=detach)
 
 
 def _changes(recipe: Recipe, num_iterations: int) -> Iterator[tuple[str, Any]]:
@@ -86,10 +173,15 @@ def _changes(recipe: Recipe, num_iterations: int) -> Iterator[tuple[str, Any]]:
     yield from (("leaky", value) for value in (True, False) if value is not recipe.leaky)
     yield from (("offset", recipe.offset + step) for step in (-1, 1, -2, 2) if num_iterations + step > 0)
     yield from ((name, e) for name in ("eps", "norm_eps") for e in EPSILONS if e != getattr(recipe, name))
-    yield from (("axes", swapped) for swapped in _swaps(recipe.axes, ("I", "J"), ("D_in", "D_out"), ("J", "D_out")))
-    yield from (("input", swapped) for swapped in _swaps(recipe.input, ("I", "D_in"), ("B", "I")))
+    if recipe.axes is not None:
+        yield from (("axes", swapped) for swapped in _swaps(recipe.axes, ("I", "J"), ("D_in", "D_out"), ("J", "D_out")))
+    if isinstance(recipe.input, str):
+        yield from (("input", swapped) for swapped in _swaps(recipe.input, ("I", "D_in"), ("B", "I")))
     if isinstance(recipe.output, str):
         yield from (("output", swapped) for swapped in _swaps(recipe.output, ("J", "D_out"), ("B", "J")))
+    if recipe.returned[0] in ("v", "s"):
+        other = {"v": "s", "s": "v"}[recipe.returned[0]]
+        yield "returns", other if isinstance(recipe.returns, str) else (other, *recipe.returned[1:])
     if recipe.prior is not None:
         yield "prior", None
         yield from (("prior_axes", swapped) for swapped in _swaps(recipe.prior_axes, ("I", "J")))
@@ -103,6 +195,7 @@ def _swaps(axes: str, *pairs: tuple[str, str]) -> Iterator[str]:
     for a, b in pairs:
         table = {a: b, b: a}
         words = axes.replace("(", "( ").replace(")", " )").split()
+        if not {a, b} <= set(words):
+            continue
         swapped = " ".join(table.get(word, word) for word in words).replace("( ", "(").replace(" )", ")")
-        if swapped != axes:
-            yield swapped
+        yield swapped

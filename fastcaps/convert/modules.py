@@ -2,13 +2,17 @@
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastcaps.convert.contents import held
+
+WRAPPERS = ("DataParallel", "DistributedDataParallel", "OptimizedModule")
+
+Calls = dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]]  # the arguments of each layer's first call
 
 
 def call_arguments(sample: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -84,3 +88,56 @@ def full_copy(model: nn.Module) -> nn.Module:
         for ours, theirs in zip(copied.parameters(), model.parameters(), strict=True):
             ours.requires_grad_(theirs.requires_grad)
         return copied
+
+
+def first_calls(
+    model: nn.Module,
+    sample: Any,
+    layers: Sequence[nn.Module],
+    watch: contextlib.AbstractContextManager[Any] | None = None,
+) -> Calls:
+    """Run the model in evaluation mode, and keep with what each layer was called first.
+
+    Args:
+        model: the model.
+        sample: what it is called with.
+        layers: the layers.
+        watch: the context in which it runs; where it does not run in that, it runs without.
+
+    Raises:
+        ValueError: it cannot run on the sample.
+    """
+    calls: Calls = {}
+
+    def keep(module: nn.Module, args: Any, kwargs: Any) -> None:
+        kept = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), (args, kwargs))
+        calls.setdefault(module, kept)
+
+    hooks = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in layers]
+    args, kwargs = call_arguments(sample)
+
+    def run(context: contextlib.AbstractContextManager[Any]) -> None:
+        with evaluation_mode(model), torch.no_grad(), context:
+            unwrapped(model)(*args, **kwargs)
+
+    try:
+        try:
+            run(watch or contextlib.nullcontext())
+        except Exception:  # compiled parts of a model may not run under a watch
+            if watch is None:
+                raise
+            calls.clear()
+            run(contextlib.nullcontext())
+    except Exception as error:
+        raise ValueError(f"the model cannot run on the sample: {type(error).__name__}: {error}") from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside data-parallel and compiled wrappers; known by name, as importing them takes seconds."""
+    while type(model).__name__ in WRAPPERS:
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module  # type: ignore[assignment]
+    return model

@@ -6,25 +6,19 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fastcaps.convert.comparison import Verdict, verify
+from fastcaps.convert.comparison import Refused, Verdict, verify
 from fastcaps.convert.converted import ConvertedCapsules, Plan, convert_layer, restore_layer
-from fastcaps.convert.modules import (
-    call_arguments,
-    detached_copy,
-    evaluation_mode,
-    floating_tensors,
-    random_state_kept,
-)
+from fastcaps.convert.diagnosis import described, diagnose
+from fastcaps.convert.hints import SoftmaxWatch, hints, suggestion
+from fastcaps.convert.modules import Calls, detached_copy, first_calls, floating_tensors, random_state_kept
 from fastcaps.convert.recipes import RECIPES, Recipe
 from fastcaps.convert.report import ConversionReport, LayerReport
 from fastcaps.layers import CapsuleLayer
 from fastcaps.measure import Cost, training_cost
 
-WRAPPERS = ("DataParallel", "DistributedDataParallel", "OptimizedModule")
-
-Calls = dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]]  # the arguments of each layer's first call
+TIMES_VARY = 1.1  # the ratio of two measured times of one layer may be that
 
 
 def replace_capsules(
@@ -34,15 +28,19 @@ def replace_capsules(
     recipes: Sequence[Recipe] = RECIPES,
     fix: bool = False,
     measure: bool = True,
+    only_if_faster: bool = False,
 ) -> ConversionReport:
     """Let fastcaps route every capsule layer of a model that a recipe recognises, in place.
 
+    A layer whose class several recipes know is compared with each in turn, those of one's own first.
+
     A layer is replaced only where it and its replacement give the same outputs and gradients, in float64, to 1e-9: on
     the first 4 rows of the sample and on random poses, at the model's weights, at weights so large that routing
-    decides, and at weights so small that an epsilon counts. Two exceptions: ``norm_eps`` (recipes xifengguo and
-    danielhavir) is left out, which may change outputs and gradients by 1e-5 at the model's own weights (to 1e-9, the
-    old layer is the recipe with it and the new one the recipe without it); and a layer that cannot run in float64 is
-    compared in float32, to a few times the rounding error of plain PyTorch, as the report then says.
+    decides, and at weights so small that an epsilon counts. Three exceptions: ``norm_eps`` (recipes xifengguo and
+    danielhavir, say) is left out, which may change outputs and gradients by 1e-5 at the model's own weights (to 1e-9,
+    the old layer is the recipe with it and the new one the recipe without it); a layer that cannot run in float64 is
+    compared in float32, to a few times the rounding error of plain PyTorch, as the report then says; and a recipe of
+    one's own may have a ``tolerance``. Beside the layer the comparison holds one copy, in float64, and a few samples.
 
     A layer stays the same object, with its parameters, attributes, hooks and methods; what changes is its ``forward``.
     Optimizers, averaged copies, data-parallel wrappers and state dicts need no change; that a training ends where it
@@ -50,7 +48,8 @@ def replace_capsules(
     ``forward`` does more than compute (it sets attributes, or calls a submodule that has hooks) is left as it was.
 
     A layer whose routing is not the paper's (a softmax over the input capsules, logits averaged over the batch, a
-    squash of single entries) is reproduced in plain PyTorch in bounded memory, with a warning.
+    squash of single entries or over the output capsules) is reproduced in plain PyTorch in bounded memory, with a
+    warning. That can be slower than it was: the report says where it is.
 
     Args:
         model: any module; wrappers (``DataParallel``, ``DistributedDataParallel``, ``torch.compile``) are looked into.
@@ -61,13 +60,15 @@ def replace_capsules(
         fix: whether a layer with wrong routing gets the paper's instead; what the model predicts then changes, and the
             report shows by how much. The new layer is compared with the paper's routing in plain PyTorch.
         measure: whether time and peak memory of old and new layer are measured, on the sample.
+        only_if_faster: whether a layer stays as it was unless it was measured to be faster. In a distributed program
+            the first process decides for all.
 
     Returns:
         A :class:`ConversionReport`. The model's mode, parameters and gradients are what they were.
 
     Raises:
         TypeError: the model is no module, or a recipe no :class:`Recipe`.
-        ValueError: the model cannot run on the sample.
+        ValueError: the model cannot run on the sample, or only_if_faster comes without measure.
 
     Example:
         >>> class Capsule(torch.nn.Module):
@@ -91,89 +92,35 @@ def replace_capsules(
     for recipe in recipes:
         if not isinstance(recipe, Recipe):
             raise TypeError(f"recipes must be Recipe objects, got {recipe!r}")
+    if only_if_faster and not measure:
+        raise ValueError("only_if_faster needs measure=True: nothing else tells which is faster")
     modules = dict(model.named_modules())
-    found, similar = _recognise_all(modules, recipes)
-    calls = _first_calls(model, sample, [modules[path] for path in found])
+    found = {path: matching for path, module in modules.items() if (matching := _matching(module, recipes))}
+    watch = SoftmaxWatch()
+    calls = first_calls(model, sample, [modules[path] for path in found], watch)
+    similar = hints(model, sample, recipes, found, watch.modules)  # before anything is converted
     rows = [_replace_one(path, modules[path], matching, calls, fix, measure) for path, matching in found.items()]
+    if only_if_faster:
+        rows = _only_faster(rows, modules)
     if any(row.replaced for row in rows):
         try:
-            _first_calls(model, sample, [])
+            first_calls(model, sample, [])
         except ValueError as error:
-            rows = [_undone(row, modules[row.path], error) if row.replaced else row for row in rows]
+            reason = f"with the new layers the model no longer runs: {error}"
+            rows = [_undone(row, modules[row.path], reason) if row.replaced else row for row in rows]
     for row in rows:
         if row.replaced and row.warning is not None:
             warnings.warn(f"{row.label}: {row.warning}", stacklevel=2)
     return ConversionReport(tuple(rows), tuple(similar), len(modules))
 
 
-def _recognise_all(
-    modules: dict[str, nn.Module], recipes: Sequence[Recipe]
-) -> tuple[dict[str, list[Recipe]], list[str]]:
-    """The recipes of each layer that has some, and hints for layers that nearly have one."""
-    found: dict[str, list[Recipe]] = {}
-    similar: list[str] = []
-    for path, module in modules.items():
-        if isinstance(module, (ConvertedCapsules, CapsuleLayer)):
-            continue
-        matching, hints = _recognise(module, recipes)
-        if matching:
-            found[path] = matching
-        similar += [f"{path or 'the model'} ({type(module).__name__}) was not recognised: {hint}" for hint in hints]
-    return found, similar
-
-
-def _recognise(module: nn.Module, recipes: Sequence[Recipe]) -> tuple[list[Recipe], list[str]]:
-    """The recipes that describe a module; and where none does, what speaks for one."""
-    name, matching, hints = type(module).__name__, [], []
-    for recipe in recipes:
-        mismatch = recipe.mismatch(module)
-        if name in recipe.class_names and mismatch is None:
-            matching.append(recipe)
-        elif name in recipe.class_names and next(module.parameters(), None) is not None:
-            hints.append(f"recipe {recipe.name!r} knows this class, but {mismatch}")
-        elif mismatch is None:
-            advice = _how_to_add(name, recipe)
-            hints.append(f"its parameters are those of recipe {recipe.name!r}; if it is that layer, {advice}")
-    return matching, [] if matching else hints
-
-
-def _how_to_add(class_name: str, recipe: Recipe) -> str:
-    """What to do so that a recipe knows one more class."""
-    if recipe not in RECIPES:
-        return f"add {class_name!r} to the classes of that recipe"
-    return (
-        "pass recipes=recipes after\n    import dataclasses\n    from fastcaps.convert import RECIPES\n"
-        f"    known = next(recipe for recipe in RECIPES if recipe.name == {recipe.name!r})\n"
-        f"    recipes = (*RECIPES, dataclasses.replace(known, classes={class_name!r}))"
-    )
-
-
-def _first_calls(model: nn.Module, sample: Any, layers: list[nn.Module]) -> Calls:
-    """Run the model and keep with what each layer was called first."""
-    calls: Calls = {}
-
-    def keep(module: nn.Module, args: Any, kwargs: Any) -> None:
-        kept = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), (args, kwargs))
-        calls.setdefault(module, kept)
-
-    hooks = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in layers]
-    args, kwargs = call_arguments(sample)
-    try:
-        with evaluation_mode(model), torch.no_grad():
-            _unwrapped(model)(*args, **kwargs)
-    except Exception as error:
-        raise ValueError(f"the model cannot run on the sample: {type(error).__name__}: {error}") from error
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return calls
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside data-parallel and compiled wrappers; known by name, as importing them takes seconds."""
-    while type(model).__name__ in WRAPPERS:
-        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module  # type: ignore[assignment]
-    return model
+def _matching(module: nn.Module, recipes: Sequence[Recipe]) -> list[Recipe]:
+    """The recipes that may describe a module, those of one's own first; the comparison decides."""
+    if isinstance(module, (ConvertedCapsules, CapsuleLayer)):
+        return []
+    known = [recipe for recipe in recipes if type(module).__name__ in recipe.class_names]
+    matching = [recipe for recipe in known if recipe.mismatch(module) is None]
+    return sorted(matching, key=lambda recipe: recipe in RECIPES)
 
 
 def _replace_one(
@@ -181,39 +128,79 @@ def _replace_one(
 ) -> LayerReport:
     """Verify and replace one layer; the row of the report says whether that was done."""
     name = type(layer).__name__
-    if len(matching) > 1:
-        return LayerReport(path, name, None, False, _ambiguous(matching))
-    recipe = matching[0]
     if layer not in calls:
         reason = "the model did not call it on this sample, or called its forward alone: layer.forward(x), not layer(x)"
-        return LayerReport(path, name, recipe.name, False, reason)
+        return LayerReport(path, name, matching[0].name, False, reason)
     args, kwargs = calls[layer]
-    wanted = replace(recipe, softmax="outputs", logits="sample", squash="norm") if fix else recipe
     before = after = None
     with random_state_kept():
-        try:
-            verdict = verify(layer, recipe, args, kwargs, wanted)
-            if verdict.refused is None:
+        recipe, verdict = _first_that_agrees(layer, matching, args, kwargs, fix)
+        if verdict.refused is None:
+            try:
                 before = _cost(layer, args, kwargs) if measure else None
-                convert_layer(layer, Plan.of(wanted, layer))
-        except Exception as error:  # other people's code; layers before this one are converted already
-            verdict = Verdict(f"it could not be compared: {type(error).__name__}: {error}")
+                convert_layer(layer, Plan.of(_wanted(recipe, fix), layer))
+            except Exception as error:  # other people's code; layers before this one are converted already
+                verdict = Verdict(_in_words(error))
         errors = (verdict.output, verdict.gradient)
         if verdict.refused is not None:
             return LayerReport(path, name, recipe.name, False, verdict.refused, *errors, notes=verdict.notes)
         after = _cost(layer, args, kwargs) if measure else None
     warning = _warning(recipe, fix)
-    return LayerReport(path, name, recipe.name, True, None, *errors, before, after, verdict.notes, warning)
+    notes = (*verdict.notes, *_slower(before, after))
+    return LayerReport(path, name, recipe.name, True, None, *errors, before, after, notes, warning, verdict.float32)
 
 
-def _ambiguous(matching: list[Recipe]) -> str:
-    """What to do where several recipes describe a layer."""
-    names = [repr(recipe.name) for recipe in matching]
-    built_in = [recipe.name for recipe in matching if recipe in RECIPES]
-    text = f"the recipes {' and '.join(names)} both describe it: pass only the one that is meant"
-    if not 0 < len(built_in) < len(names):
-        return text
-    return f"{text}, or the others without it: recipes=(*(r for r in RECIPES if r.name not in {built_in}), yours)"
+def _first_that_agrees(
+    layer: nn.Module, matching: list[Recipe], args: tuple[Any, ...], kwargs: dict[str, Any], fix: bool
+) -> tuple[Recipe, Verdict]:
+    """The first recipe that describes the layer, and its verdict; or where none does, why none does."""
+    refused: list[tuple[Recipe, Verdict]] = []
+    for recipe in matching:
+        verdict = _verdict(layer, recipe, args, kwargs, fix)
+        if verdict.refused is None:
+            tried = [f"recipe {other.name!r} was tried before: {why.refused}" for other, why in refused]
+            return recipe, replace(verdict, notes=(*tried, *verdict.notes))
+        refused.append((recipe, verdict))
+    # The diagnosis takes longer than the comparison: only of the recipe that came furthest.
+    recipe, verdict = max(refused, key=lambda pair: pair[1].kind.value)
+    others = [f"recipe {other.name!r}: {why.refused}" for other, why in refused if other is not recipe]
+    if verdict.kind is Refused.DIFFERS:
+        recipe, verdict = _diagnosed(layer, recipe, verdict, args, kwargs, fix)
+    elif verdict.kind is Refused.UNFIT and (guessed := suggestion(layer, args, kwargs)):
+        others.append(f"but {guessed}")
+    return recipe, replace(verdict, notes=(*verdict.notes, *others))
+
+
+def _verdict(layer: nn.Module, recipe: Recipe, args: tuple[Any, ...], kwargs: dict[str, Any], fix: bool) -> Verdict:
+    try:
+        return verify(layer, recipe, args, kwargs, _wanted(recipe, fix))
+    except Exception as error:  # other people's code
+        return Verdict(_in_words(error))
+
+
+def _diagnosed(
+    layer: nn.Module, recipe: Recipe, verdict: Verdict, args: tuple[Any, ...], kwargs: dict[str, Any], fix: bool
+) -> tuple[Recipe, Verdict]:
+    """Why a layer differs; with ``fix``, a recipe that is wrong only in what is mended anyway will do."""
+    try:
+        diagnosis = diagnose(layer, recipe, args, kwargs)
+    except Exception as error:  # other people's code
+        return recipe, replace(verdict, refused=f"{verdict.refused}; {_in_words(error)}")
+    if fix and diagnosis.recipe is not None and _wanted(diagnosis.recipe, fix) == _wanted(recipe, fix):
+        mended = _verdict(layer, diagnosis.recipe, args, kwargs, fix)
+        if mended.refused is None:
+            text = f"its recipe is wrong in what was mended: {described(recipe, diagnosis.recipe)}"
+            return diagnosis.recipe, replace(mended, notes=(text, *mended.notes))
+    return recipe, replace(verdict, refused=diagnosis.text)
+
+
+def _wanted(recipe: Recipe, fix: bool) -> Recipe:
+    """What the new layer computes."""
+    return replace(recipe, softmax="outputs", logits="sample", squash="norm") if fix else recipe
+
+
+def _in_words(error: Exception) -> str:
+    return f"it could not be compared: {type(error).__name__}: {error}"
 
 
 def _warning(recipe: Recipe, fix: bool) -> str | None:
@@ -227,10 +214,31 @@ def _warning(recipe: Recipe, fix: bool) -> str | None:
     return f"this layer's routing is not the paper's: {'; '.join(effects)}; {text}"
 
 
-def _undone(row: LayerReport, layer: nn.Module, error: ValueError) -> LayerReport:
-    """Restore a layer with which the model no longer runs; its row says so."""
+def _slower(before: Cost | None, after: Cost | None) -> list[str]:
+    """A note where the new layer was measured to be slower."""
+    if before is None or after is None or after.milliseconds <= TIMES_VARY * before.milliseconds:
+        return []
+    times = f"{before.milliseconds:.3g} ms before, {after.milliseconds:.3g} ms after"
+    return [f"a training step on this sample got slower: {times}; only_if_faster=True leaves such a layer"]
+
+
+def _only_faster(rows: list[LayerReport], modules: dict[str, nn.Module]) -> list[LayerReport]:
+    """Give back the layers that are not faster; the first process of a group decides for all."""
+    faster = {row.path: row.is_faster for row in rows if row.replaced}
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        decided = [faster]
+        torch.distributed.broadcast_object_list(decided, src=0)
+        faster = decided[0]
+    return [
+        _undone(row, modules[row.path], "it would not be faster") if row.replaced and not faster.get(row.path) else row
+        for row in rows
+    ]
+
+
+def _undone(row: LayerReport, layer: nn.Module, reason: str) -> LayerReport:
+    """Restore a layer; its row says why."""
     restore_layer(layer)
-    return replace(row, replaced=False, reason=f"with the new layers the model no longer runs: {error}")
+    return replace(row, replaced=False, reason=reason)
 
 
 def _cost(layer: nn.Module, args: Any, kwargs: Any) -> Cost | None:
@@ -246,7 +254,7 @@ def _cost(layer: nn.Module, args: Any, kwargs: Any) -> Cost | None:
         for leaf in leaves:
             leaf.requires_grad_()
         with torch.enable_grad():
-            return training_cost(step, next(layer.parameters()).device)
+            return training_cost(step, leaves[0].device)
     except Exception:  # most likely out of memory; whatever it is, the report is worth more than this number
         return None
     finally:

@@ -22,6 +22,8 @@ class LayerReport:
         after: the same of the new layer.
         notes: what else there is to know.
         warning: what of its routing is not the paper's, and what was made of that; or None.
+        float32: the largest error of outputs and gradients in float32, against float64 and at the model's weights, of
+            the old layer and of the new one; None where it was not measured.
     """
 
     path: str
@@ -35,6 +37,12 @@ class LayerReport:
     after: Cost | None = None
     notes: tuple[str, ...] = ()
     warning: str | None = None
+    float32: tuple[float, float] | None = None
+
+    @property
+    def is_faster(self) -> bool:
+        """Whether the new layer was measured to take less time."""
+        return self.before is not None and self.after is not None and self.after.milliseconds < self.before.milliseconds
 
     @property
     def label(self) -> str:
@@ -49,8 +57,9 @@ class LayerReport:
             times = ", ".join(f"{cost.milliseconds:.3g}" for cost in costs)
             peaks = ", ".join(f"{cost.peak / 1e6:.3g}" for cost in costs)
         errors = ("" if math.isnan(error) else f"{error:.0e}" for error in (self.output, self.gradient))
+        float32 = ", ".join(f"{error:.0e}" for error in self.float32 or ())
         outcome = "replaced" if self.replaced else "left as it was"
-        return (self.label, self.class_name, self.recipe or "", *errors, times, peaks, outcome)
+        return (self.label, self.class_name, self.recipe or "", *errors, float32, times, peaks, outcome)
 
     def remarks(self) -> list[str]:
         """What is printed of it below the table."""
@@ -81,7 +90,8 @@ class ConversionReport:
         if not self.layers:
             nothing = f"no capsule layer was recognised among {self.modules} modules; nothing was changed"
             return "\n".join([nothing, *self.similar])
-        head = ("layer", "class", "recipe", "output", "gradient", "ms before, after", "MB before, after", "")
+        compared = ("output", "gradient", "float32 before, after")
+        head = ("layer", "class", "recipe", *compared, "ms before, after", "MB before, after", "")
         rows = [head, *(row.cells() for row in self.layers)]
         widths = [max(len(row[n]) for row in rows) for n in range(len(head))]
         table = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -1,7 +1,7 @@
 """Results of a layer, outputs and gradients, and the errors between two of them."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastcaps.exactness import error_budget, relative_error
 
 LIMIT = 1e-9  # relative L2, float64
-OUTPUTS = ("output", "coupling")
+LABELS = {"v": "output", "s": "output", "c": "coupling", "length": "output"}  # what messages call what is returned
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Result:
     """What a layer computed for one fixed incoming gradient.
 
     Attributes:
-        outputs: ``"output"``, and ``"coupling"`` where the layer returns it.
+        outputs: what it returns, by the names that it was asked for; what is beyond these has a number.
         gradients: of the poses, then of each parameter.
     """
 
@@ -27,19 +27,28 @@ class Result:
     gradients: list[Tensor]
 
     @classmethod
-    def of(cls, call: Callable[[Tensor], Any], layer: nn.Module, poses: Tensor) -> "Result":
+    def of(
+        cls, call: Callable[[Tensor], Any], layer: nn.Module, poses: Tensor, names: Sequence[str] = ("v",)
+    ) -> "Result":
         """Run a layer forward and backward.
 
+        Args:
+            call: the layer as a function of its poses.
+            layer: the layer.
+            poses: as it takes them.
+            names: of what it returns.
+
         Raises:
-            TypeError: it returns something other than a tensor or a tuple of two.
+            TypeError: it returns something other than a tensor or a tuple of several.
         """
         x = poses.clone().requires_grad_()
         with torch.enable_grad():
             returned = call(x)
-        parts = returned if type(returned) is tuple and len(returned) == 2 else (returned,)
+        parts = returned if type(returned) is tuple and len(returned) > 1 else (returned,)
         if not all(isinstance(part, Tensor) for part in parts):
-            raise TypeError(f"it returns {_types(returned)}, and a converted layer a tensor or a tuple of two")
-        outputs = dict(zip(OUTPUTS, parts, strict=False))
+            raise TypeError(f"it returns {_types(returned)}, and a converted layer a tensor or a tuple of several")
+        named = [*names, *(f"output {n + 1}" for n in range(len(names), len(parts)))]
+        outputs = dict(zip(named, parts, strict=False))
         generator = torch.Generator().manual_seed(1)
         sent = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) for o in outputs.values()]
         pairs = [(o, grad) for o, grad in zip(outputs.values(), sent, strict=True) if o.requires_grad]
@@ -48,9 +57,9 @@ class Result:
         gradients = [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(grads, leaves, strict=True)]
         return cls({name: o.detach() for name, o in outputs.items()}, gradients)
 
-    def shapes(self) -> tuple[dict[str, torch.Size], list[torch.Size]]:
-        """The shapes of the outputs by their names, and of the gradients."""
-        return {name: o.shape for name, o in self.outputs.items()}, [g.shape for g in self.gradients]
+    def shapes(self) -> tuple[list[torch.Size], list[torch.Size]]:
+        """The shapes of the outputs, and of the gradients."""
+        return [o.shape for o in self.outputs.values()], [g.shape for g in self.gradients]
 
     def is_finite(self) -> bool:
         """Whether all entries are."""
@@ -87,7 +96,8 @@ class Errors:
         """The errors of one result against another; infinite where their shapes differ."""
         if value.shapes() != exact.shapes():
             return cls([math.inf] * len(exact.outputs), [math.inf] * len(exact.gradients))
-        outputs = [relative_error(value.outputs[name], exact.outputs[name]) for name in exact.outputs]
+        pairs = zip(value.outputs.values(), exact.outputs.values(), strict=True)
+        outputs = [relative_error(a, b) for a, b in pairs]
         return cls(outputs, [relative_error(a, b) for a, b in zip(value.gradients, exact.gradients, strict=True)])
 
     @property

@@ -13,7 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from fastcaps._deprecated import warn_renamed
-from fastcaps.convert.checkpoints import NETWORKS, PublicNetwork, convert_checkpoint, read_state_dict
+from fastcaps.convert.checkpoints import (
+    NETWORKS,
+    OtherNetwork,
+    PublicNetwork,
+    convert_checkpoint,
+    read_state_dict,
+    way_out,
+)
 from fastcaps.convert.modules import full_copy
 from fastcaps.convert.recipes import find_recipe
 from fastcaps.doctor import examine
@@ -107,28 +114,24 @@ def examine_checkpoint(path: Path, image_shape: Sequence[int] | None) -> tuple[s
     """
     if path.suffix == ".py":
         raise ValueError(f"which function of {path} builds the model? {path}:FUNCTION")
-    reasons = []
+    ours = ""
     if path.suffix == ".safetensors":
         try:
             describe(path)
         except ValueError as error:  # somebody else's safetensors file, or a damaged one of ours
-            reasons.append(f"fastcaps: {error}")
+            ours = f"; for fastcaps, {error}"
         else:
             return "a fastcaps.CapsNet", _examine_our_file(path, image_shape)
     state = read_state_dict(path)
     for name, network in NETWORKS.items():
         try:
             findings = _examine_public(state, network, image_shape)
-        except _NotThatNetwork as error:
-            reasons.append(f"{name}: {error}")
+        except OtherNetwork:
             continue
         how = " with --fix" if network.not_kept else ""
         return f"the network of {name}, run as it is converted{how}", findings
-    raise ValueError(f"{str(path)!r} is of no network that is known:\n" + "\n".join(reasons))
-
-
-class _NotThatNetwork(ValueError):
-    """A checkpoint is not of the network that was tried."""
+    names = ", ".join(NETWORKS)
+    raise ValueError(f"{str(path)!r} is of no network that is known ({names}){ours}\n{way_out(state)}")
 
 
 def _examine_our_file(path: Path, image_shape: Sequence[int] | None) -> list[Finding]:
@@ -143,14 +146,9 @@ def _examine_public(
     state: Mapping[str, Tensor], network: PublicNetwork, image_shape: Sequence[int] | None
 ) -> list[Finding]:
     """The findings of a public network's state dict, and what is known of that network."""
-    try:
-        with warnings.catch_warnings():  # what the conversion leaves out is not looked for here
-            warnings.simplefilter("ignore", UserWarning)
-            converted = convert_checkpoint(
-                state, network.recipe, image_shape=image_shape, fix=network.not_kept is not None
-            )
-    except ValueError as error:
-        raise _NotThatNetwork(str(error)) from error
+    with warnings.catch_warnings():  # what the conversion leaves out is not looked for here
+        warnings.simplefilter("ignore", UserWarning)
+        converted = convert_checkpoint(state, network.recipe, image_shape=image_shape, fix=network.not_kept is not None)
     known = list(_known(network, converted.capsules.num_iterations))
     findings = examine(converted, random_sample(converted, converted.image_shape))
     # Where the conversion differs from the network, what was computed of it says nothing of the network.

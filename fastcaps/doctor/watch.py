@@ -200,7 +200,8 @@ def capsules_axis(call: Call, I: int | None) -> int | None:
     if isinstance(call.module, CapsuleLayer):
         return 1
     if isinstance(call.module, ConvertedCapsules):
-        return call.module._fastcaps_plan.axes["input"].names.index("I")
+        axes = call.module._fastcaps_plan.axes.get("input")  # a function has none
+        return None if axes is None else axes.names.index("I")
     found = [axis for axis in (1, 2) if x.shape[axis] == I]
     return found[0] if len(found) == 1 else None
 

@@ -1,10 +1,12 @@
 """Routing conventions of published capsule layers, mistakes included: for parity, and to recognise them.
 
-The op knows none of this. Three conventions are wrong: a softmax over the input capsules (the shares that an input
+The op knows none of this. Four conventions are wrong: a softmax over the input capsules (the shares that an input
 capsule gives away no longer sum to 1), logits that are averaged over the batch (the output for one image depends on
-the other images), and a squash over an axis of length 1 (which bends each entry instead of a pose's length).
+the other images), and a squash over an axis of length 1 (which bends each entry instead of a pose's length) or over
+the output capsules (which lets a pose become longer than 1).
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -16,13 +18,21 @@ from fastcaps._checks import check_number
 from fastcaps.functional import compute_dtype, squash, without_autocast
 from fastcaps.routing.dynamic.reference import VOTES_AT_ONCE, coupling, iterations, last_output, transform
 
-CHOICES = {"softmax": ("outputs", "inputs"), "logits": ("sample", "batch"), "squash": ("norm", "elementwise")}
+CHOICES = {
+    "softmax": ("outputs", "inputs"),
+    "logits": ("sample", "batch"),
+    "squash": ("norm", "elementwise", "outputs"),
+}
 
 EFFECTS = {
-    "softmax": "the softmax runs over the input capsules, so the shares of an input capsule do not sum to 1: inputs "
-    "compete for an output capsule instead of deciding between output capsules",
-    "logits": "the routing logits are averaged over the batch, so the output for one sample depends on the others",
-    "squash": "squash takes the norm over an axis of length 1, so it bends each entry instead of a pose's length",
+    ("softmax", "inputs"): "the softmax runs over the input capsules, so the shares of an input capsule do not sum to "
+    "1: inputs compete for an output capsule instead of deciding between output capsules",
+    ("logits", "batch"): "the routing logits are averaged over the batch, so the output for one sample depends on the "
+    "others",
+    ("squash", "elementwise"): "squash takes the norm over an axis of length 1, so it bends each entry instead of a "
+    "pose's length",
+    ("squash", "outputs"): "squash takes the norm over the output capsules instead of over a pose, so capsules share "
+    "their lengths and a pose may be longer than 1",
 }
 
 
@@ -43,7 +53,7 @@ class Convention:
     Attributes:
         softmax: over which capsules the coupling sums to 1: ``"outputs"`` (the paper), or ``"inputs"``.
         logits: one set for each ``"sample"`` (the paper), or the average over the ``"batch"``.
-        squash: of the ``"norm"`` (the paper), or ``"elementwise"``.
+        squash: of the ``"norm"`` of a pose (the paper), ``"elementwise"``, or of the norm over the ``"outputs"``.
         norm_eps: added to the norm that squash divides by.
 
     Raises:
@@ -69,12 +79,13 @@ class Convention:
     @property
     def effects(self) -> list[str]:
         """What is wrong with it, in words."""
-        return [EFFECTS[name] for name, choices in CHOICES.items() if getattr(self, name) != choices[0]]
+        chosen = [(name, getattr(self, name)) for name in CHOICES]
+        return [EFFECTS[choice] for choice in chosen if choice in EFFECTS]
 
     def __call__(
         self,
         poses: Tensor,
-        weight: Tensor,
+        weight: Tensor | None,
         *,
         num_iterations: int = 3,
         prior: Tensor | None = None,
@@ -83,17 +94,24 @@ class Convention:
         detach: bool = False,
         eps: float = 0.0,
     ) -> Tensor:
-        """Poses ``[B, I, D_in]`` and weight ``[I or 1, J, D_out, D_in]`` to ``[B, J, D_out]``; prior ``[I, J]``."""
+        """Poses ``[B, I, D_in]`` and weight ``[I or 1, J, D_out, D_in]`` to ``[B, J, D_out]``; prior ``[I, J]``.
+
+        Without a weight the poses are the votes, ``[B, I, J, D_out]``.
+        """
         dtype = compute_dtype(poses.dtype)
         with without_autocast(poses.device.type):
-            x, W = poses.to(dtype), weight.to(dtype).expand(poses.shape[1], -1, -1, -1)
+            x = poses.to(dtype)
+            W = None if weight is None else weight.to(dtype).expand(poses.shape[1], -1, -1, -1)
             b, a = (None if t is None else t.to(dtype) for t in (prior, bias))
 
             def part(x: Tensor) -> Tensor:
                 v = plain_routing(x, W, b, a, num_iterations, self, leaky=leaky, detach=detach, eps=eps)
                 return v.poses
 
-            if self.logits == "batch":
+            if self.logits == "batch" and W is None:
+                v = part(x)
+            elif self.logits == "batch":
+                assert W is not None
                 logits = x.new_zeros(W.shape[:2]) if b is None else b
                 steps = iterations(
                     _Factors(x, W), logits, a, num_iterations, leaky=leaky, detach=detach, eps=eps,
@@ -102,7 +120,8 @@ class Convention:
                 )  # fmt: skip
                 v = last_output(steps)
             else:  # samples are independent: a few at a time, computed again in the backward
-                chunk = max(1, VOTES_AT_ONCE // max(1, W[..., 0].numel()))
+                votes = math.prod(x.shape[1:]) if W is None else W[..., 0].numel()
+                chunk = max(1, VOTES_AT_ONCE // max(1, votes))
                 v = torch.cat([checkpoint(part, few, use_reentrant=False) for few in x.split(chunk)])
         return v.to(poses.dtype)
 
@@ -116,6 +135,8 @@ class Convention:
         """``[..., D_out]``, of the length that the convention gives it."""
         if self.squash == "elementwise":
             return replace(self, squash="norm").squashed(s[..., None], eps)[..., 0]
+        if self.squash == "outputs":
+            return replace(self, squash="norm").squashed(s.mT, eps).mT
         if self.norm_eps:
             n = (s * s).sum(-1, keepdim=True).sqrt()
             return s * (n * n / (1 + n * n) / (n + self.norm_eps))
@@ -151,7 +172,7 @@ def _mean_agreement(factors: _Factors, v: Tensor) -> Tensor:
 
 def plain_routing(
     poses: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     prior: Tensor | None,
     bias: Tensor | None,
     num_iterations: int,
@@ -164,8 +185,8 @@ def plain_routing(
     """Any convention with the votes in memory: the twin that a layer is compared with, step by step as published.
 
     Args:
-        poses: ``[B, I, D_in]``.
-        weight: ``[I or 1, J, D_out, D_in]``.
+        poses: ``[B, I, D_in]``; without a weight the votes, ``[B, I, J, D_out]``.
+        weight: ``[I or 1, J, D_out, D_in]``, or None.
         prior: ``[I, J]`` or None.
         bias: ``[J, D_out]`` or None.
         num_iterations: T.

@@ -54,7 +54,11 @@ def test_a_checkpoint_becomes_a_network_that_computes_the_same(name, wrapper, tm
         poses, reconstruction = network(images)
     finally:
         torch.set_default_dtype(torch.float32)
-    result = ours(images)
+    if recipe == "higgsfield":
+        assert "chooses the class that it predicts and draws by a softmax of the lengths over the batch" in out
+        result = ours(images, higgsfield.predicted(poses.unsqueeze(-1)))
+    else:
+        result = ours(images)
     # xifengguo and danielhavir add 1e-8 to the norm, which is left out.
     tolerance = 1e-5 if recipe in ("xifengguo", "danielhavir") else 1e-9
     assert torch.linalg.vector_norm(result.poses - poses) <= tolerance * torch.linalg.vector_norm(poses)
@@ -92,6 +96,65 @@ def test_the_paper_s_sizes_and_iterations(tmp_path):
     assert ours.decoder is None
     assert ours.config["primary_stride"] == 2
     assert ours.capsules.weight.shape == (1152, 10, 16, 8)
+
+
+def test_a_network_that_chooses_its_class_otherwise_says_so():
+    """What the published network predicts is another class for some images, and what it draws too."""
+    torch.manual_seed(0)
+    network = higgsfield.Network(**SMALL)
+    network.digit_capsules.W.data *= 30
+    with pytest.warns(UserWarning, match="over the batch.*; here the longest capsule is the class"):
+        ours = convert_checkpoint(network.state_dict(), "higgsfield")
+    result = ours(torch.rand(16, 1, 12, 12))
+    assert (higgsfield.predicted(result.poses.unsqueeze(-1)) != result.lengths.argmax(1)).any()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        convert_checkpoint(gram_ai.Network(**SMALL).state_dict(), "gram-ai")  # a softmax over the classes keeps them
+
+
+@pytest.mark.parametrize("prefix", ["", "model.", "net.", "model.net.encoder."])
+def test_counters_of_a_profiler_and_prefixes_of_all_names_are_left_out_and_said(prefix, tmp_path, capsys):
+    state = seed.Network(**SMALL).state_dict()
+    counted = {"total_ops": torch.zeros(1), "total_params": torch.zeros(1), "conv1.total_ops": torch.zeros(1)}
+    torch.save({prefix + key: value for key, value in (state | counted).items()}, tmp_path / "a.pt")
+    assert run(tmp_path / "a.pt", "--recipe", "capsule", "-o", tmp_path / "out.safetensors") == 0
+    out = capsys.readouterr().out
+    assert "note: 3 counters of a profiler (total_ops, total_params) are left out" in out
+    assert (f"note: the prefix {prefix} that all names share is left out" in out) == bool(prefix)
+    assert torch.equal(CapsNet.load(tmp_path / "out.safetensors").stem.weight, state["conv1.weight"])
+
+
+def test_a_prefix_of_some_names_is_not_taken_off():
+    state = {f"model.{key}": value for key, value in seed.Network(**SMALL).state_dict().items()}
+    with pytest.raises(ValueError, match=r"missing: conv1\.weight, conv1\.bias, primary\.weight and 2 more"):
+        convert_checkpoint(state | {"criterion.margin": torch.ones(1)}, "capsule")
+
+
+def test_an_unknown_checkpoint_gets_a_way_out(tmp_path, capsys):
+    state = {f"features.{n}.conv.weight": torch.zeros(8, 8, 3, 3) for n in range(50)}
+    state |= {"features.0.long.weight": torch.zeros(8, 8, 1, 9), "features.0.long.bias": torch.zeros(8)}
+    torch.save(state | {"caps.W": torch.zeros(1, 9, 4, 16, 8)}, tmp_path / "a.pt")
+    for command in (["doctor", tmp_path / "a.pt"], ["convert", tmp_path / "a.pt", "--recipe=capsule", "-o", "out"]):
+        assert cli.main(list(map(str, command))) > 0
+        error = capsys.readouterr().err
+        assert len(error) < 1000, error
+        assert len(error.splitlines()) == 3
+        assert "capsule layer: caps.W [1, 9, 4, 16, 8]\n" in error
+        assert "FILE.py:FUNCTION" in error
+    assert "unexpected: features.0.conv.weight, features.1.conv.weight, features.2.conv.weight and 50 more" in error
+    torch.save(state, tmp_path / "a.pt")
+    assert cli.main(["doctor", str(tmp_path / "a.pt")]) > 0
+    assert "features.2.conv.weight [8, 8, 3, 3] and 47 more\n" in capsys.readouterr().err
+    torch.save({"caps.W": torch.zeros(9, 4, 8, 8)}, tmp_path / "a.pt")  # poses of one size before and after
+    assert cli.main(["doctor", str(tmp_path / "a.pt")]) > 0
+    assert "capsule layer: W [9, 4, 8, 8]\n" in capsys.readouterr().err.replace("caps.W", "W")
+
+
+def test_what_a_known_network_lacks_is_said_by_the_doctor(tmp_path, capsys):
+    state = {k: v for k, v in xifengguo.Network(**SMALL).state_dict().items() if not k.startswith("decoder")}
+    torch.save(state, tmp_path / "a.pt")
+    assert cli.main(["doctor", str(tmp_path / "a.pt")]) > 0
+    assert "does not tell the size of the images: give image_shape" in capsys.readouterr().err
 
 
 def test_fix_routes_as_in_the_paper(tmp_path, capsys):

@@ -139,7 +139,7 @@ def test_a_recipe_of_ones_own_with_coupling():
         for a, b in zip(wanted, [*model.layer(x), *gradients(model, x)], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     report = quietly(WithCoupling(), x, recipes=[dataclasses.replace(MINE, output="J D_out B")])
-    assert "coupling: the old layer returns (4, 5, 11)" in str(report)
+    assert "output 2: the old layer returns (4, 5, 11)" in str(report)
     assert "flag output" in str(report)
 
 

@@ -12,6 +12,7 @@ from torch import nn
 import fastcaps
 from fastcaps.convert import ConvertedCapsules, replace_capsules
 from fastcaps.convert.comparison import LIMIT
+from fastcaps.convert.converted import Plan
 from fastcaps.routing.conventions import Convention, plain_routing
 
 
@@ -131,23 +132,20 @@ def test_wrong_conventions_are_kept_with_a_warning_or_fixed(name):
     layer = LAYERS[name]()
     with pytest.warns(UserWarning, match="measure the accuracy again"):
         replace_capsules(nn.Sequential(layer), x, fix=True, measure=False)
-    alone = torch.cat([layer(x[b : b + 1]) for b in range(len(x))], 1 if name == "gram-ai" else 0)
-    torch.testing.assert_close(layer(x), alone)  # no sample sees its batch mates
     recipe = BY_NAME[name]
-    if name == "gram-ai":
-        canonical = layer.route_weights.permute(1, 0, 3, 2)
-    else:
-        canonical = layer.weight[0] if name == "cedrickchee" else layer.W[0]
-    poses = x.mT if name == "cedrickchee" else x
-    wanted = fastcaps.dynamic_routing(poses, canonical, num_iterations=3)
-    out = layer(x).squeeze()
-    torch.testing.assert_close(out.transpose(0, 1) if name == "gram-ai" else out, wanted)
+    batch_axis = recipe.output.split().index("B")
+    alone = torch.cat([layer(x[b : b + 1]) for b in range(len(x))], batch_axis)
+    torch.testing.assert_close(layer(x), alone)  # no sample sees its batch mates
+    plan = Plan.of(recipe, layer)
+    tensors = plan.tensors(layer, x)
+    wanted = fastcaps.dynamic_routing(tensors["poses"], tensors["weight"], num_iterations=3, detach=recipe.detach)
+    torch.testing.assert_close(plan.axes["v"].canonical(layer(x), {}), wanted, rtol=1e-5, atol=1e-4)  # eps in some
     assert recipe.convention.effects
 
 
 @pytest.mark.parametrize("logits", ["sample", "batch"])
 @pytest.mark.parametrize("softmax", ["outputs", "inputs"])
-@pytest.mark.parametrize("squash", ["norm", "elementwise"])
+@pytest.mark.parametrize("squash", ["norm", "elementwise", "outputs"])
 @pytest.mark.parametrize("detach", [False, True])
 def test_conventions_in_bounded_memory_equal_votes_in_memory(softmax, logits, squash, detach, monkeypatch):
     monkeypatch.setattr("fastcaps.routing.conventions.VOTES_AT_ONCE", 2 * I * J * D_OUT)  # two samples at a time

@@ -5,10 +5,11 @@ import dataclasses
 import pytest
 import torch
 from peers import seed
-from support.layers_to_convert import BY_NAME, LAYERS, J, poses_for, quietly
+from support.layers_to_convert import BY_NAME, CONSTANT_T, LAYERS, J, poses_for, quietly
 from torch import nn
 
 from fastcaps.convert import Recipe
+from fastcaps.routing.conventions import CHOICES
 
 pytestmark = pytest.mark.exhaustive
 
@@ -40,11 +41,15 @@ def flips(recipe, T):
         "bias": [None] if recipe.bias else ["missing"],
         "softmax": [{"outputs": "inputs", "inputs": "outputs"}[recipe.softmax]],
         "logits": [{"sample": "batch", "batch": "sample"}[recipe.logits]],
-        "squash": [{"norm": "elementwise", "elementwise": "norm"}[recipe.squash]],
+        "squash": [other for other in CHOICES["squash"] if other != recipe.squash],
         "leaky": [True],
         "detach": [not recipe.detach],
         "eps": [0.0 if recipe.eps else 1e-8, 1e-12],
         "norm_eps": [0.0 if recipe.norm_eps else 1e-8],
+        "returns": ["s"],
+        "ignored_arguments": [],
+        "unused": [],
+        "tolerance": [],
         **swapped,
     }
     if recipe.prior is None:
@@ -55,14 +60,17 @@ def flips(recipe, T):
     return [(name, value) for name, options in values.items() for value in options]
 
 
-NAMED = {"softmax", "logits", "squash", "detach", "leaky", "offset", "eps", "norm_eps"}
+NAMED = {"softmax", "logits", "squash", "detach", "leaky", "offset", "eps", "norm_eps", "returns"}
+
+
+EACH_CONVENTION = (*list(LAYERS)[:9], "timomernick")  # the others combine what these have
 
 
 @pytest.mark.parametrize("T", [3, 1])
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", EACH_CONVENTION)
 def test_each_flag_flipped_is_refused_and_named(name, T):
     recipe = BY_NAME[name]
-    if T == 1 and name == "higgsfield":
+    if T == 1 and name in CONSTANT_T:
         pytest.skip("its three iterations are written into it")
     for flag, value in flips(recipe, T):
         layer = LAYERS[name](T)

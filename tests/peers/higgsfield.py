@@ -53,6 +53,12 @@ class PrimaryCaps(nn.Module):
         return squash(maps.view(x.size(0), -1, self.dim))  # flat, whatever the convolutions stand for
 
 
+def predicted(v):
+    """The class of each image: the largest entry of a softmax over the batch, here of its logarithm."""
+    lengths = (v**2).sum(dim=(2, 3)).sqrt()
+    return (lengths - lengths.logsumexp(dim=0)).argmax(dim=1)
+
+
 class Decoder(nn.Module):
     def __init__(self, n_in, hidden, n_out):
         super().__init__()
@@ -66,8 +72,7 @@ class Decoder(nn.Module):
         )
 
     def forward(self, v):
-        length2 = (v**2).sum(dim=(2, 3))
-        chosen = length2.max(dim=1)[1]
+        chosen = predicted(v)
         mask = chosen[:, None] == torch.arange(v.size(1), device=v.device)
         return self.reconstraction_layers((v * mask[:, :, None, None]).view(v.size(0), -1))
 

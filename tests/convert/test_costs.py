@@ -1,0 +1,147 @@
+"""What a conversion takes and gives: memory of the comparison, times before and after, and who decides by them."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peers import gram_ai, seed, xifengguo
+from support.layers_to_convert import D_IN, D_OUT, LAYERS, I, J, poses_for, quietly
+from torch import nn
+
+from fastcaps.convert import ConvertedCapsules, replace_capsules
+from fastcaps.convert.comparison import needed_memory, verify
+from fastcaps.convert.converted import Plan
+from fastcaps.convert.recipes import find_recipe
+from fastcaps.measure import Cost, free_memory, training_cost
+
+# ------------------------------------------------------------------------------------------------------------- memory
+
+LARGE = {  # whose weights are most of what there is: votes are D_in times smaller
+    "capsule": lambda: seed.Capsule(12, 96, 7, 40, 3),
+    "xifengguo": lambda: xifengguo.DenseCapsule(12, 96, 7, 40, 3),
+    "gram-ai": lambda: gram_ai.CapsuleLayer(7, 12, 96, 40),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_a_comparison_holds_one_copy_beside_the_layer(name):
+    """In float64, which doubles all: the copy, gradients of two results, and a run; with twelve copies it was 60."""
+    layer, recipe, x = LARGE[name](), find_recipe(name), torch.randn(64, 12, 96)
+    verdicts = []
+    peak = training_cost(lambda: verdicts.append(verify(layer, recipe, (x,), {})), "cpu", rounds=1).peak
+    weight = sum(4 * p.numel() for p in layer.parameters())
+    assert verdicts[-1].refused is None
+    assert peak < 24 * weight, peak / weight
+    needed = needed_memory(layer, Plan.of(recipe, layer), x, 3)
+    assert peak <= needed < 2 * peak
+
+
+def test_without_the_memory_the_layer_stays_and_one_line_says_what_it_needs(monkeypatch):
+    monkeypatch.setattr("fastcaps.convert.comparison.free_memory", lambda device: 200_000)
+    layer = LAYERS["capsule"]()
+    report = quietly(layer, poses_for("capsule"))
+    assert report.replaced == []
+    reason = report.layers[0].reason
+    assert "comparing it takes about 0.0003 GB of memory, and 0.0002 GB are free: free some" in reason
+    assert "\n" not in reason
+    monkeypatch.setattr("fastcaps.convert.comparison.free_memory", lambda device: None)  # a system that does not tell
+    assert quietly(layer, poses_for("capsule")).replaced == [""]
+
+
+def test_free_memory():
+    free = free_memory("cpu")
+    assert free is None or free > 0
+
+
+# -------------------------------------------------------------------------------------------------------------- times
+
+
+def costs(monkeypatch, *milliseconds):
+    """Let these times be measured: of old and new layer in turn."""
+    given = iter(milliseconds)
+    monkeypatch.setattr("fastcaps.convert.replace.training_cost", lambda step, device: Cost(next(given), 1000))
+
+
+def test_a_layer_that_gets_slower_is_replaced_and_the_report_says_so(monkeypatch):
+    costs(monkeypatch, 61.0, 107.0)
+    with pytest.warns(UserWarning, match="input capsules"):
+        report = replace_capsules(LAYERS["labml"](), poses_for("labml"))
+    assert report.replaced == [""]
+    assert "got slower: 61 ms before, 107 ms after; only_if_faster=True leaves such a layer" in str(report)
+    costs(monkeypatch, 61.0, 62.0)  # as times vary
+    assert "slower" not in str(replace_capsules(LAYERS["capsule"](), poses_for("capsule")))
+
+
+def test_only_if_faster_leaves_what_is_not(monkeypatch):
+    model = nn.Sequential(LAYERS["capsule"](), seed.Capsule(J, D_OUT, 3, 4, 3))
+    x = poses_for("capsule")
+    before = model(x)
+    costs(monkeypatch, 10.0, 5.0, 10.0, 10.0)
+    report = replace_capsules(model, x, only_if_faster=True)
+    assert report.replaced == ["0"]
+    assert type(model[1]) is seed.Capsule
+    assert report.layers[1].reason == "it would not be faster"
+    assert "10, 10" in str(report)
+    torch.testing.assert_close(model(x), before)
+
+    def fail(*args):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("fastcaps.convert.replace.training_cost", fail)
+    layer = LAYERS["capsule"]()
+    assert replace_capsules(layer, x, only_if_faster=True).replaced == []  # what was not measured is not faster
+    assert not isinstance(layer, ConvertedCapsules)
+    with pytest.raises(ValueError, match="only_if_faster needs measure=True"):
+        replace_capsules(layer, x, only_if_faster=True, measure=False)
+
+
+def test_no_warning_for_a_layer_that_stays(monkeypatch, recwarn):
+    costs(monkeypatch, 61.0, 107.0)
+    assert replace_capsules(LAYERS["labml"](), poses_for("labml"), only_if_faster=True).replaced == []
+    assert not [one for one in recwarn if "not the paper's" in str(one.message)]
+
+
+DISTRIBUTED = """
+import os, sys, torch
+sys.path.insert(0, "tests")
+from support.layers_to_convert import LAYERS, poses_for
+import fastcaps.convert.replace as replacing
+from fastcaps.measure import Cost
+torch.set_num_threads(1)
+torch.distributed.init_process_group("gloo")
+rank = torch.distributed.get_rank()
+times = iter([[10.0, 5.0, 10.0, 20.0], [10.0, 20.0, 10.0, 5.0]][rank])
+replacing.training_cost = lambda step, device: Cost(next(times), 1000)
+torch.manual_seed(rank)
+model = torch.nn.ModuleDict({name: LAYERS["capsule"]() for name in ("a", "b")})
+model.forward = lambda x: model["a"](x) + model["b"](x)
+report = replacing.replace_capsules(model, poses_for("capsule"), only_if_faster=True)
+assert report.replaced == ["a"], report
+print("equal", rank, flush=True)
+torch.distributed.barrier()
+os._exit(0)  # now and then gloo's threads abort a process that tears itself down
+"""
+
+
+@pytest.mark.process
+def test_the_first_process_of_a_group_decides_for_all(tmp_path):
+    """Two gloo processes that measure the opposite."""
+    script = tmp_path / "two.py"
+    script.write_text(DISTRIBUTED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
+    run = subprocess.run(
+        [*command, "--rdzv-endpoint=localhost:0", str(script)],
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.count("equal") == 2, run.stdout
+
+
+def test_a_report_can_be_changed_as_before():
+    row = quietly(LAYERS["capsule"](), poses_for("capsule")).layers[0]
+    assert dataclasses.replace(row, before=Cost(2.0, 1), after=Cost(1.0, 1)).is_faster
+    assert not row.is_faster  # not measured
+    assert tuple(poses_for("capsule").shape[1:]) == (I, D_IN)

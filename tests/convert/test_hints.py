@@ -1,0 +1,178 @@
+"""What the report says of layers that no recipe is known for: from trying recipes and conventions, not from names."""
+
+import inspect
+import re
+
+import pytest
+import torch
+from peers import adambielski, caps_fake, gram_ai, labml, timomernick
+from support.layers_to_convert import D_IN, D_OUT, I, J, quietly
+from torch import nn
+
+from fastcaps.convert import RECIPES, Recipe
+from fastcaps.convert.guess import arrangements
+
+
+class Unknown(nn.Module):
+    """[B, D_in, I] -> [B, D_out, J]; a softmax over the inputs, shared logits, a detached loop, an epsilon."""
+
+    def __init__(self):
+        super().__init__()
+        self.matrices, self.rounds, self.width = (
+            nn.Parameter(torch.randn(J, I, D_OUT * D_IN).view(J, I, D_OUT, D_IN)),
+            2,
+            2,
+        )
+        self.extra = nn.Parameter(torch.ones(3))
+
+    def forward(self, x):
+        u = torch.einsum("jidk,bki->bijd", self.matrices, x)
+        b = torch.zeros(I, J)
+        for t in range(self.rounds + 1):
+            votes = u if t == self.rounds else u.detach()
+            s = torch.einsum("ij,bijd->bjd", b.softmax(0), votes)
+            n2 = (s * s).sum(-1, keepdim=True)
+            v = s * n2 / (1 + n2) / (n2 + 1e-7).sqrt()
+            b = b + torch.einsum("bijd,bjd->ij", u.detach(), v.detach()) / len(x)
+        return v.mT
+
+
+def recipes_of(text):
+    """What the code of a hint makes."""
+    names = {}
+    exec(inspect.cleandoc(text.partition("pass recipes=recipes after\n")[2]), names)
+    return names["recipes"]
+
+
+def test_a_combination_of_conventions_is_found_by_trying():
+    model, x = nn.Sequential(Unknown()), torch.randn(4, D_IN, I)
+    report = quietly(model, x)
+    assert report.replaced == []
+    (hint,) = report.similar
+    assert "0 (Unknown) was not recognised, but a recipe describes it" in hint
+    *_, found = recipes_of(hint)
+    says = {"axes": "J I D_out D_in", "num_iterations": "rounds", "offset": 1, "softmax": "inputs", "logits": "batch"}
+    says |= {"detach": True, "eps": 1e-7, "input": "B D_in I", "output": "B D_out J", "unused": ("extra",)}
+    assert found == Recipe("mine", "Unknown", "matrices", **says)
+    assert quietly(model, x, recipes=recipes_of(hint)).replaced == ["0"]
+
+
+def test_a_known_layer_under_another_name():
+    class Mine(timomernick.CapsuleLayer):
+        pass
+
+    model, x = nn.Sequential(Mine(D_IN, I, J, D_OUT)), torch.randn(4, D_IN, I)
+    (hint,) = quietly(model, x).similar
+    assert "0 (Mine) was not recognised: recipe 'timomernick' describes it, but does not know its class" in hint
+    assert quietly(model, x, recipes=recipes_of(hint)).replaced == ["0"]
+
+
+def test_names_alone_are_no_hint():
+    """The parameters of gram-ai's layer, and another computation."""
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.route_weights, self.num_iterations = nn.Parameter(torch.randn(J, I, D_IN, D_OUT)), 3
+
+        def forward(self, x):
+            u = torch.einsum("jikd,bik->bjid", self.route_weights, x)
+            return torch.einsum("bji,bjid->bjd", u.sum(-1).softmax(2), u)
+
+    report = quietly(Attention(), torch.randn(4, I, D_IN))
+    assert not any("gram-ai" in text for text in report.similar)
+    assert "a softmax is taken in the model (Attention)" in str(report)
+    lines = str(report).splitlines()[-2:]
+    assert [line.strip()[:26] for line in lines] == ["from fastcaps.convert impo", "recipes = (*RECIPES, Recip"]
+    assert "Recipe('mine', 'Attention', weight='route_weights', axes='I J D_out D_in')" in lines[1]
+    names = {}
+    exec(inspect.cleandoc("\n".join(lines)), names)  # a recipe that can be made, and is to be corrected
+    assert len(names["recipes"]) == len(RECIPES) + 1
+
+
+def test_the_layer_around_a_module_that_routes_is_found():
+    class Renamed(adambielski.CapsLayer):
+        pass
+
+    model = nn.Sequential(Renamed(I, D_IN, J, D_OUT, adambielski.AgreementRouting(I, J, 2)))
+    (hint,) = quietly(model, torch.randn(4, I, D_IN)).similar
+    assert "0 (Renamed) was not recognised: recipe 'adambielski' describes it" in hint
+
+
+def test_no_hint_for_a_softmax_over_classes_beside_a_known_layer():
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.capsules = labml.Router(I, J, D_IN, D_OUT, 3)
+            self.attention = nn.MultiheadAttention(D_IN, 2, batch_first=True)
+
+        def forward(self, x):
+            x = x + self.attention(x, x, x)[0]
+            return self.capsules(x).norm(dim=-1).softmax(1)
+
+    report = quietly(Network(), torch.randn(4, I, D_IN))
+    assert report.replaced == ["capsules"]
+    assert report.similar == ()
+
+
+def test_several_modules_with_a_softmax_are_named_once():
+    class Head(nn.Module):
+        def forward(self, x):
+            return x.softmax(-1)
+
+    text = str(quietly(nn.Sequential(*[Head() for _ in range(7)]), torch.randn(4, 3)))
+    assert re.search(r"a softmax is taken in 0 \(Head\), 1 \(Head\), .*, 4 \(Head\) and 2 more\. If one of these", text)
+    assert len(text) < 800
+
+
+def test_a_model_that_does_not_run_under_a_watch_runs_without():
+    class Picky(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = gram_ai.CapsuleLayer(J, I, D_IN, D_OUT)
+
+        def forward(self, x):
+            if torch.utils._python_dispatch._get_current_dispatch_mode() is not None:
+                raise RuntimeError("no modes, please")
+            return self.layer(x)
+
+    assert quietly(Picky(), torch.randn(4, I, D_IN)).replaced == ["layer"]
+
+
+def test_a_layer_with_a_required_argument_is_described_with_it():
+    class Mine(caps_fake.DigitCaps):
+        def forward(self, x, where):
+            return super().forward(x, where)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.caps = Mine(J, I, D_IN, D_OUT)
+
+        def forward(self, x):
+            return self.caps(x, "cpu")
+
+    model, x = Model(), torch.randn(4, I, D_IN)
+    (hint,) = quietly(model, x).similar
+    assert "ignored_arguments=('where',)" in hint
+    assert quietly(model, x, recipes=recipes_of(hint)).replaced == ["caps"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes", "known", "texts"),
+    [
+        ((5, 6, 4), ("B", "I", "D_in"), {"B": 5, "D_in": 4}, ["B I D_in"]),
+        ((1, 6, 5, 3, 4), ("I", "J", "D_out", "D_in"), {"I": 6, "J": 5, "D_in": 4, "D_out": 3}, ["1 I J D_out D_in"]),
+        (
+            (6, 4, 15),
+            ("I", "J", "D_out", "D_in"),
+            {"I": 6, "J": 5, "D_in": 4, "D_out": 3},
+            ["I D_in (J D_out)", "I D_in (D_out J)"],
+        ),
+        ((3, 3), ("J", "D_out"), {}, ["J D_out", "D_out J"]),
+        ((2, 2), ("J",), {}, []),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_arrangements(shape, axes, known, texts):
+    assert [text for text, _ in arrangements(shape, axes, known)] == texts
