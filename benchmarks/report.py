@@ -1,4 +1,4 @@
-"""The tables and the chart of README.md and docs/benchmarks.md, from the committed results in benchmarks/results.
+"""The tables and the chart of README.md and of two pages of docs/, from the committed results in benchmarks/results.
 
 python benchmarks/report.py           # writes them
 python benchmarks/report.py --check   # exits 1 where they are not what the results say
@@ -8,6 +8,7 @@ import dataclasses
 import io
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,13 @@ FILES = sorted(RESULTS.glob("cpu-*.json"), key=lambda path: "avx512" not in path
 CONVERSION = sorted(RESULTS.glob("conversion-*.json"))
 GPUS = sorted(RESULTS.glob("gpu-nvidia-*.json"), reverse=True)  # the last run first
 SHARES, RUNS = sorted(RESULTS.glob("share-*.json")), sorted(RESULTS.glob("run-*.json"))
+REAL_CODE = RESULTS / "real_code.json"
 README, PAGE, IMAGES = ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "images"
+REAL_PAGE = ROOT / "docs" / "real-code.md"
 BEGIN, END = "<!-- written by benchmarks/report.py: {} -->\n", "<!-- end -->\n"
 SEEDS = [path for path in RUNS if path.stem.startswith("run-mnist-gpu-seed")]  # of one command
 
+MODES = ("forward", "training")
 TITLES = {
     "paper": "the paper's layer",
     "one_sample": "one sample",
@@ -222,6 +226,67 @@ def runs(paths: list[Path]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def real_layers(content: dict[str, Any]) -> str:
+    """The table of public layers before and after ``replace_capsules``, and why the others were left."""
+    rows, left, replaced = [], [], 0
+    for row in content["rows"]:
+        layers = row.get("conversion", {}).get("layers", [])
+        for layer in layers:
+            cells = [row["repository"], layer["class_name"], layer["recipe"], "left as it was", "", "", "", ""]
+            if layer["replaced"]:
+                replaced += 1
+                times = {mode: [layer[f"{mode}_{when}_ms"] for when in ("before", "after")] for mode in MODES}
+                cells[3:5] = (f"{layer['output']:.0e}, {layer['gradient']:.0e}", errors(layer.get("float32") or ()))
+                cells[5:7] = (", ".join(map(milliseconds, times[mode])) for mode in MODES)
+                cells[7] = f"**{times['training'][0] / times['training'][1]:.1f}**"
+            else:
+                left.append(f"- {row['repository']}, {layer['class_name']}: {layer['reason'].splitlines()[0]}")
+            rows.append(cells)
+        if not layers:
+            why = "does not run" if "it runs" in row["mistakes"] else "no recipe"
+            rows.append([row["repository"], "", why, *[""] * 5])
+    lines = [
+        f"{conditions(content)}. float32, {content['samples']} samples, the sizes of each network.",
+        f"{len(content['rows'])} networks, {replaced} layers replaced, {len(left)} recognised and left as they were.",
+        "Times are ms before and after, medians of rounds in which old and new take turns.",
+        "The difference is that of outputs and of gradients in float64; float32 errors are those before and after.",
+        "",
+        "| repository | layer | recipe | difference | float32 error | forward | training | ratio |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        *(f"| {' | '.join(cells)} |" for cells in rows),
+    ]
+    return "\n".join([*lines, *([""] if left else []), *left, ""])
+
+
+def errors(values: Sequence[float]) -> str:
+    """Errors with one digit."""
+    return ", ".join(f"{value:.0e}" for value in values)
+
+
+def real_findings(content: dict[str, Any]) -> str:
+    """The table of the doctor's findings against what is wrong."""
+    kinds = {"found": "found", "false_alarms": "false alarms", "missed": "missed", "not_checked": "not checked"}
+    total, counts, rows = 0, dict.fromkeys(kinds, 0), []
+    for row in content["rows"]:
+        mistakes = row["mistakes"]
+        found = {kind: row.get("doctor", {}).get(kind, []) for kind in kinds}
+        if "findings" not in row.get("doctor", {}):  # it refused to examine the network
+            found["not_checked"] = mistakes
+        total, counts = total + len(mistakes), {kind: n + len(found[kind]) for kind, n in counts.items()}
+        cells = [", ".join(found[kind]) for kind in kinds]
+        if mistakes and found["found"] == mistakes:
+            cells[0] = "all"
+        rows.append([row["repository"], f"`{row['module']}`", ", ".join(mistakes) or "none", *cells])
+    lines = [
+        f"{total} mistakes: {', '.join(f'{n} {kinds[kind]}' for kind, n in counts.items())}.",
+        "",
+        f"| repository | module | its mistakes | {' | '.join(kinds.values())} |",
+        f"|{' --- |' * (len(kinds) + 3)}",
+        *(f"| {' | '.join(cells)} |" for cells in rows),
+    ]
+    return "\n".join([*lines, ""])
+
+
 def summary() -> str:
     """The README's table: one number of each kind with its conditions."""
     machine, timed, others = load(FILES[0])
@@ -316,6 +381,8 @@ def main() -> int:
         "gpu": "\n".join(map(gpu, GPUS)),
     }
     wanted[PAGE] = filled(PAGE, parts)
+    content = json.loads(REAL_CODE.read_text())
+    wanted[REAL_PAGE] = filled(REAL_PAGE, {"layers": real_layers(content), "findings": real_findings(content)})
     if "--check" not in sys.argv:
         for path, content in wanted.items():
             path.write_text(content)
