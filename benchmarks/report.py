@@ -1,4 +1,4 @@
-"""The tables and the chart of README.md and of two pages of docs/, from the committed results in benchmarks/results.
+"""The tables and the chart of README.md and of the pages of docs/, from the committed results in benchmarks/results.
 
 python benchmarks/report.py           # writes them
 python benchmarks/report.py --check   # exits 1 where they are not what the results say
@@ -7,6 +7,7 @@ python benchmarks/report.py --check   # exits 1 where they are not what the resu
 import dataclasses
 import io
 import json
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,11 +22,13 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 FILES = sorted(RESULTS.glob("cpu-*.json"), key=lambda path: "avx512" not in path.name)  # the widest vectors first
 CONVERSION = sorted(RESULTS.glob("conversion-*.json"))
+GRIDS = sorted(RESULTS.glob("grid-*.json"))
 GPUS = sorted(RESULTS.glob("gpu-nvidia-*.json"), reverse=True)  # the last run first
 SHARES, RUNS = sorted(RESULTS.glob("share-*.json")), sorted(RESULTS.glob("run-*.json"))
 REAL_CODE = RESULTS / "real_code.json"
 README, PAGE, IMAGES = ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "images"
 REAL_PAGE = ROOT / "docs" / "real-code.md"
+GRID_PAGE = ROOT / "docs" / "benchmarks-grid.md"
 BEGIN, END = "<!-- written by benchmarks/report.py: {} -->\n", "<!-- end -->\n"
 SEEDS = [path for path in RUNS if path.stem.startswith("run-mnist-gpu-seed")]  # of one command
 
@@ -184,6 +187,32 @@ def share(path: Path) -> str:
     for row in content["rows"]:
         cells = [row["precision"], row["routing"], f"{row['step_ms']:.0f}", f"{row['images_per_s']:.0f}"]
         cells += [f"{row['profiled_step_ms']:.0f}", f"{row['routing_ms']:.0f}", f"**{100 * row['share']:.1f} %**"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def grid(path: Path) -> str:
+    """The table of random sizes: ratios to the fastest alternative, and how many are losses."""
+    content = json.loads(path.read_text())
+    rows, modes, clock = content["rows"], ("forward", "training"), content["clock"]
+    forms = "eager and compiled" if content["compiled"] else "eager einsum only"
+    lines = [
+        f"{conditions(content)}. {len(rows)} sizes, {forms}, {clock}: [all numbers]({link(path)}).",
+        "",
+        "| sizes | | losses | lowest | median | highest |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    small = [row for row in rows if max(row["sizes"][3:]) <= 32]
+    for title, some in (("D_in, D_out up to 32", small), ("larger ones", [row for row in rows if row not in small])):
+        for mode in modes if some else ():
+            ratios = [row[mode]["ratio"] for row in some]
+            losses = sum(row[mode].get("loss", False) for row in some)
+            found = (f"{x:.2f}" for x in (min(ratios), statistics.median(ratios), max(ratios)))
+            lines.append(f"| {len(some)} with {title} | {mode} | {losses} | {' | '.join(found)} |")
+    lines += ["", "| B | I | J | D_in | D_out | dtype | forward | training |", f"|{' --- |' * 8}"]
+    for row in sorted(rows, key=lambda row: min(row[mode]["ratio"] for mode in modes)):
+        cells = [*map(str, row["sizes"]), row["dtype"]]
+        cells += [f"{row[m]['ratio']:.2f} ({row[m]['low']:.2f}-{row[m]['high']:.2f})" for m in modes]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -383,6 +412,7 @@ def main() -> int:
     wanted[PAGE] = filled(PAGE, parts)
     content = json.loads(REAL_CODE.read_text())
     wanted[REAL_PAGE] = filled(REAL_PAGE, {"layers": real_layers(content), "findings": real_findings(content)})
+    wanted[GRID_PAGE] = filled(GRID_PAGE, {"grid": "\n".join(map(grid, GRIDS))})
     if "--check" not in sys.argv:
         for path, content in wanted.items():
             path.write_text(content)

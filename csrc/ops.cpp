@@ -22,6 +22,7 @@
 #include <string>
 #include <tuple>
 #include <type_traits>
+#include <vector>
 
 #include "cpu/entry_points.h"
 #include "routing.h"
@@ -47,7 +48,8 @@ Capability capability() {
   static const Capability chosen = [] {
     Capability best = Capability::baseline;
 #if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) best = Capability::avx2;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+      best = Capability::avx2;
     if (best == Capability::avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
       best = Capability::avx512;
@@ -90,11 +92,20 @@ EntryPoints<Real> entry_points(const fastcaps::Routing<Real>& in) {
   return {fastcaps::baseline::forward, fastcaps::baseline::backward};
 }
 
+// Each thread begins with tasks of its own, whose data may be in its cache from the call before, and then takes what
+// the others have not begun: on a busy machine one of them may not be running.
 void parallel(int64_t n, void* context, fastcaps::Body body) {
+  if (n < 2 || torch::stable::get_num_threads() < 2) return body(context, 0, n);
+  std::vector<std::atomic<bool>> taken(n);
+  const auto take = [&](int64_t task) {
+    if (!taken[task].load(std::memory_order_relaxed) && !taken[task].exchange(true, std::memory_order_relaxed))
+      body(context, task, task + 1);
+  };
   std::atomic<int64_t> missing = 0;  // no exception but PyTorch's own gets out of its threads
   torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
     try {
-      body(context, begin, end);
+      for (int64_t task = begin; task < end; ++task) take(task);
+      for (int64_t task = n; task-- > 0;) take(task);
     } catch (const fastcaps::OutOfMemory& memory) {
       missing = memory.bytes;
     }

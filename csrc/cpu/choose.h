@@ -4,6 +4,7 @@
 //   one matrix for all input capsules        a sample at a time, poses routed instead of votes
 //   votes in whole vectors, given            a sample at a time, votes read where they lie
 //   up to about 12 samples of 16 lanes       a sample at a time, votes kept in the cache
+//   large matrices                           votes of a band of samples computed once, and routed as if given
 //   more samples                             samples in the lanes, votes computed again in every sweep
 #pragma once
 
@@ -13,6 +14,7 @@
 #include "cpu/batch.h"
 #include "cpu/batch_backward.h"
 #include "cpu/entry_points.h"
+#include "cpu/kept.h"
 #include "cpu/matrices.h"
 #include "cpu/simd.h"
 #include "cpu/single.h"
@@ -40,9 +42,10 @@ bool sample_by_sample(const Routing<Real>& in) {
   const int64_t row = Single::whole(z.D_out), lanes = ceil_div(z.I, Single::L) * Single::L;
   const int64_t votes = Single::L * (in.stride_j ? z.J : 1) * row * int64_t(sizeof(Real));
   const int64_t eighths = in.weight && Single::padded(z.D_in) != z.D_in ? kCopiedEighths : kCrossingEighths;
-  return 8 * z.B * lanes * row <= eighths * Single::L * z.I * z.D_out && votes <= Single::kLocalBytes;
+  return 8 * z.B * lanes * row <= eighths * Single::L * z.I * z.D_out && votes <= Single::kCacheBytes;
 }
 // In the backward a chunk of input capsules keeps the votes of all samples, their gradients, poses and those of these.
+constexpr int64_t kFewSamplesBytes = 4 << 20;
 template <class Real>
 bool votes_fit(const Routing<Real>& in) {
   using Single = SingleForward<Real>;
@@ -50,7 +53,23 @@ bool votes_fit(const Routing<Real>& in) {
   const int64_t votes = 2 * (in.stride_j ? z.J : 1) * Single::whole(z.D_out),
                 poses = 2 * Matrices<Real>::padded(most(z.D_in, Single::L));
   return !in.weight || !in.stride_i || z.B <= 1 ||
-         z.B * Single::L * (votes + poses) * int64_t(sizeof(Real)) <= Single::kLocalBytes;
+         z.B * Single::L * (votes + poses) * int64_t(sizeof(Real)) <= kFewSamplesBytes;
+}
+
+// Votes are kept where computing them T times takes longer than reading them. Computing a vote takes D_in / L vectors,
+// reading it about as long as kReadForward (kReadBackward) of them, and kReadPadded for each vector of a padded row.
+// In the other form samples leave lanes empty, and a matrix serves less of them.
+constexpr int64_t kReadForward = 4, kReadBackward = 6, kReadPadded = 2;
+template <class Real>
+bool keeps_votes(const Routing<Real>& in, int64_t read) {
+  using Kept = KeptVotes<Real>;
+  const Sizes& z = in.size;
+  if (!in.weight || !in.stride_i || !z.B || !z.I || z.D_in < Kept::L) return false;
+  const Kept kept(in);
+  if (kept.together < least(z.B, Kept::kFewSamples / 2)) return false;  // matrices would be read again too often
+  const double lanes = double(ceil_div(z.B, Kept::L) * Kept::L), filled = z.B / lanes;
+  const double vectors = (read + kReadPadded * double(kept.row) / z.D_out) * filled * filled;
+  return z.D_in * (z.T - 1) >= 2 * Kept::L * vectors;
 }
 
 // f(N, kPairs): N vectors of samples share each broadcast entry of a weight as long as V and the sums of both stay in
@@ -81,11 +100,13 @@ template <class Real>
 void forward(const Routing<Real>& in, void* out, Real* sums, Parallel parallel) {
   if (!in.size.B) return;
   if (sample_by_sample(in)) return SingleForward<Real>(in).forward(out, sums, parallel);
+  if (keeps_votes(in, kReadForward)) return KeptVotes<Real>(in).forward(out, sums, parallel);
   with_tiles(in, [&](auto N, auto pairs) { BatchForward<Real, N, pairs>(in, parallel).forward(out, sums); });
 }
 template <class Real>
 void backward(const Routing<Real>& in, const Gradients<Real>& out, Parallel parallel) {
   if (sample_by_sample(in) && votes_fit(in)) return SingleBackward<Real>(in, out).run(parallel);
+  if (keeps_votes(in, kReadBackward)) return KeptVotes<Real>(in).backward(out, parallel);
   with_tiles(in, [&](auto N, auto pairs) { BatchBackward<Real, N, pairs>(in, parallel).run(out); });
 }
 template void forward(const Routing<float>&, void*, float*, Parallel);

@@ -65,19 +65,6 @@ FASTCAPS_INLINE void with_stored(Stored stored, const F& f) {
   f(StoredAs<Stored::real>{});
 }
 template <class Real>
-void widen(Stored stored, const void* from, int64_t first, int64_t count, Real* to) {
-  with_stored<Real>(stored, [&](auto s) {
-    for (int64_t n = 0; n < count; ++n) to[n] = get<s.value, Real>(from, first + n);
-  });
-}
-template <class Real>
-void narrow(Stored stored, const Real* from, int64_t count, void* to, int64_t first) {
-  with_stored<Real>(stored, [&](auto s) {
-    for (int64_t n = 0; n < count; ++n) put<s.value, Real>(to, first + n, from[n]);
-  });
-}
-
-template <class Real>
 struct Lanes;
 template <>
 struct Lanes<float> {
@@ -101,6 +88,7 @@ struct Simd {
   using vec = typename Lanes<Real>::vec;
   using ivec = typename Lanes<Real>::ivec;
   static constexpr int L = FASTCAPS_VECTOR_BYTES / sizeof(Real);  // lanes
+  typedef uint16_t halves __attribute__((vector_size(2 * L)));
 
   static FASTCAPS_INLINE vec splat(Real x) { return x - vec{}; }
   // a b + c; of pairs: both products of each lane, added to c.
@@ -211,10 +199,35 @@ struct Simd {
     }
   }
 
+#ifdef FASTCAPS_FLOAT16
+  static FASTCAPS_INLINE vec widen_float16s(const uint16_t* from) {
+#if FASTCAPS_VECTOR_BYTES == 64
+    return (vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
+#else
+    return (vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
+#endif
+  }
+  static FASTCAPS_INLINE void narrow_float16s(uint16_t* to, vec x) {
+#if FASTCAPS_VECTOR_BYTES == 64
+    _mm256_storeu_si256((__m256i*)to, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
+#else
+    _mm_storeu_si128((__m128i*)to, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+#endif
+  }
+#endif
+
   // L entries in a row.
   template <Stored kStored>
   static FASTCAPS_INLINE vec load_as(const void* from, int64_t index) {
     if constexpr (kStored == Stored::real) return load((const Real*)from + index);
+    if constexpr (kStored == Stored::bfloat16) {
+      halves bits;
+      std::memcpy(&bits, (const uint16_t*)from + index, sizeof bits);
+      return (vec)(__builtin_convertvector(bits, ivec) << 16);
+    }
+#ifdef FASTCAPS_FLOAT16
+    if constexpr (kStored == Stored::float16) return widen_float16s((const uint16_t*)from + index);
+#endif
     Real row[L];
     for (int l = 0; l < L; ++l) row[l] = get<kStored, Real>(from, index + l);
     return load(row);
@@ -222,6 +235,14 @@ struct Simd {
   template <Stored kStored>
   static FASTCAPS_INLINE void store_as(void* to, int64_t index, vec v) {
     if constexpr (kStored == Stored::real) return store((Real*)to + index, v);
+    if constexpr (kStored == Stored::bfloat16) {
+      const ivec bits = (ivec)v, rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+      const halves found = __builtin_convertvector(v == v ? rounded : ivec{} + 0x7fc0, halves);
+      return (void)std::memcpy((uint16_t*)to + index, &found, sizeof found);
+    }
+#ifdef FASTCAPS_FLOAT16
+    if constexpr (kStored == Stored::float16) return narrow_float16s((uint16_t*)to + index, v);
+#endif
     Real row[L];
     store(row, v);
     for (int l = 0; l < L; ++l) put<kStored, Real>(to, index + l, row[l]);
@@ -335,6 +356,26 @@ struct Simd {
     }
   }
 };
+
+// `count` entries as they are stored -> Real, and back.
+template <class Real>
+void widen(Stored stored, const void* from, int64_t first, int64_t count, Real* to) {
+  using SIMD = Simd<Real>;
+  with_stored<Real>(stored, [&](auto s) {
+    int64_t n = 0;
+    for (; n + SIMD::L <= count; n += SIMD::L) SIMD::store(to + n, SIMD::template load_as<s.value>(from, first + n));
+    for (; n < count; ++n) to[n] = get<s.value, Real>(from, first + n);
+  });
+}
+template <class Real>
+void narrow(Stored stored, const Real* from, int64_t count, void* to, int64_t first) {
+  using SIMD = Simd<Real>;
+  with_stored<Real>(stored, [&](auto s) {
+    int64_t n = 0;
+    for (; n + SIMD::L <= count; n += SIMD::L) SIMD::template store_as<s.value>(to, first + n, SIMD::load(from + n));
+    for (; n < count; ++n) put<s.value, Real>(to, first + n, from[n]);
+  });
+}
 
 }  // namespace FASTCAPS_ISA
 }  // namespace fastcaps

@@ -18,11 +18,21 @@ from fastcaps.routing.dynamic.ops import run_op
 
 
 @pytest.mark.parametrize("threads", [1, 2, 7, 8])
-@pytest.mark.parametrize("share", ["none", "inputs"])
-@pytest.mark.parametrize("B", [2, 19])
-def test_bitwise_equal_repeats(implementation, threads, share, B):
+@pytest.mark.parametrize(
+    ("sizes", "share"),
+    [
+        ((2, 200, 7, 8, 12), "none"),
+        ((19, 200, 7, 8, 12), "none"),
+        ((2, 200, 7, 8, 12), "inputs"),
+        ((19, 200, 7, 8, 12), "inputs"),
+        ((19, 5, 7, 131, 12), "none"),
+        ((131, 37, 3, 101, 5), "none"),
+    ],
+    ids=str,
+)
+def test_bitwise_equal_repeats(implementation, threads, sizes, share):
     backend, device = implementation
-    case = Case(sizes=(B, 200, 7, 8, 12), share=share, prior="IJ", bias="J")
+    case = Case(sizes=sizes, share=share, prior="IJ", bias="J")
     inputs = make_inputs(case, torch.float32)
     before = torch.get_num_threads()
     first = run(backend_op(backend), case, inputs, torch.float32, device)

@@ -95,6 +95,28 @@ def test_large_sizes(implementation, case, dtype):
     check(backend_op(backend), case, dtype, device)
 
 
+# Where the native CPU kernels keep the votes: one and several chunks of samples, rows that do not fill their vectors,
+# tasks that share an input capsule, few samples, each gradient alone.
+LARGE_MATRICES = [
+    Case(sizes=(23, 7, 5, 67, 13), prior="IJ", bias="J", mask=True),
+    Case(sizes=(131, 3, 3, 101, 19), prior="BIJ", leaky=True, grad_layout="strided"),
+    Case(sizes=(131, 2, 3, 97, 2), prior="IJ", bias="1", num_iterations=2, layout="strided"),
+    Case(sizes=(17, 1, 11, 128, 64), detach=True, eps=1e-2),
+    Case(sizes=(5, 3, 37, 29, 41), share="outputs", prior="BIJ", mask=True),
+    Case(sizes=(7, 40, 3, 211, 1), num_iterations=5, grad_layout="expanded"),
+]
+
+
+@pytest.mark.runs_emulated(unless=lambda: True)
+@pytest.mark.runs_interpreted(unless=lambda: True)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", LARGE_MATRICES, ids=case_id)
+def test_large_matrices(implementation, case, dtype):
+    require(implementation, dtype)
+    backend, device = implementation
+    check(backend_op(backend), case, dtype, device)
+
+
 @pytest.mark.parametrize("case", TILES, ids=case_id)
 def test_tiles(implementation, case):
     backend, device = implementation

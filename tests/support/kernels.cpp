@@ -144,6 +144,7 @@ static void one_case(unsigned seed) {
        dice.up_to(4)};
   z.B = std::max<int64_t>(z.B, 0);
   if (dice.coin()) z.D_in = int64_t(1) << dice.up_to(5);
+  if (dice.up_to(4) == 1) z.D_in = 30 + dice.up_to(70);  // kept votes
 #ifdef FASTCAPS_EMULATED
   const bool full_tiles = dice.coin();  // for the loops that look for nothing
   constexpr int64_t full[] = {5, 8, 10, 20};
