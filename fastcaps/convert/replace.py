@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastcaps.convert.comparison import Verdict, verify
 from fastcaps.convert.converted import ConvertedCapsules, Plan, convert_layer, restore_layer
+from fastcaps.convert.failure import explain_failure
 from fastcaps.convert.modules import (
     call_arguments,
     detached_copy,
@@ -162,7 +163,7 @@ def _first_calls(model: nn.Module, sample: Any, layers: list[nn.Module]) -> Call
         with evaluation_mode(model), torch.no_grad():
             _unwrapped(model)(*args, **kwargs)
     except Exception as error:
-        raise ValueError(f"the model cannot run on the sample: {type(error).__name__}: {error}") from error
+        raise ValueError(f"the model cannot run on the sample: {explain_failure(error, model)}") from error
     finally:
         for hook in hooks:
             hook.remove()
