@@ -111,7 +111,7 @@ def convert(
 
 def doctor(target: str, image_shape: list[int] | None) -> int:
     """Look for the known mistakes in a capsule model or a checkpoint; exit status 1 where something is wrong."""
-    from fastcaps.doctor import FINE, WRONG, examine
+    from fastcaps.doctor import WRONG, iter_findings
     from fastcaps.doctor.targets import examine_checkpoint, load_target, random_sample
 
     if ":" in Path(target).name:
@@ -120,13 +120,14 @@ def doctor(target: str, image_shape: list[int] | None) -> int:
             raise ValueError("--image-shape has nothing to say where the function gives a sample")
         if "sample" not in arguments:
             arguments["sample"] = random_sample(arguments["model"], image_shape)
-        what, findings = target, examine(**arguments)
+        what, findings = target, iter_findings(**arguments)
     else:
         what, findings = examine_checkpoint(Path(target), image_shape)
-    wrong = [finding for finding in findings if finding.verdict == WRONG]
-    print(f"{what}: {len(wrong)} of {len(findings)} checks found something wrong")
-    for finding in sorted(findings, key=lambda finding: finding.verdict == FINE):
-        print(finding)
+    checks = wrong = 0
+    for finding in findings:
+        print(finding, flush=True)
+        checks, wrong = checks + 1, wrong + (finding.verdict == WRONG)
+    print(f"{what}: {wrong} of {checks} checks found something wrong")
     return 1 if wrong else 0
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcaps.convert.contents import held
+from fastcaps.convert.failure import explain_failure
 
 WRAPPERS = ("DataParallel", "DistributedDataParallel", "OptimizedModule")
 
@@ -129,7 +130,7 @@ def first_calls(
             calls.clear()
             run(contextlib.nullcontext())
     except Exception as error:
-        raise ValueError(f"the model cannot run on the sample: {type(error).__name__}: {error}") from error
+        raise ValueError(f"the model cannot run on the sample: {explain_failure(error, model)}") from error
     finally:
         for hook in hooks:
             hook.remove()

@@ -6,19 +6,24 @@ feature map is a capsule made, what happens to a zero capsule.
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastcaps._deprecated import moved_module, renamed_arguments
-from fastcaps.convert.modules import call_arguments, evaluation_mode, floating_tensors, full_copy
+from fastcaps.convert.failure import explain_failure
+from fastcaps.convert.modules import call_arguments, floating_tensors, full_copy, random_state_kept
 from fastcaps.doctor import checks, loss_checks
-from fastcaps.doctor.finding import FINE, ROUTING, SUSPICIOUS, UNKNOWN, WRONG, Finding
-from fastcaps.doctor.watch import Run, batch_size, find_routings, input_capsules, layer_of, routed_by_fastcaps
+from fastcaps.doctor.axes import Layer, Routing, class_capsules, drawn_at_random, find_routings, layer_of_ours
+from fastcaps.doctor.finding import FINE, INITIALISATION, ROUTING, RUNS, SUSPICIOUS, UNKNOWN, WRONG, Finding
+from fastcaps.doctor.independence import batch_mates, kept_state
+from fastcaps.doctor.primary import primary_capsules
+from fastcaps.doctor.routing_checks import routing_checks
+from fastcaps.doctor.watch import Run, batch_size, is_torch, routed_by_fastcaps
 
-__all__ = ["FINE", "SUSPICIOUS", "UNKNOWN", "WRONG", "Finding", "examine"]
+__all__ = ["FINE", "SUSPICIOUS", "UNKNOWN", "WRONG", "Finding", "examine", "iter_findings"]
 
 FEWEST = 5  # samples
 
@@ -43,10 +48,11 @@ def examine(
 
     Returns:
         A :class:`Finding` for every check, also for those that found nothing wrong; what is asked of a layer that
-        routes, for each of them.
+        routes, for each of them. A model that does not run on the sample has one finding more, and hardly another.
 
     Raises:
-        ValueError: the model cannot run on the sample or be copied, or there are too few samples.
+        TypeError: the model is no module.
+        ValueError: the model cannot be copied, or there are too few samples.
 
     Example:
         >>> import fastcaps
@@ -54,27 +60,102 @@ def examine(
         >>> [finding.check for finding in findings if finding.verdict == "wrong"]
         []
     """
+    return list(iter_findings(model, sample, margin_loss=margin_loss, reconstruction_loss=reconstruction_loss))
+
+
+def iter_findings(
+    model: nn.Module,
+    sample: Any,
+    *,
+    margin_loss: Callable[..., Any] | None = None,
+    reconstruction_loss: Callable[..., Any] | None = None,
+) -> Iterator[Finding]:
+    """The findings of :func:`examine`, each as soon as it is there.
+
+    Args:
+        model: as in :func:`examine`, and so are the others.
+        sample: what the model is called with.
+        margin_loss: its classification loss.
+        reconstruction_loss: its reconstruction loss.
+
+    Yields:
+        One :class:`Finding` after another.
+
+    Raises:
+        TypeError: the model is no module.
+        ValueError: the model cannot be copied, or there are too few samples.
+
+    Example:
+        >>> import fastcaps
+        >>> next(iter_findings(fastcaps.CapsNet((1, 8, 8), 10, kernel_size=3), torch.rand(5, 1, 8, 8))).verdict
+        'fine'
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a module, got {type(model).__name__}")
     arguments = call_arguments(sample)
     if batch_size(arguments) < FEWEST:
         shapes = [tuple(t.shape) for t in floating_tensors(arguments)]
         raise ValueError(f"the sample must hold at least {FEWEST} samples in floating point, got {shapes}")
-    with evaluation_mode(model), torch.enable_grad():
-        torch.manual_seed(0)
-        run = _first_run(model, *arguments)
-        return [*_checks(run), *loss_checks.losses(run.output, run.B, margin_loss, reconstruction_loss)]
+    findings = _findings(model, arguments, margin_loss, reconstruction_loss)
+    return _in_private(findings)
 
 
-def _first_run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Run:
-    """The model's run on the sample, or on more of it."""
+def _in_private(findings: Iterator[Finding]) -> Iterator[Finding]:
+    """The same, with gradients and with random numbers of their own, which nobody sees between two findings."""
+    while True:
+        with random_state_kept(), torch.enable_grad():
+            finding = next(findings, None)
+        if finding is None:
+            return
+        yield finding
+
+
+def _findings(
+    model: nn.Module,
+    arguments: tuple[tuple[Any, ...], dict[str, Any]],
+    margin_loss: Callable[..., Any] | None,
+    reconstruction_loss: Callable[..., Any] | None,
+) -> Iterator[Finding]:
+    """What is found in a model and in its losses."""
+    copied = _copy(model).eval()
     try:
-        run = Run.of(model, args, kwargs)
+        run = Run.of(copied, *arguments)
     except Exception as error:
-        raise ValueError(f"the model cannot run on the sample: {type(error).__name__}: {error}") from error
+        failure = explain_failure(error, copied)
+        yield Finding(RUNS, failure.path, WRONG, failure.text, failure.fix)
+        return
+    _copy(copied)  # only after a call a model may hold what cannot be copied
+    run = _with_unique_batch_size(run)
+    yield checks.finite(run.output)
+    layers = yield from _layers(run)
+    routings = [layer for layer in layers if isinstance(layer, Routing) and layer.by_agreement]
+    yield kept_state(run)
+    yield from batch_mates(run, routings)
+    for routing in routings:
+        yield from routing_checks(routing, run.B, run.around(routing.call))
+    first = next((layer for layer in layers if not isinstance(layer, Routing) or layer.by_agreement), None)
+    if first is not None:  # the others get their poses from capsules, not from a feature map
+        yield from primary_capsules(run, first)
+    yield from checks.zero_capsules(run.calls)
+    classes = class_capsules(run, layers[-1]) if layers else None
+    if classes is not None and drawn_at_random(run, classes):
+        yield Finding(INITIALISATION, "", UNKNOWN, "random numbers decide which output capsule is which")
+    else:
+        yield checks.initialisation(run, classes)
+    J = layers[-1].number if layers else None
+    yield from loss_checks.losses(run, J, classes, margin_loss, reconstruction_loss)
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """A copy of the model.
+
+    Raises:
+        ValueError: it cannot be copied.
+    """
     try:
-        full_copy(model)  # only after a call a model may hold what cannot be copied
+        return full_copy(model)
     except Exception as error:
         raise ValueError(f"the model cannot be copied: {type(error).__name__}: {error}") from error
-    return _with_unique_batch_size(run)
 
 
 def _with_unique_batch_size(run: Run) -> Run:
@@ -97,28 +178,34 @@ def _with_unique_batch_size(run: Run) -> Run:
         return run
 
 
-def _checks(run: Run) -> Iterator[Finding]:
-    """What is looked for in the model itself."""
-    yield checks.finite(run.output)
+def _layers(run: Run) -> Generator[Finding, None, list[Layer]]:
+    """The layers that route, in the order in which they are called; and what is to say of what routes here."""
     fused = [call for call in run.calls if routed_by_fastcaps(call)]
-    routings = find_routings([call for call in run.calls if call not in fused], run.B)
+    routings = find_routings(run)
     for call in fused:
         yield Finding(ROUTING, call.path, FINE, "fastcaps routes it, as in the paper and tested against float64")
-    if not routings and not fused:
-        text = "no softmax over capsules was seen: nothing routes here, or by a softmax written by hand"
-        yield Finding(ROUTING, "", SUSPICIOUS, text)
-    yield checks.batch_mates(run, routings)
     for routing in routings:
-        yield checks.softmax_axis(routing)
-        yield checks.iterations(routing, run.calls)
-        yield checks.squash_axis(routing, run.B)
-    layers = [layer_of(routing.call, run.calls) for routing in routings]
-    first = min([*layers, *fused], key=run.calls.index, default=None)
-    if first is not None:  # the others get their poses from capsules, not from a feature map
-        counts = (routing.inputs for routing, layer in zip(routings, layers, strict=True) if layer is first)
-        yield from checks.primary_capsules(run, first, next(counts, input_capsules(first)))
-    yield from checks.zero_capsules(run.calls)
-    yield checks.initialisation(run)
+        if not routing.by_agreement:
+            text = "it weighs by a softmax of what comes in, as attention does: this is no routing by agreement"
+            yield Finding(ROUTING, routing.call.path, UNKNOWN, text)
+    if not routings and not fused:
+        yield _no_routing(run)
+    layers = [*routings, *(layer_of_ours(call) for call in fused)]
+    return sorted(layers, key=lambda layer: run.calls.index(layer.call))
+
+
+def _no_routing(run: Run) -> Finding:
+    """That nothing was found which routes."""
+    softmaxes = run.calls[0].softmaxes
+    if not softmaxes:
+        return Finding(ROUTING, "", SUSPICIOUS, "no softmax was seen: nothing routes here, or by something else")
+    holders = {}
+    for softmax in softmaxes:
+        paths = [call.path for call in run.calls if softmax in call.softmaxes and not is_torch(call.module)]
+        holders[paths[-1] if paths else ""] = tuple(softmax.result.shape)
+    where = ", ".join(f"{path or 'the model'} {shape}" for path, shape in list(holders.items())[:3])
+    text = f"none of the {len(softmaxes)} softmaxes seems to weigh input capsules for output capsules: {where}"
+    return Finding(ROUTING, "", UNKNOWN, text)
 
 
 def __getattr__(name: str) -> Any:

@@ -5,12 +5,16 @@ from dataclasses import dataclass
 WRONG, SUSPICIOUS, FINE, UNKNOWN = "wrong", "suspicious", "fine", "not checked"
 
 # The names of the checks.
+RUNS = "it runs"
 FINITE = "the output is finite"
 ROUTING = "routing"
+KEPT_STATE = "calls are independent"
 BATCH_MATES = "samples are independent"
 SOFTMAX_AXIS = "softmax over the output capsules"
 ITERATIONS = "number of iterations"
+AGREEMENT = "one coupling for each pair of capsules"
 SQUASH_AXIS = "squash over a pose"
+DISTINCT = "output capsules differ"
 INPUT_SQUASH = "squash of the input poses"
 SCRAMBLING = "capsules keep their place"
 ZERO_CAPSULES = "zero capsules"

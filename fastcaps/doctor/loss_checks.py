@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastcaps import losses as paper
 from fastcaps.convert.modules import floating_tensors
+from fastcaps.doctor.axes import ClassCapsules
 from fastcaps.doctor.finding import (
     CLASS_SCORES,
     FINE,
@@ -20,6 +21,8 @@ from fastcaps.doctor.finding import (
     WRONG,
     Finding,
 )
+from fastcaps.doctor.trials import is_mask
+from fastcaps.doctor.watch import Run
 
 Loss = Callable[..., Any]
 
@@ -28,39 +31,39 @@ CLOSE = 1e-3  # relative: ratios that count as one
 RECONSTRUCTION_WEIGHT = 0.0005  # of the summed squared error, in the paper
 
 
-def class_lengths(output: Any, B: int) -> tuple[Tensor, bool] | None:
-    """``[B, J]`` lengths of what looks most like class capsules, and whether they were made from poses here."""
-    for t in floating_tensors(output):
-        t = t.squeeze()
-        if t.dim() == 3 and B in t.shape[:2]:
-            return torch.linalg.vector_norm(t if t.shape[0] == B else t.transpose(0, 1), dim=-1), True
-    for t in floating_tensors(output):
-        if t.dim() == 2 and t.shape[0] == B:
-            return t, False
-    return None
+def losses(
+    run: Run, J: int | None, classes: ClassCapsules | None, margin_loss: Loss | None, reconstruction_loss: Loss | None
+) -> Iterator[Finding]:
+    """What the losses are given, and how they are reduced.
 
-
-def losses(output: Any, B: int, margin_loss: Loss | None, reconstruction_loss: Loss | None) -> Iterator[Finding]:
-    """What the losses are given, and how they are reduced."""
-    yield class_scores(output, B)
-    found = class_lengths(output, B)
-    if margin_loss is None or found is None:
+    Args:
+        run: the model's run.
+        J: the number of output capsules of its last layer, or None.
+        classes: where its output holds them, or None.
+        margin_loss: the classification loss, or None.
+        reconstruction_loss: the reconstruction loss, or None.
+    """
+    yield class_scores(run, J)
+    dtypes = [t.dtype for t in floating_tensors(run.output)]
+    if margin_loss is None or J is None or not dtypes:
         text = "none was given" if margin_loss is None else "no output [B, J, D_out] or [B, J] was found"
         yield Finding(MARGIN_LOSS, "", UNKNOWN, text)
     else:
-        yield margin_reduction(margin_loss, found[0].shape[1], found[0].dtype)
+        yield margin_reduction(margin_loss, J, dtypes[classes.output if classes else 0])
     if reconstruction_loss is None:
         yield Finding(RECONSTRUCTION_LOSS, "", UNKNOWN, "none was given")
     else:
         yield reconstruction_reduction(reconstruction_loss)
 
 
-def class_scores(output: Any, B: int) -> Finding:
+def class_scores(run: Run, J: int | None) -> Finding:
     """Were the class scores softmaxed?"""
-    scores = next((t for t in floating_tensors(output) if t.dim() == 2 and t.shape[0] == B), None)
-    if scores is None or not scores.isfinite().all():
+    found = [t.squeeze() for t in floating_tensors(run.output)]
+    # A one-hot mask sums to 1, too, but is no score.
+    found = [t for t in found if t.shape == (run.B, J) and not is_mask(t)]
+    if not found or not found[0].isfinite().all():
         return Finding(CLASS_SCORES, "", UNKNOWN, "no finite output [B, J] was found")
-    sums = scores.sum(1)
+    sums = found[0].sum(1)
     if (sums - 1).abs().max() >= 1e-4:
         text = f"no softmax: those of a sample sum to {sums.min():.2g} to {sums.max():.2g}"
         return Finding(CLASS_SCORES, "", FINE, text)

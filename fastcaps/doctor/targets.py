@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+import itertools
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,14 +22,17 @@ from fastcaps.convert.checkpoints import (
     read_state_dict,
     way_out,
 )
-from fastcaps.convert.modules import full_copy
+from fastcaps.convert.failure import explain_failure
+from fastcaps.convert.modules import full_copy, random_state_kept
 from fastcaps.convert.recipes import find_recipe
-from fastcaps.doctor import examine
+from fastcaps.doctor import examine, iter_findings
 from fastcaps.doctor.finding import BATCH_MATES, INPUT_SQUASH, ITERATIONS, WRONG, ZERO_CAPSULES, Finding
+from fastcaps.doctor.watch import Watch
 from fastcaps.models import CapsNet
 from fastcaps.models.network import describe
 
 RENAMED = {"margin": "margin_loss", "reconstruction": "reconstruction_loss"}  # keys of 0.1
+USUAL = ((1, 28, 28), (3, 32, 32), (1, 32, 32), (3, 28, 28))  # images that are tried
 BATCH = (5, 7, 11, 13)  # samples: the first number that is no other size, so that the batch axis can be told
 
 
@@ -82,27 +86,32 @@ def random_sample(model: nn.Module, image_shape: Sequence[int] | None) -> Tensor
     """Random images in [0, 1] for a model: of the given shape, or else of the first of 28x28 and 32x32 that it takes.
 
     Raises:
-        ValueError: it takes none.
+        ValueError: no shape was given, and it takes none of these.
     """
-    shapes = [tuple(image_shape)] if image_shape else [(1, 28, 28), (3, 32, 32), (1, 32, 32), (3, 28, 28)]
     first = next(iter(model.parameters()), torch.empty(0))
     sizes = {n for p in model.parameters() for n in p.shape}
     B = next((n for n in BATCH if n not in sizes), BATCH[0])
-    errors = []
-    for shape in shapes:
-        generator = torch.Generator().manual_seed(0)
-        sample = torch.rand(B, *shape, generator=generator).to(first)
+
+    def images(shape: Sequence[int]) -> Tensor:
+        return torch.rand(B, *shape, generator=torch.Generator().manual_seed(0)).to(first)
+
+    if image_shape:
+        return images(image_shape)
+    furthest, reason = -1, ""
+    for shape in USUAL:
+        watch = Watch(full_copy(model).eval())
         try:
-            with torch.no_grad():
-                full_copy(model).eval()(sample)
-            return sample
+            with torch.no_grad(), random_state_kept():
+                watch.run((images(shape),), {})
+            return images(shape)
         except Exception as error:
-            errors.append(f"{shape}: {type(error).__name__}: {error}")
-    raise ValueError("the model takes none of these images; give --image-shape C H W. " + "; ".join(errors))
+            if len(watch.calls) > furthest:
+                furthest, reason = len(watch.calls), f"{shape} comes furthest: {explain_failure(error, watch.model)}"
+    raise ValueError(f"the model takes none of these images; give --image-shape C H W. Of {USUAL} {reason}")
 
 
-def examine_checkpoint(path: Path, image_shape: Sequence[int] | None) -> tuple[str, list[Finding]]:
-    """Whose network a checkpoint is, and what is known and found to be wrong with it.
+def examine_checkpoint(path: Path, image_shape: Sequence[int] | None) -> tuple[str, Iterator[Finding]]:
+    """Whose network a checkpoint is, and what is known and found to be wrong with it, one finding after another.
 
     Args:
         path: a file of :meth:`fastcaps.CapsNet.save`, or a state dict of one of the networks that ``fastcaps convert``
@@ -134,25 +143,26 @@ def examine_checkpoint(path: Path, image_shape: Sequence[int] | None) -> tuple[s
     raise ValueError(f"{str(path)!r} is of no network that is known ({names}){ours}\n{way_out(state)}")
 
 
-def _examine_our_file(path: Path, image_shape: Sequence[int] | None) -> list[Finding]:
+def _examine_our_file(path: Path, image_shape: Sequence[int] | None) -> Iterator[Finding]:
     """The findings of a file of :meth:`fastcaps.CapsNet.save`."""
     network = CapsNet.load(path)
     if image_shape and tuple(image_shape) != tuple(network.image_shape):
         raise ValueError(f"{path} is of a network for images {network.image_shape}, not --image-shape")
-    return examine(network, random_sample(network, network.image_shape))
+    return iter_findings(network, random_sample(network, network.image_shape))
 
 
 def _examine_public(
     state: Mapping[str, Tensor], network: PublicNetwork, image_shape: Sequence[int] | None
-) -> list[Finding]:
+) -> Iterator[Finding]:
     """The findings of a public network's state dict, and what is known of that network."""
     with warnings.catch_warnings():  # what the conversion leaves out is not looked for here
         warnings.simplefilter("ignore", UserWarning)
         converted = convert_checkpoint(state, network.recipe, image_shape=image_shape, fix=network.not_kept is not None)
     known = list(_known(network, converted.capsules.num_iterations))
-    findings = examine(converted, random_sample(converted, converted.image_shape))
+    findings = iter_findings(converted, random_sample(converted, converted.image_shape))
     # Where the conversion differs from the network, what was computed of it says nothing of the network.
-    return [finding for finding in findings if finding.check not in {other.check for other in known}] + known
+    checks = {finding.check for finding in known}
+    return itertools.chain(known, (finding for finding in findings if finding.check not in checks))
 
 
 def _known(network: PublicNetwork, num_iterations: int) -> Iterator[Finding]:

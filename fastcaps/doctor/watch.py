@@ -1,27 +1,99 @@
-"""Watched runs of a model: the calls of its modules, the softmaxes taken in them, and which of them route."""
+"""Watched runs of a model: the calls of its modules, and the softmaxes taken in them."""
 
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastcaps.convert import ConvertedCapsules
 from fastcaps.convert.modules import floating_tensors
 from fastcaps.layers import CapsuleLayer
 from fastcaps.routing import dynamic_routing
 
+KEPT_EXPONENTIALS = 4  # among the last so many a softmax that is written by hand looks for its numerator
+SUMS_TO_ONE = 1e-3  # float16 included
 
-@dataclass(eq=False)  # a call is itself: tensors do not compare to one truth
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, eq=False)  # one is itself: tensors do not compare to one truth
+class Softmax:
+    """A softmax that was taken: its result, and over which axis."""
+
+    axis: int
+    result: Tensor
+
+
+Alteration = Callable[[int, Softmax], Tensor]  # the how-manieth softmax and itself: what its result shall be instead
+
+
+class SoftmaxWatch(TorchDispatchMode):
+    """Records every softmax, and may alter its result.
+
+    It stands below Python's functions, where each way to write a softmax comes to the same: with or without ``dim``,
+    as a function, a method or a module. One written by hand is known by its exponentials, divided by their sum.
+    """
+
+    def __init__(self, alter: Alteration | None = None) -> None:
+        super().__init__()
+        self.softmaxes: list[Softmax] = []
+        self.alter = alter
+        self.exponentials: deque[Tensor] = deque(maxlen=KEPT_EXPONENTIALS)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        axis = self._softmax_axis(function.overloadpacket, args, out)
+        if axis is None:
+            return out
+        number, softmax = len(self.softmaxes), Softmax(axis, out.detach().clone())
+        self.softmaxes.append(softmax)
+        self.seen(softmax)
+        return out if self.alter is None else out.copy_(self.alter(number, softmax))
+
+    def seen(self, softmax: Softmax) -> None:
+        """What else happens when a softmax is taken."""
+
+    def _softmax_axis(self, packet: Any, args: Any, out: Any) -> int | None:
+        """The axis of the softmax whose result this is; None where it is none."""
+        if packet is aten._softmax:
+            return int(args[1]) % out.dim() if out.dim() else None
+        if packet in (aten.exp, aten.exp_):
+            self.exponentials.append(out)
+            return _normalised_axis(out)  # of logits from which their log-sum-exp was taken
+        if packet in (aten.div, aten.div_) and isinstance(args[0], Tensor) and isinstance(args[1], Tensor):
+            storage = args[0].untyped_storage().data_ptr()
+            if any(storage == e.untyped_storage().data_ptr() for e in self.exponentials):
+                return _normalised_axis(out, args[1])
+        return None
+
+
+def _normalised_axis(t: Tensor, sums: Tensor | None = None) -> int | None:
+    """The one axis over which a tensor sums to 1; of several, the one that its sums lack. None: there is none."""
+    axes = [
+        axis
+        for axis in range(t.dim())
+        if t.shape[axis] > 1 and t.numel() and bool(((t.sum(axis) - 1).abs() < SUMS_TO_ONE).all())
+    ]
+    if sums is not None and len(axes) > 1:
+        shape = (1,) * (t.dim() - sums.dim()) + tuple(sums.shape)
+        axes = [axis for axis in axes if shape[axis] == 1]
+    return axes[0] if len(axes) == 1 else None
+
+
+@dataclass(eq=False)
 class Call:
-    """One call of one module: its arguments, its output, and the softmaxes taken in it (not in its submodules)."""
+    """One call of one module: its arguments, its output, and the softmaxes taken in it and in its submodules."""
 
     path: str
     module: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     output: Any = None
-    softmaxes: list[tuple[int, Tensor]] = field(default_factory=list)  # the axis, and the result
+    softmaxes: list[Softmax] = field(default_factory=list)
 
     @property
     def input(self) -> Tensor | None:
@@ -29,30 +101,27 @@ class Call:
         return next(iter(floating_tensors((self.args, self.kwargs))), None)
 
 
-class _Watch(TorchFunctionMode):
-    """Records the calls of all modules, and in which the softmaxes were taken."""
+class Watch(SoftmaxWatch):
+    """Records the calls of all modules of a model, too."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
+        self.model = model
         self.calls: list[Call] = []
         self.stack: list[Call] = []
         self.paths = {module: path for path, module in model.named_modules()}
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = function(*args, **(kwargs or {}))
-        if getattr(function, "__name__", "") in ("softmax", "log_softmax") and isinstance(out, Tensor) and self.stack:
-            dim = (kwargs or {}).get("dim", args[1] if len(args) > 1 else None)
-            holder = next((call for call in reversed(self.stack) if not is_torch(call.module)), self.stack[0])
-            if isinstance(dim, int):
-                result = out.exp() if function.__name__ == "log_softmax" else out
-                holder.softmaxes.append((dim % out.dim(), result.detach()))
-        return out
+    def seen(self, softmax: Softmax) -> None:
+        """It belongs to every call that is under way."""
+        for call in self.stack:
+            call.softmaxes.append(softmax)
 
     def run(self, args: Any, kwargs: Any) -> Any:
-        """Call the model (the first module) under watch."""
+        """Call the model under watch; after an error the calls that it ended are still on the stack."""
 
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-            call = Call(self.paths[module], module, args, kwargs)
+            path = self.paths.get(module, "")
+            call = Call(path, module, args, kwargs)
             self.calls.append(call)
             self.stack.append(call)
 
@@ -63,7 +132,7 @@ class _Watch(TorchFunctionMode):
         hooks += [m.register_forward_hook(after, with_kwargs=True) for m in self.paths]
         try:
             with self:
-                return next(iter(self.paths))(*args, **kwargs)
+                return self.model(*args, **kwargs)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -88,9 +157,10 @@ class Run:
     calls: list[Call]
 
     @classmethod
-    def of(cls, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Run":
-        """Call a model under watch."""
-        watch = _Watch(model)
+    def of(cls, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], seed: int = 0) -> "Run":
+        """Call a model under watch; with the same seed it draws the same random numbers."""
+        watch = Watch(model)
+        torch.manual_seed(seed)
         output = watch.run(args, kwargs)
         return cls(model, args, kwargs, output, watch.calls)
 
@@ -98,6 +168,12 @@ class Run:
     def B(self) -> int:
         """The number of samples."""
         return batch_size((self.args, self.kwargs))
+
+    def around(self, call: Call) -> list[Call]:
+        """The calls in which a call was made, the innermost first."""
+        before = self.calls[: self.calls.index(call)]
+        nearest: dict[str, Call] = {other.path: other for other in before if is_inside(call.path, other.path)}
+        return sorted(nearest.values(), key=lambda other: -len(other.path))
 
 
 def is_torch(module: nn.Module) -> bool:
@@ -115,95 +191,11 @@ def batch_size(value: Any) -> int:
     return next((len(t) for t in floating_tensors(value) if t.dim()), 0)
 
 
-@dataclass(frozen=True)
-class Routing:
-    """A module that routes, and what its shapes say.
-
-    Attributes:
-        call: one call of it.
-        softmax_size: how many capsules its coupling sums to 1 over.
-        inputs: I, or None where shapes do not tell.
-        outputs: J, or None.
-    """
-
-    call: Call
-    softmax_size: int
-    inputs: int | None
-    outputs: int | None
-
-    @property
-    def couplings(self) -> list[Tensor]:
-        """The coupling of each iteration."""
-        return [c for axis, c in self.call.softmaxes if c.shape[axis] == self.softmax_size]
-
-
-def find_routings(calls: list[Call], B: int) -> list[Routing]:
-    """The modules that take a softmax over capsules: from shapes alone."""
-    found = []
-    for call in calls:
-        x, y = call.input, next(iter(floating_tensors(call.output)), None)
-        if x is None or y is None:
-            continue
-        for axis, c in call.softmaxes:
-            n = c.shape[axis]
-            before, after = _sizes(x, B), _sizes(y, B)
-            capsules = [size for size in before if size != n and size > 1 and c.numel() % (size * n) == 0]
-            if not (capsules or before.count(n) > 1) and not (n in before and after):
-                continue
-            if c.numel() < n * 2 or c.numel() == B * n:  # class scores: no axis of input capsules
-                continue
-            found.append(_routing(call, n, before, after, c, B))
-            break
-    return found
-
-
-def _sizes(tensor: Tensor, B: int) -> list[int]:
-    sizes = list(tensor.shape)
-    if B in sizes:
-        sizes.remove(B)
-    return sizes
-
-
-def _routing(call: Call, n: int, before: list[int], after: list[int], c: Tensor, B: int) -> Routing:
-    """Which of the sizes is I and which is J: votes ``[B, I, J, D]`` to ``[B, J, D]``, or poses to poses."""
-    other = c.numel() // n // (B if B in c.shape else 1)  # of the coupling's two axes of capsules
-    votes = len(before) > 2 and other not in after  # else an axis of n may be that of the input capsules, too
-    if n in after and (n not in before or votes):  # an axis of the output: the output capsules
-        others = {c.numel() // n, c.numel() // n // B}
-        inputs = next((size for size in before if size in others and size != n), None)
-        return Routing(call, n, inputs, n)
-    if n in before and n not in after:
-        outputs = next((size for size in after if size > 1), None)  # J stands before D_out everywhere
-        return Routing(call, n, n, outputs)
-    return Routing(call, n, None, None)
-
-
-def layer_of(routing: Call, calls: list[Call]) -> Call:
-    """The call that takes poses, where a module of its own routes the votes."""
-    around = [call for call in calls if is_inside(routing.path, call.path)]
-    holders = [call for call in [*around, routing] if call.input is not None and call.input.dim() == 3]
-    return holders[-1] if holders else routing
-
-
-def input_capsules(call: Call) -> int | None:
-    """I of a layer that fastcaps routes."""
-    if isinstance(call.module, ConvertedCapsules):
-        return call.module._fastcaps_plan.sizes(call.module).get("I")
-    return call.module.in_capsules if isinstance(call.module, CapsuleLayer) else None
-
-
-def capsules_axis(call: Call, I: int | None) -> int | None:
-    """Which axis of a layer's input, of 3 axes, holds the capsules; None where shapes do not tell."""
-    x = call.input
-    if x is None or x.dim() != 3:
-        return None
-    if isinstance(call.module, CapsuleLayer):
-        return 1
-    if isinstance(call.module, ConvertedCapsules):
-        axes = call.module._fastcaps_plan.axes.get("input")  # a function has none
-        return None if axes is None else axes.names.index("I")
-    found = [axis for axis in (1, 2) if x.shape[axis] == I]
-    return found[0] if len(found) == 1 else None
+def batch_axis(t: Tensor, B: int) -> int | None:
+    """The axis of the samples: the only one of that size, or else the first if it has that size."""
+    if t.shape.count(B) == 1:
+        return t.shape.index(B)
+    return 0 if t.shape[:1] == (B,) else None
 
 
 def routed_by_fastcaps(call: Call) -> bool:

@@ -1,0 +1,397 @@
+"""The doctor's axes: found by experiment, whatever their sizes and however softmax is written."""
+
+import math
+import warnings
+
+import pytest
+import torch
+from support.networks_to_examine import (
+    AGREEMENT,
+    BATCH,
+    DISTINCT,
+    INPUTS,
+    ITERATIONS,
+    ROUTING,
+    SCORES,
+    SOFTMAX,
+    SQUASH,
+    TRAINS,
+    first,
+)
+from torch import nn
+from torch.nn import functional as F
+
+import fastcaps
+from fastcaps.doctor import FINE, SUSPICIOUS, UNKNOWN, WRONG, iter_findings
+
+
+class Routes(nn.Module):
+    """Poses ``[B, I, D_in]`` to ``[B, J, D_out]``; subclasses are wrong in one thing, or write the same otherwise."""
+
+    def __init__(self, I=12, J=4, D_in=3, D_out=6, T=3):
+        super().__init__()
+        self.weight, self.T = nn.Parameter(0.3 * torch.randn(I, J, D_out, D_in)), T
+
+    def coupling(self, logits, t):
+        return logits.softmax(2)
+
+    def squashed(self, s):
+        return fastcaps.squash(s)
+
+    def agreement(self, votes, v):
+        return (votes * v).sum(-1, keepdim=True)
+
+    def forward(self, poses):
+        votes = torch.einsum("ijok,bik->bijo", self.weight, poses)
+        logits = poses.new_zeros(*votes.shape[:3], 1)
+        for t in range(self.T):
+            v = self.squashed((self.coupling(logits, t) * votes).sum(1))
+            logits = logits + self.agreement(votes, v[:, None])
+        return v
+
+
+def examined(check, model, *shape):
+    torch.manual_seed(0)
+    return first(check, model, torch.randn(7, *(shape or (12, 3))))
+
+
+def by_hand(b, axis):
+    e = b.exp()
+    return e / e.sum(axis, keepdim=True)
+
+
+def by_hand_in_place(b, axis):
+    e = (b - b.amax(axis, keepdim=True)).exp_()
+    e /= e.sum(axis, keepdim=True)
+    return e
+
+
+def by_hand_without_keepdim(b, axis):
+    e = torch.exp(b).movedim(axis, 0)
+    return (e / e.sum(0)).movedim(0, axis)
+
+
+WAYS = {
+    "method": lambda b, axis: b.softmax(axis),
+    "torch": lambda b, axis: torch.softmax(b, dim=axis),
+    "functional": lambda b, axis: F.softmax(b, axis),
+    "by keyword": lambda b, axis: F.softmax(input=b, dim=axis),
+    "module": lambda b, axis: nn.Softmax(dim=axis)(b),
+    "log": lambda b, axis: F.log_softmax(b, axis).exp(),
+    "log-sum-exp": lambda b, axis: (b - b.logsumexp(axis, keepdim=True)).exp(),
+    "by hand": by_hand,
+    "by hand, in place": by_hand_in_place,
+    "by hand, without keepdim": by_hand_without_keepdim,
+    "flattened": lambda b, axis: b.movedim(axis, -1).flatten(0, -2).softmax(1).view(
+        b.movedim(axis, -1).shape
+    ).movedim(-1, axis),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("axis", "verdict"), [(2, FINE), (1, WRONG)])
+def test_every_way_to_write_a_softmax(way, axis, verdict):
+    class Layer(Routes):
+        def coupling(self, logits, t):
+            return WAYS[way](logits, axis)
+
+    finding = examined(SOFTMAX, Layer())
+    assert finding.verdict == verdict, str(finding)
+    assert examined(ITERATIONS, Layer()).verdict == FINE
+
+
+@pytest.mark.filterwarnings("ignore:Implicit dimension choice:UserWarning")
+@pytest.mark.parametrize("softmax", [F.softmax, nn.Softmax(), nn.Softmax(dim=None), lambda b: F.log_softmax(b).exp()])
+def test_a_softmax_without_dim(softmax):
+    """Of 4 axes PyTorch takes axis 1, the input capsules; of 3, the first one."""
+
+    class Layer(Routes):
+        def coupling(self, logits, t):
+            return softmax(logits)
+
+    finding = examined(SOFTMAX, Layer())
+    assert (finding.verdict, "over the 12 input capsules" in finding.evidence) == (WRONG, True), str(finding)
+
+    class Batch(Layer):
+        def coupling(self, logits, t):
+            return softmax(logits[..., 0])[..., None]
+
+    finding = examined(BATCH, Batch())
+    assert (finding.verdict, "over axis 0 of (7, 12, 4)" in finding.evidence) == (WRONG, True), str(finding)
+    assert "over the 7 samples of the batch" in examined(SOFTMAX, Batch()).evidence
+
+
+@pytest.mark.parametrize("wrong", [0, 1, 2])
+def test_every_softmax_of_a_loop(wrong):
+    class Layer(Routes):
+        def coupling(self, logits, t):
+            return logits.softmax(1 if t == wrong else 2)
+
+    finding = examined(SOFTMAX, Layer())
+    assert (finding.verdict, f"in pass {wrong + 1} of 3" in finding.evidence) == (WRONG, True), str(finding)
+
+
+def test_a_softmax_over_nothing():
+    class Layer(Routes):
+        def coupling(self, logits, t):
+            return logits.softmax(-1)
+
+    finding = examined(SOFTMAX, Layer())
+    assert (finding.verdict, "an axis of 1" in finding.evidence) == (WRONG, True), str(finding)
+
+
+def test_a_softmax_over_the_batch_of_the_class_scores():
+    class Network(Routes):
+        def forward(self, poses):
+            v = super().forward(poses)
+            return v * F.one_hot(v.norm(dim=2).softmax(0).argmax(1), v.shape[1])[..., None]
+
+    finding = examined(BATCH, Network())
+    assert (finding.verdict, "over axis 0 of (7, 4)" in finding.evidence) == (WRONG, True), str(finding)
+
+
+@pytest.mark.parametrize("sizes", [{"J": 6, "D_out": 6}, {"J": 12}, {"J": 3, "D_out": 3}, {"J": 12, "D_out": 12}])
+@pytest.mark.parametrize("squash_axis", [1, 2])
+def test_sizes_that_are_equal(sizes, squash_axis):
+    class Layer(Routes):
+        def squashed(self, s):
+            return fastcaps.squash(s.movedim(squash_axis, -1)).movedim(-1, squash_axis)
+
+    assert examined(SOFTMAX, Layer(**sizes)).verdict == FINE
+    finding = examined(SQUASH, Layer(**sizes))
+    assert finding.verdict == (FINE if squash_axis == 2 else WRONG), str(finding)
+
+
+@pytest.mark.parametrize("J", [4, 6])
+@pytest.mark.parametrize(("axis", "verdict"), [(0, WRONG), (1, WRONG), (2, FINE)])
+def test_outputs_in_another_order(J, axis, verdict):
+    """``[B, D_out, J]``: squash over the samples, the output capsules, the entries."""
+
+    class Layer(Routes):
+        def squashed(self, s):
+            return fastcaps.squash(s.movedim(axis, -1)).movedim(-1, axis)
+
+        def forward(self, poses):
+            return super().forward(poses).mT
+
+    finding = examined(SQUASH, Layer(J=J))
+    assert finding.verdict == verdict, str(finding)
+    classes = examined(TRAINS, Layer(J=J))
+    assert classes.verdict in (FINE, WRONG), str(classes)
+
+
+def test_poses_as_they_come_in():
+    """The squash of ``[B, D_in, I]`` and ``[B, types, places, D_in]`` over the entries, and over the capsules."""
+
+    class Network(nn.Module):
+        def __init__(self, arranged, back, axis):
+            super().__init__()
+            self.primary, self.arranged, self.axis = nn.Linear(20, 36), arranged, axis
+
+            class Layer(Routes):
+                def forward(self, x):
+                    return super().forward(back(x))
+
+            self.capsules = Layer()
+
+        def forward(self, x):
+            x = self.arranged(self.primary(x).unflatten(1, (12, 3)))
+            return self.capsules(fastcaps.squash(x.movedim(self.axis, -1)).movedim(-1, self.axis))
+
+    flat = (lambda x: x, lambda x: x)
+    transposed = (lambda x: x.mT, lambda x: x.mT)
+    typed = (lambda x: x.unflatten(1, (4, 3)), lambda x: x.flatten(1, 2))
+    column = (lambda x: x[..., None], lambda x: x[..., 0])
+    for (arranged, back), right, wrong in [
+        (flat, 2, 1), (transposed, 1, 2), (typed, 3, 1), (typed, 3, 2), (column, 2, 1),
+    ]:  # fmt: skip
+        assert examined(INPUTS, Network(arranged, back, right), 20).verdict == FINE
+        finding = examined(INPUTS, Network(arranged, back, wrong), 20)
+        assert finding.verdict == WRONG, str(finding)
+
+
+# ----------------------------------------------------------------------------------------------- what is seen besides
+
+
+def test_logits_of_each_entry():
+    class Layer(Routes):
+        def agreement(self, votes, v):
+            return votes * v
+
+    class Repeated(Routes):
+        """Each entry has logits of its own, but all the same."""
+
+        def agreement(self, votes, v):
+            return (votes * v).sum(-1, keepdim=True).expand_as(votes)
+
+    finding = examined(AGREEMENT, Layer())
+    assert (finding.verdict, "each of the 6 entries" in finding.evidence) == (WRONG, True), str(finding)
+    assert examined(AGREEMENT, Repeated()).verdict == FINE
+    assert examined(AGREEMENT, Routes()).verdict == FINE
+
+
+def test_output_capsules_that_are_all_equal():
+    layer = Routes()
+    layer.weight.data = layer.weight.data[:, :1].expand(-1, 4, -1, -1).clone()
+    finding = examined(DISTINCT, layer)
+    assert (finding.verdict, "all 4 output capsules are equal" in finding.evidence) == (WRONG, True), str(finding)
+    assert examined(DISTINCT, Routes()).verdict == FINE
+
+
+@pytest.mark.parametrize("off", [-1, 0, 1])
+def test_a_number_of_iterations_of_any_name(off):
+    """It is known by what it does; ``T`` and options are as good as ``num_iterations``, ``max_iter`` may be another."""
+
+    class Options:
+        r = 3
+
+    class Layer(Routes):
+        max_iter = 3
+
+        def __init__(self):
+            super().__init__()
+            self.options, self.num_iterations = Options(), 17
+            self.options.r = 3
+            del self.T
+
+        @property
+        def T(self):
+            return self.options.r + off
+
+        @T.setter
+        def T(self, value):
+            pass
+
+        @T.deleter
+        def T(self):
+            pass
+
+    finding = examined(ITERATIONS, Layer())
+    assert finding.verdict == (FINE if off == 0 else WRONG), str(finding)
+    assert off == 0 or "r is 3" in finding.evidence
+
+
+def test_a_first_pass_without_a_softmax_is_an_iteration():
+    class Layer(Routes):
+        def coupling(self, logits, t):
+            return torch.full_like(logits, 0.25) if t == 0 else logits.softmax(2)
+
+    assert examined(ITERATIONS, Layer()).verdict == FINE
+
+
+def test_attention_is_no_routing():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
+
+        def forward(self, x):
+            q, k, v = self.qkv(x).chunk(3, -1)
+            return self.out((q @ k.mT / math.sqrt(8)).softmax(-1) @ v)
+
+    torch.manual_seed(0)
+    for model in (Attention(), nn.Sequential(Attention(), Attention())):
+        findings = list(iter_findings(model, torch.randn(7, 6, 8)))
+        assert not [str(f) for f in findings if f.verdict in (WRONG, SUSPICIOUS)]
+        found = [f for f in findings if f.check == ROUTING]
+        assert {f.verdict for f in found} == {UNKNOWN}
+        assert all("attention" in f.evidence for f in found)
+
+
+def test_a_softmax_that_is_no_coupling():
+    class Gate(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.layer(x).softmax(1)
+
+    finding = examined(ROUTING, Gate(), 8)
+    assert (finding.verdict, "none of the 1 softmaxes" in finding.evidence) == (UNKNOWN, True), str(finding)
+
+
+# ------------------------------------------------------------------------------------------------- the model's outputs
+
+
+class Outputs(nn.Module):
+    """A capsule layer in a model; subclasses return what they like of it."""
+
+    def __init__(self, J=4):
+        super().__init__()
+        self.capsules = Routes(J=J)
+        self.decoder = nn.Sequential(nn.Linear(6 * J, J * J), nn.Sigmoid())
+
+    def forward(self, poses):
+        v = self.capsules(poses)
+        lengths = v.norm(dim=2)
+        mask = F.one_hot(lengths.argmax(1), v.shape[1]).to(v.dtype)
+        images = self.decoder((v * mask[..., None]).flatten(1)).unflatten(1, (1, v.shape[1], v.shape[1]))
+        return self.returned(v, lengths, mask, images)
+
+    def returned(self, v, lengths, mask, images):
+        raise NotImplementedError
+
+
+RETURNED = {
+    "lengths, reconstruction": lambda v, n, mask, images: (n, images),
+    "reconstruction, lengths": lambda v, n, mask, images: (images, n),
+    "reconstruction, mask, poses": lambda v, n, mask, images: {"a": images, "b": mask, "c": v},
+    "mask, poses the other way": lambda v, n, mask, images: (mask, v.mT),
+    "mask, column vectors": lambda v, n, mask, images: (mask, images, v[..., None]),
+}
+
+
+@pytest.mark.train
+@pytest.mark.parametrize("name", RETURNED)
+def test_reconstructions_and_masks_are_no_capsules(name):
+    """J = 4: the reconstruction is ``[B, 1, J, J]``."""
+
+    class Network(Outputs):
+        def returned(self, *values):
+            return RETURNED[name](*values)
+
+    model = Network()
+    finding = examined(TRAINS, model)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        lengths = model.capsules(torch.randn(7, 12, 3)).norm(dim=2)
+    assert f"lengths {lengths.min():.2g} to {lengths.max():.2g}" in finding.evidence, str(finding)
+
+
+def test_masks_are_no_softmaxed_scores():
+    class Masked(Outputs):
+        def returned(self, v, lengths, mask, images):
+            return mask, lengths
+
+    class Softmaxed(Outputs):
+        def returned(self, v, lengths, mask, images):
+            return mask, lengths.softmax(1)
+
+    assert examined(SCORES, Masked()).verdict == FINE
+    assert examined(SCORES, Softmaxed()).verdict == SUSPICIOUS
+
+
+def test_random_logits_make_no_class():
+    """As in a network of interests for recommendation: the capsules are sound, but none is that of a class."""
+
+    class Interests(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.matrix = nn.Parameter(torch.randn(8, 8) / 3)
+
+        def forward(self, x):
+            votes = x @ self.matrix
+            logits = torch.randn(*x.shape[:2], 4)
+            for _ in range(3):
+                v = fastcaps.squash(torch.einsum("bij,bio->bjo", logits.softmax(2), votes))
+                logits = logits + torch.einsum("bio,bjo->bij", votes, v)
+            return v
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.manual_seed(0)
+        findings = list(iter_findings(Interests(), torch.randn(7, 20, 8)))
+    assert not [str(f) for f in findings if f.verdict in (WRONG, SUSPICIOUS)]
+    assert {f.verdict for f in findings if f.check in (BATCH, DISTINCT, SOFTMAX)} == {FINE}
+    assert next(f for f in findings if f.check == TRAINS).verdict == UNKNOWN
