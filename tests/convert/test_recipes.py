@@ -150,6 +150,17 @@ def test_the_sum_with_conventions_bias_prior_and_constant_coupling():
     torch.testing.assert_close(result.float(), wanted, rtol=0.1, atol=0.2)
 
 
+@pytest.mark.parametrize("name", RETURNED)
+@pytest.mark.compiler
+def test_what_a_layer_may_return_compiles_without_a_graph_break(name):
+    returned, says = RETURNED[name]
+    layer, x = Layer(returned), poses()
+    assert quietly(layer, x, recipes=[dataclasses.replace(MINE, **says)]).replaced == [""]
+    wanted = layer(x)
+    result = torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
+    torch.testing.assert_close(result, wanted)
+
+
 # ----------------------------------------------------------------------------------------------- votes, axes, functions
 
 
@@ -197,6 +208,14 @@ def test_input_capsules_on_several_axes(shared):
     assert_replaced_and_equal(TwoAxes(shared=shared), torch.randn(7, 3, 4, D_IN), recipe)
     wrong = dataclasses.replace(recipe, input="B I2 I1 D_in")
     assert "does not fit" in refused(TwoAxes(), torch.randn(7, 3, 4, D_IN), wrong)
+
+
+@pytest.mark.compiler
+def test_input_capsules_on_several_axes_compile_without_a_graph_break():
+    layer, x = TwoAxes(shared=True), torch.randn(7, 3, 4, D_IN)
+    recipe = Recipe("two", "TwoAxes", "W", "1 J I1 1 D_out D_in", input="B I1 I2 D_in")
+    assert quietly(layer, x, recipes=[recipe]).replaced == [""]
+    torch.testing.assert_close(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), layer(x))
 
 
 class Factors(nn.Module):
