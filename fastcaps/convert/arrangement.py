@@ -49,8 +49,8 @@ class Arrangement:
     def sizes(self, tensor: Tensor, known: Mapping[str, int], name: str = "weight") -> dict[str, int]:
         """As :meth:`Axes.sizes`; ``I`` too, where all of its axes are known."""
         sizes = self.axes.sizes(tensor, known, name)
-        if all(axis in sizes for axis in self.inputs):
-            sizes["I"] = math.prod(sizes[axis] for axis in self.inputs)
+        if len(self.inputs) > 1 and all(axis in sizes for axis in self.inputs):
+            sizes["I"] = math.prod([sizes[axis] for axis in self.inputs])  # a list, which torch.compile can trace
         return sizes
 
     def canonical(self, tensor: Tensor, known: Mapping[str, int], name: str = "weight") -> Tensor:

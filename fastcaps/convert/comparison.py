@@ -267,7 +267,7 @@ class Comparison:
         moved = Difference.largest(outcome.moved for outcome in outcomes if outcome.weights is Weights.MODEL)
         if drops_norm_eps:
             notes.append(f"the {recipe.norm_eps:g} that squash adds to the norm is left out")
-            if not all(outcome.left_out <= NORM_EPS_LIMIT for outcome in outcomes):
+            if not all(outcome.left_out <= max(NORM_EPS_LIMIT, recipe.tolerance) for outcome in outcomes):
                 reason = f"capsules are so short that the {recipe.norm_eps:g} which squash adds to the norm matters"
                 _refuse(reason, moved, notes)
         if recipe.tolerance > LIMIT:

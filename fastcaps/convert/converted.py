@@ -54,9 +54,9 @@ class Plan:
         sizes = self.sizes(layer, poses)
         tensors, options = self.tensors(layer, poses), self.options(layer, num_iterations)
         results: dict[str, Tensor] = {}
-        if not {"v", "length"}.isdisjoint(self.recipe.returned):
+        if "v" in self.recipe.returned or "length" in self.recipe.returned:
             results["v"] = self.routing(**tensors, **options)
-        if not {"s", "c"}.isdisjoint(self.recipe.returned):
+        if "s" in self.recipe.returned or "c" in self.recipe.returned:
             results |= self._coupling_and_sum(tensors, options, "s" in self.recipe.returned)
         return self.arranged(results, sizes)
 

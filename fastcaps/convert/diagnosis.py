@@ -76,8 +76,11 @@ def fit(comparison: Comparison) -> Fit:
     decisive = _decisive(comparison)
     if decisive is None:
         return Fit(recipe, math.inf)
-    combined = combinations(recipe, comparison.num_iterations)
-    rough = min((Fit(one, _output_error(one, *decisive, recipe)) for one in combined), key=lambda found: found.error)
+    rough = Fit(recipe, math.inf)
+    for one in combinations(recipe, comparison.num_iterations):
+        rough = min(rough, Fit(one, _output_error(one, *decisive, recipe)), key=lambda found: found.error)
+        if rough.error <= enough(comparison):
+            break
     if rough.error > ROUGH:
         return rough
     return closest(comparison, _with_epsilons_and_gradients(rough.recipe))

@@ -16,7 +16,7 @@ from fastcaps.convert.recipes import POSES_AXES, RETURNS, Recipe
 from fastcaps.layers import WEIGHT_AXES
 
 MOST = 24  # readings of the axes that are tried: more than a few only where sizes are equal
-LARGEST_T = 10
+LARGEST_T = 10  # an attribute above it holds something else
 
 
 def guess(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recipe | None:

@@ -107,7 +107,8 @@ def _label(path: str, module: nn.Module) -> str:
 
 def _other_parameters(path: str, module: nn.Module, recipes: Sequence[Recipe]) -> Iterator[str]:
     """That a module has the name of a recipe's class, and why it is not that class."""
-    known = [recipe for recipe in recipes if type(module).__name__ in recipe.class_names]
+    named = [recipe for recipe in recipes if type(module).__name__ in recipe.class_names]
+    known = [recipe for recipe in named if recipe.mismatch(module) is not None]
     if not known or next(module.parameters(), None) is None:
         return
     reasons = [f"recipe {recipe.name!r} knows this class, but {recipe.mismatch(module)}" for recipe in known[:2]]

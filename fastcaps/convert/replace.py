@@ -94,10 +94,12 @@ def replace_capsules(
             raise TypeError(f"recipes must be Recipe objects, got {recipe!r}")
     if only_if_faster and not measure:
         raise ValueError("only_if_faster needs measure=True: nothing else tells which is faster")
-    modules = dict(model.named_modules())
-    found = {path: matching for path, module in modules.items() if (matching := _matching(module, recipes))}
     watch = SoftmaxWatch()
+    modules, found = _recognised(model, recipes)
     calls = first_calls(model, sample, [modules[path] for path in found], watch)
+    if _recognised(model, recipes) != (modules, found):  # some layers are made in the first call of a model
+        modules, found = _recognised(model, recipes)
+        calls = first_calls(model, sample, [modules[path] for path in found], watch)
     similar = hints(model, sample, recipes, found, watch.modules)  # before anything is converted
     rows = [_replace_one(path, modules[path], matching, calls, fix, measure) for path, matching in found.items()]
     if only_if_faster:
@@ -112,6 +114,13 @@ def replace_capsules(
         if row.replaced and row.warning is not None:
             warnings.warn(f"{row.label}: {row.warning}", stacklevel=2)
     return ConversionReport(tuple(rows), tuple(similar), len(modules))
+
+
+def _recognised(model: nn.Module, recipes: Sequence[Recipe]) -> tuple[dict[str, nn.Module], dict[str, list[Recipe]]]:
+    """The modules by their paths, and the recipes of those that have some."""
+    modules = dict(model.named_modules())
+    matching = {path: _matching(module, recipes) for path, module in modules.items()}
+    return modules, {path: recipes for path, recipes in matching.items() if recipes}
 
 
 def _matching(module: nn.Module, recipes: Sequence[Recipe]) -> list[Recipe]:

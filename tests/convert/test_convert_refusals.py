@@ -345,6 +345,15 @@ def test_norm_eps_counts_in_float32_too():
         assert ("capsules are so short" in str(report)) != replaced
 
 
+def test_a_tolerance_allows_what_leaving_norm_eps_out_changes():
+    x = 1e-3 * torch.randn(4, I, D_IN)
+    recipe = BY_NAME["xifengguo"]
+    assert "capsules are so short" in quietly(LAYERS["xifengguo"](), x, recipes=[recipe]).layers[0].reason
+    report = quietly(LAYERS["xifengguo"](), x, recipes=[dataclasses.replace(recipe, tolerance=1e-3)])
+    assert report.replaced == [""]
+    assert 1e-5 < max(report.layers[0].output, report.layers[0].gradient) < 1e-3
+
+
 @pytest.mark.parametrize("name", WRONG)
 def test_fix_reports_how_far_the_outputs_move(name, monkeypatch):
     layer, x = LAYERS[name]().double(), poses_for(name, B=4, dtype=torch.float64)
@@ -388,6 +397,22 @@ def test_lazy_modules_beside_and_instead_of_the_layer():
     assert report.replaced == ["layer"]
     assert "lazy (DenseCapsule) was not recognised: recipe 'xifengguo'" in str(report)
     assert "weight has no shape yet: call the model once" in str(report)
+
+
+def test_a_layer_that_is_made_in_the_first_call():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = None
+
+        def forward(self, x):
+            if self.layer is None:
+                self.layer = LAYERS["abc-capsnet"]()
+            return self.layer(x)
+
+    report = quietly(Model(), torch.randn(4, I, D_IN))
+    assert report.replaced == ["layer"]
+    assert report.similar == ()
 
 
 def test_an_argument_that_is_equal_to_its_default():

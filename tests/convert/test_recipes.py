@@ -5,7 +5,18 @@ import warnings
 
 import pytest
 import torch
-from support.layers_to_convert import BY_NAME, CALLED_WITH_MORE, D_IN, D_OUT, RETURN_TWO, I, J, quietly
+from support.layers_to_convert import (
+    BY_NAME,
+    CALLED_WITH_MORE,
+    D_IN,
+    D_OUT,
+    LAYERS,
+    RETURN_TWO,
+    I,
+    J,
+    poses_for,
+    quietly,
+)
 from torch import nn
 
 from fastcaps.convert import RECIPES, ConvertedCapsules, Recipe, replace_capsules
@@ -104,13 +115,12 @@ def test_what_a_layer_may_return(name):
     assert_replaced_and_equal(Layer(returned), poses(), dataclasses.replace(MINE, **says))
 
 
-@pytest.mark.parametrize("name", ["s", "length"])
-def test_another_return_is_refused(name):
-    other = {"s": "v", "length": "s"}[name]
-    wrong = RETURNED[name][1] if name == "s" else {"returns": "length", "output": "B J"}
-    layer = Layer(RETURNED["v" if other == "v" else "s"][0] if name == "s" else lambda v, s, c: s.norm(dim=-1))
-    layer.returned = (lambda v, s, c: v) if name == "s" else (lambda v, s, c: s.norm(dim=-1))
-    assert "it differs" in refused(layer, poses(), dataclasses.replace(MINE, **wrong))
+def test_another_return_is_refused():
+    wrong = dataclasses.replace(MINE, returns="s")
+    assert "most likely returns='v' instead of 's'" in refused(Layer(), poses(), wrong)
+    wrong = dataclasses.replace(MINE, returns="length", output="B J")
+    assert "it differs" in refused(Layer(lambda v, s, c: s.norm(dim=-1)), poses(), wrong)
+    assert "the flag output" in refused(Layer(lambda v, s, c: (v, c)), poses(), MINE)
 
 
 @pytest.mark.parametrize("name", RETURN_TWO)
@@ -148,6 +158,17 @@ def test_the_sum_with_conventions_bias_prior_and_constant_coupling():
     result = half.bfloat16()(x.bfloat16())
     assert result.dtype == torch.bfloat16
     torch.testing.assert_close(result.float(), wanted, rtol=0.1, atol=0.2)
+
+
+@pytest.mark.parametrize("name", RETURNED)
+@pytest.mark.compiler
+def test_what_a_layer_may_return_compiles_without_a_graph_break(name):
+    returned, says = RETURNED[name]
+    layer, x = Layer(returned), poses()
+    assert quietly(layer, x, recipes=[dataclasses.replace(MINE, **says)]).replaced == [""]
+    wanted = layer(x)
+    result = torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
+    torch.testing.assert_close(result, wanted)
 
 
 # ----------------------------------------------------------------------------------------------- votes, axes, functions
@@ -197,6 +218,14 @@ def test_input_capsules_on_several_axes(shared):
     assert_replaced_and_equal(TwoAxes(shared=shared), torch.randn(7, 3, 4, D_IN), recipe)
     wrong = dataclasses.replace(recipe, input="B I2 I1 D_in")
     assert "does not fit" in refused(TwoAxes(), torch.randn(7, 3, 4, D_IN), wrong)
+
+
+@pytest.mark.compiler
+def test_input_capsules_on_several_axes_compile_without_a_graph_break():
+    layer, x = TwoAxes(shared=True), torch.randn(7, 3, 4, D_IN)
+    recipe = Recipe("two", "TwoAxes", "W", "1 J I1 1 D_out D_in", input="B I1 I2 D_in")
+    assert quietly(layer, x, recipes=[recipe]).replaced == [""]
+    torch.testing.assert_close(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), layer(x))
 
 
 class Factors(nn.Module):
@@ -358,8 +387,6 @@ def test_the_error_in_float32_before_and_after_stands_in_the_report():
 
 def test_fix_mends_what_a_recipe_is_wrong_in_only_there():
     """timomernick's squash over the output capsules, with a recipe that does not know of it."""
-    from support.layers_to_convert import LAYERS, poses_for
-
     recipe = dataclasses.replace(BY_NAME["timomernick"], squash="norm")
     x = poses_for("timomernick")
     assert "most likely squash='outputs' instead of 'norm'" in refused(LAYERS["timomernick"](), x, recipe)
