@@ -272,7 +272,8 @@ def real_layers(content: dict[str, Any]) -> str:
                 left.append(f"- {row['repository']}, {layer['class_name']}: {layer['reason'].splitlines()[0]}")
             rows.append(cells)
         if not layers:
-            why = "does not run" if "it runs" in row["mistakes"] else "no recipe"
+            why = "no recipe" if "conversion" in row else "not finished"
+            why = "does not run" if "it runs" in row["mistakes"] else why
             rows.append([row["repository"], "", why, *[""] * 5])
     lines = [
         f"{conditions(content)}. float32, {content['samples']} samples, the sizes of each network.",
