@@ -30,6 +30,7 @@ def of_0_1(config: dict) -> dict:
 def test_a_run_of_0_1_goes_on(tmp_path_factory, tmp_path):
     whole, options = tmp_path_factory.mktemp("whole"), [*SMALL, "--no-bias"]  # 0.1 knew no bias
     assert train(whole, *options) == 0
+    assert "capsules.bias" not in load_file(whole / "model.safetensors")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run.Keeper, "on_train_start", lambda self, *_: setattr(self, "interrupted", True))
         assert train(tmp_path, *options) == 130  # after the first step
@@ -48,6 +49,7 @@ def test_a_configuration_and_a_model_of_0_1(whole, tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert read_settings(tmp_path / "config.json", {}) == read_settings(whole / "config.json", {}) | {"bias": False}
     assert "bias" not in read_settings(tmp_path / "config.json", {"model": "cnn"})  # a baseline has none
+    assert "capsules.bias" in load_file(whole / "model.safetensors")
     (tmp_path / "own.json").write_text('{"iterations": 2}')
     assert read_settings(tmp_path / "own.json", {}) == {"num_iterations": 2}
     with safe_open(whole / "model.safetensors", "pt") as file:
