@@ -85,6 +85,7 @@ struct LastSweep {
     votes<F, T>(u, fragments, x, args,
                 [&](float (&more)[2], int first) { load_pose<F>(more, args, first_b + g, i, args.I, first + 2 * t); });
     add_iterations(du, db, u, T::first_place(args.J, batch_tile, tile) + 4 * lane);
+    if (!F::PLAIN && args.prior && args.mask) clear_masked(du, db);
     if (!F::PLAIN && args.d_prior) add_prior(db);
     if (args.d_poses) {
 #pragma unroll
@@ -150,7 +151,7 @@ struct LastSweep {
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
       const bool there = sample(s) < args.B && (F::PLAIN || j < args.J);
-      if (!F::PLAIN && args.prior && there && !masked<F>(args, sample(s), i))
+      if (!F::PLAIN && args.prior && there)
         c[s] += kLog2e<float> * args.prior[sample(s) * args.prior_stride_b + matrix_of(args, i, j)];
       const float exponent = c[s] - top[s] - log[s];
       c[s] = power_of_two(exponent > 0 ? 0 : exponent);
@@ -165,12 +166,21 @@ struct LastSweep {
     }
   }
 
-  __device__ void add_prior(float (&db)[T::sections][2]) {
+  // What came of a masked input capsule's prior, which may be anything.
+  __device__ void clear_masked(float (&du)[4 * T::M], float (&db)[T::sections][2]) {
+#pragma unroll
+    for (int s = 0; s < 2; ++s)
+      if (sample(s) < args.B && masked<F>(args, sample(s), i)) {
+#pragma unroll
+        for (int n = s; n < 4 * T::M; n += 2) du[n] = 0;
+#pragma unroll
+        for (int section = 0; section < T::sections; ++section) db[section][s] = 0;
+      }
+  }
+
+  __device__ void add_prior(const float (&db)[T::sections][2]) {
     each<T::sections>([&]<int section>() {
       const int j = tile * T::JT + T::capsule(section, g);
-#pragma unroll
-      for (int s = 0; s < 2; ++s)
-        if (sample(s) < args.B && masked<F>(args, sample(s), i)) db[section][s] = 0;
       if (args.prior_stride_b == 0)
         d_prior[section] += db[section][0] + db[section][1];
       else if (g % T::quads(section) == 0 && j < args.J)
