@@ -137,7 +137,7 @@ def _whole_numbers(module: nn.Module) -> Iterator[tuple[Any, str, int]]:
     holders = [m for m in module.modules() if not is_torch(m)]
     options = [v for m in holders for v in vars(m).values() if not isinstance(v, (*PLAIN, Tensor)) and _has_options(v)]
     for holder in [*holders, *options]:
-        for name, value in list(vars(holder).items()):
+        for name, value in {**vars(type(holder)), **vars(holder)}.items():
             if type(value) is int and 1 <= value <= MOST_ITERATIONS:
                 yield holder, name, value
 
