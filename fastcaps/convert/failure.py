@@ -248,9 +248,9 @@ def _conflict(line: _Line, sizes: dict[str, int]) -> tuple[str, ...]:
     if missing is None or len(shape) == len(other):
         return _other_sizes(a, shape, b, other, sizes)
     letters = _lettered(other, sizes)
-    what = " and ".join(f"{letters[n]} (axis {n} of {b}, size {other[n]})" for n in missing)
+    what = " and ".join(f"{letters[n]}, axis {n} of {b} (size {other[n]})" for n in missing)
     more = "".join(f".unsqueeze({n})" for n in missing)
-    return f"{a} lacks the axis of {what}", f"write {a}{more} there" if a.isidentifier() else f"give {a} that axis"
+    return f"{a} has no axis for {what}", f"write {a}{more} there" if a.isidentifier() else f"give {a} that axis"
 
 
 def _missing_axes(shape: Shape, other: Shape) -> Iterator[tuple[int, ...]]:

@@ -1,8 +1,8 @@
 """Known mistakes of capsule networks, looked for in one's own: evidence computed on the spot, and the fix.
 
-Nothing here reads source code. A model is run, its modules are watched, and each suspicion is tried: does one sample's
-output change with its batch mates, over which capsules do the coefficients sum to 1, from how many places of the
-feature map is a capsule made, what happens to a zero capsule.
+Nothing here reads source code, but for the line of an error. A model is run, its modules are watched, and each
+suspicion is tried: does one sample's output change with its batch mates, over which capsules do the coefficients sum to
+1, from how many places of the feature map is a capsule made, what happens to a zero capsule.
 """
 
 import itertools
@@ -139,7 +139,7 @@ def _findings(
     yield from checks.zero_capsules(run.calls)
     classes = class_capsules(run, layers[-1]) if layers else None
     if classes is not None and drawn_at_random(run, classes):
-        yield Finding(INITIALISATION, "", UNKNOWN, "random numbers decide which output capsule is which")
+        yield Finding(INITIALISATION, "", UNKNOWN, "the lengths depend on random numbers, in evaluation too")
     else:
         yield checks.initialisation(run, classes)
     J = layers[-1].number if layers else None

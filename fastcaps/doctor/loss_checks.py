@@ -60,10 +60,14 @@ def class_scores(run: Run, J: int | None) -> Finding:
     """Were the class scores softmaxed?"""
     found = [t.squeeze() for t in floating_tensors(run.output)]
     # A one-hot mask sums to 1, too, but is no score.
-    found = [t for t in found if t.shape == (run.B, J) and not is_mask(t)]
+    found = [
+        t for t in found if t.dim() == 2 and len(t) == run.B and t.shape[1] == (J or t.shape[1]) and not is_mask(t)
+    ]
     if not found or not found[0].isfinite().all():
         return Finding(CLASS_SCORES, "", UNKNOWN, "no finite output [B, J] was found")
     sums = found[0].sum(1)
+    if (sums - 1).abs().max() >= 1e-4 and J is None:
+        return Finding(CLASS_SCORES, "", UNKNOWN, "no layer was found that tells how many classes there are")
     if (sums - 1).abs().max() >= 1e-4:
         text = f"no softmax: those of a sample sum to {sums.min():.2g} to {sums.max():.2g}"
         return Finding(CLASS_SCORES, "", FINE, text)

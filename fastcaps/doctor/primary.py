@@ -56,14 +56,16 @@ def input_squash(run: Run, poses: Poses) -> Finding:
         return Finding(INPUT_SQUASH, where, UNKNOWN, text)
     canonical = poses.canonical(x)
     lengths = torch.linalg.vector_norm(canonical, dim=2)
-    if canonical.shape[2] > 1 and unit_lengths(lengths):
-        text = f"large poses get length 1 over their {canonical.shape[2]} entries"
-        return Finding(INPUT_SQUASH, where, FINE, text)
+    right = {canonical.shape[2]: lengths}  # or over one of several axes: those of a map of poses
+    right |= {x.shape[axis]: torch.linalg.vector_norm(x, dim=axis) for axis in poses.entries}
+    for entries, norms in right.items():
+        if entries > 1 and unit_lengths(norms):
+            return Finding(INPUT_SQUASH, where, FINE, f"large poses get length 1 over their {entries} entries")
     over = [(axis, "the samples") for axis in (batch_axis(x, run.B),) if axis is not None]
     over += [(axis, f"{x.shape[axis]} capsules") for axis in poses.capsules]
-    norms = {what: torch.linalg.vector_norm(x, dim=axis) for axis, what in over}
-    norms[f"all {canonical.shape[1]} capsules"] = torch.linalg.vector_norm(canonical, dim=1)
-    wrong = [what for what, lengths in norms.items() if unit_lengths(lengths)]
+    others = {what: torch.linalg.vector_norm(x, dim=axis) for axis, what in over}
+    others[f"all {canonical.shape[1]} capsules"] = torch.linalg.vector_norm(canonical, dim=1)
+    wrong = [what for what, norms in others.items() if unit_lengths(norms)]
     if wrong:
         return Finding(
             INPUT_SQUASH, where, WRONG, f"large poses get length 1 over {wrong[0]} instead of over their entries",
@@ -87,6 +89,8 @@ def scrambling(run: Run, poses: Poses) -> Finding:
         return Finding(SCRAMBLING, where, UNKNOWN, "its poses are not finite")
     if batch_axis(x, run.B) != 0:
         return Finding(SCRAMBLING, where, UNKNOWN, "the batch is not on the first axis of its poses")
+    if sum(x.shape[axis] > 1 for axis in poses.entries) > 1:
+        return Finding(SCRAMBLING, where, UNKNOWN, "a capsule of its input has several axes, as a map of poses has")
     capsules = poses.canonical()  # [B, I, D_in]
     most = max(_places(capsules[0, i], maps) for i in {0, capsules.shape[1] // 2, capsules.shape[1] - 1})
     H, W = maps[0].shape[2:]

@@ -67,7 +67,7 @@ def softmax_axis(routing: Routing) -> Finding:
     return Finding(
         SOFTMAX_AXIS, where, WRONG, text,
         "softmax over the axis of the output capsules: an input capsule gives away 1 in all. With the right axis large "
-        "initial weights saturate squash: use a deviation of 0.01 to 1 / sqrt(I)",
+        "initial weights saturate squash: use a deviation of sqrt(J / (I D_out)) at most",
     )  # fmt: skip
 
 
@@ -137,7 +137,7 @@ def _whole_numbers(module: nn.Module) -> Iterator[tuple[Any, str, int]]:
     holders = [m for m in module.modules() if not is_torch(m)]
     options = [v for m in holders for v in vars(m).values() if not isinstance(v, (*PLAIN, Tensor)) and _has_options(v)]
     for holder in [*holders, *options]:
-        for name, value in list(vars(holder).items()):
+        for name, value in {**vars(type(holder)), **vars(holder)}.items():
             if type(value) is int and 1 <= value <= MOST_ITERATIONS:
                 yield holder, name, value
 

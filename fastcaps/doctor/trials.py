@@ -1,6 +1,7 @@
 """Calls made again and again: what a place of a coupling stands for is seen in what changes when it is altered."""
 
 import copy
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -87,13 +88,13 @@ def noisy(number: int) -> Alteration:
     return alter
 
 
-def _scaled(number: int, axis: int, place: int) -> Alteration:
-    """One softmax gives more at one place of an axis: as much as at all places together."""
+def _scaled(number: int, axis: int, place: int, factor: float) -> Alteration:
+    """One softmax gives more, or less, at one place of an axis."""
 
     def alter(n: int, softmax: Softmax) -> Tensor:
         c = softmax.result.clone()
         if n == number:
-            c.select(axis, place).mul_(c.shape[axis])
+            c.select(axis, place).mul_(factor)
         return c
 
     return alter
@@ -124,8 +125,10 @@ def response_to(trial: Trial, before: Tried, number: int, axis: int, B: int) -> 
     """How the outputs respond to one place of a softmax's axis; None where they do not."""
     coupling = before.softmaxes[number].result
     size = coupling.shape[axis]
-    for place in dict.fromkeys((size // 2, 0, size - 1)):  # a capsule may be without any effect
-        outputs = trial.run(_scaled(number, axis, place)).outputs
+    # As much as at all places together; or hardly anything, as more changes nothing where squash is saturated. And a
+    # capsule may be without any effect.
+    for place, factor in itertools.product(dict.fromkeys((size // 2, 0, size - 1)), (size, 1 / size)):
+        outputs = trial.run(_scaled(number, axis, place, factor)).outputs
         alone: dict[int, list[int]] = {}
         rescaled: dict[int, list[int]] = {}
         some = False
@@ -135,7 +138,7 @@ def response_to(trial: Trial, before: Tried, number: int, axis: int, B: int) -> 
                 continue
             some = True
             single, samples = single_axes(where), batch_axis(a, B)
-            along = [x for x in range(a.dim()) if a.shape[x] == size and _rescales(a, b, x, place)]
+            along = [x for x in range(a.dim()) if a.shape[x] == size and _rescales(a, b, x, place, factor)]
             if single == [samples] or samples in along:
                 # One place of an axis into which others are flattened with the batch stands for these.
                 return Response(BATCH if size == B else INPUTS, {})
@@ -168,10 +171,10 @@ def single_axes(mask: Tensor) -> list[int]:
     return [axis for axis, count in enumerate(touched) if count == 1 and mask.shape[axis] > 1]
 
 
-def _rescales(a: Tensor, b: Tensor, axis: int, place: int) -> bool:
-    """Whether vectors along an axis got one entry times as large as they have entries, and then another length."""
+def _rescales(a: Tensor, b: Tensor, axis: int, place: int, factor: float) -> bool:
+    """Whether one entry of the vectors along an axis was multiplied, and then these got another length."""
     scaled = a.detach().clone()
-    scaled.select(axis, place).mul_(a.shape[axis])
+    scaled.select(axis, place).mul_(factor)
     cosine = nn.functional.cosine_similarity(scaled.double(), b.detach().double(), dim=axis)
     return bool(((1 - cosine).abs() < SAME_DIRECTION).all())
 

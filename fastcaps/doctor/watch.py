@@ -52,7 +52,13 @@ class SoftmaxWatch(TorchDispatchMode):
         number, softmax = len(self.softmaxes), Softmax(axis, out.detach().clone())
         self.softmaxes.append(softmax)
         self.seen(softmax)
-        return out if self.alter is None else out.copy_(self.alter(number, softmax))
+        if self.alter is None:
+            return out
+        altered = self.alter(number, softmax)
+        if function.overloadpacket is aten.div:  # a gradient would still go through the exponentials
+            with torch.autograd._unsafe_preserve_version_counter(args[0]):
+                args[0].masked_fill_(altered == 0, 0)
+        return out.copy_(altered)
 
     def seen(self, softmax: Softmax) -> None:
         """What else happens when a softmax is taken."""

@@ -78,7 +78,7 @@ def failure(model, sample=None):
 
 
 CASES = {
-    NoEntries: ("coupling lacks the axis of D_out (axis 3 of votes, size 8)", "write coupling.unsqueeze(3) there"),
+    NoEntries: ("coupling has no axis for D_out, axis 3 of votes (size 8)", "write coupling.unsqueeze(3) there"),
     OtherOrder: ("votes and other have the same axes in another order", "permute one of votes and other"),
     OtherInputs: ("an axis is I = 9 in self.weights and 6 in x[:, :, None, :, None]", "made for 9 input capsules"),
 }
@@ -142,6 +142,6 @@ def test_code_without_a_file():
 
 def test_replace_capsules_says_so():
     with pytest.raises(
-        ValueError, match=r"the model cannot run on the sample: RuntimeError: .*coupling lacks the axis"
+        ValueError, match=r"the model cannot run on the sample: RuntimeError: .*coupling has no axis for D_out"
     ):
         replace_capsules(nn.Sequential(NoEntries()), torch.randn(5, I, D_IN))

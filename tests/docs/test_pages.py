@@ -108,6 +108,7 @@ def test_every_check_of_the_doctor_is_explained():
     layer_of_others = seed.Network(size=12, kernel=3, stem=5, types=3, dim=4, classes=10, out_dim=6)
     ours = fastcaps.CapsNet((1, 12, 12), 10, stem_channels=5, kernel_size=3, types=3)
     found = [finding for model in (layer_of_others, ours) for finding in examine(model, torch.rand(7, 1, 12, 12))]
+    found += examine(torch.nn.Linear(3, 2), torch.rand(7, 4))  # it does not run
     assert {finding.check for finding in found} == explained
 
 

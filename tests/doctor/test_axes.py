@@ -23,6 +23,8 @@ from torch.nn import functional as F
 
 import fastcaps
 from fastcaps.doctor import FINE, SUSPICIOUS, UNKNOWN, WRONG, iter_findings
+from fastcaps.doctor.axes import find_routings
+from fastcaps.doctor.watch import Run
 
 
 class Routes(nn.Module):
@@ -176,8 +178,19 @@ def test_outputs_in_another_order(J, axis, verdict):
 
     finding = examined(SQUASH, Layer(J=J))
     assert finding.verdict == verdict, str(finding)
-    classes = examined(TRAINS, Layer(J=J))
-    assert classes.verdict in (FINE, WRONG), str(classes)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_poses_of_every_way_to_write_a_softmax(way):
+    class Layer(Routes):
+        def coupling(self, logits, t):
+            return WAYS[way](logits, 2)
+
+    (routing,) = find_routings(Run.of(Layer().eval(), (torch.randn(7, 12, 3),), {}))
+    if way == "by hand, in place":  # it has no gradient
+        assert routing.poses is None
+    else:
+        assert (routing.poses.capsules, routing.poses.entries) == ((1,), (2,))
 
 
 def test_poses_as_they_come_in():
@@ -395,3 +408,21 @@ def test_random_logits_make_no_class():
     assert not [str(f) for f in findings if f.verdict in (WRONG, SUSPICIOUS)]
     assert {f.verdict for f in findings if f.check in (BATCH, DISTINCT, SOFTMAX)} == {FINE}
     assert next(f for f in findings if f.check == TRAINS).verdict == UNKNOWN
+
+
+def test_saturated_votes():
+    """A layer that takes votes has no matrices that could be made smaller: many votes saturate its squash."""
+
+    class Agreement(nn.Module):
+        n_iterations = 3
+
+        def forward(self, votes):
+            logits = votes.new_zeros(votes.shape[1:3])
+            v = fastcaps.squash((logits.softmax(-1)[..., None] * votes).sum(1))
+            for _ in range(self.n_iterations):
+                logits = logits + (votes * v[:, None]).sum(-1)
+                v = fastcaps.squash((logits.softmax(-1)[..., None] * votes).sum(1))
+            return v
+
+    finding = examined(ITERATIONS, Agreement(), 600, 10, 16)
+    assert (finding.verdict, "n_iterations is 3, but" in finding.evidence) == (WRONG, True), str(finding)

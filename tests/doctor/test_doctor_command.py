@@ -22,6 +22,13 @@ def everything():
     return {"model": seed.Network(**S), "sample": torch.rand(7, 1, 12, 12), "reconstruction_loss": nn.MSELoss()}
 def old_names():
     return {"model": seed.Network(**S), "sample": torch.rand(7, 1, 12, 12), "reconstruction": nn.MSELoss()}
+class Broken(seed.Network):
+    def forward(self, images):
+        poses = self.primary(self.conv1(images)).flatten(2)
+        lengths = poses.norm(dim=2)
+        return lengths * poses
+def broken(): return Broken(**S)
+def broken_with_sample(): return Broken(**S), torch.rand(7, 1, 12, 12)
 def nothing(): return 3
 def sized(n): return seed.Network(**S)
 """
@@ -94,3 +101,40 @@ def test_our_own_file_and_other_files(tmp_path, capsys):
     torch.save({"a": torch.ones(1)}, tmp_path / "b.pt")
     assert cli.main(["doctor", str(tmp_path / "b.pt")]) == 2
     assert "is of no network that is known" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("target", "status"),
+    [(["broken_with_sample"], 1), (["broken", "--image-shape", "1", "12", "12"], 1), (["broken"], 2)],
+)
+def test_a_model_that_does_not_run(target, status, tmp_path, capsys, monkeypatch):
+    """Of images that are only guessed, the shape may be wrong: the same is said, but the model is not blamed."""
+    file = tmp_path / "some_model.py"
+    file.write_text(SCRIPT)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert cli.main(["doctor", f"{file}:{target[0]}", *target[1:]]) == status
+    said = "".join(capsys.readouterr())
+    assert "some_model.py:" in said
+    assert "return lengths * poses" in said
+    assert "lengths has no axis for" in said
+    if status == 1:
+        assert "WRONG       it runs, the model: RuntimeError: The size of tensor a" in said
+        assert "1 of 1 checks found something wrong" in said
+    else:
+        assert "give --image-shape C H W" in said
+        assert "(1, 28, 28) comes furthest" in said
+
+
+def test_findings_are_printed_as_they_are_found(tmp_path, capsys, monkeypatch):
+    """An interruption loses nothing of what was found."""
+    file = tmp_path / "some_model.py"
+    file.write_text(SCRIPT)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastcaps.doctor.checks.initialisation", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cli.main(["doctor", f"{file}:with_sample"])
+    assert "WRONG       softmax over the output capsules, digit_capsules" in capsys.readouterr().out
