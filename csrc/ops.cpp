@@ -11,7 +11,6 @@
 #endif
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -22,10 +21,10 @@
 #include <string>
 #include <tuple>
 #include <type_traits>
-#include <vector>
 
 #include "cpu/entry_points.h"
 #include "routing.h"
+#include "team.h"
 #ifdef FASTCAPS_WITH_CUDA
 #include "cuda/entry_points.h"
 
@@ -90,27 +89,6 @@ EntryPoints<Real> entry_points(const fastcaps::Routing<Real>& in) {
   if (capability() >= Capability::avx2) return {fastcaps::avx2::forward, fastcaps::avx2::backward};
 #endif
   return {fastcaps::baseline::forward, fastcaps::baseline::backward};
-}
-
-// Each thread begins with tasks of its own, whose data may be in its cache from the call before, and then takes what
-// the others have not begun: on a busy machine one of them may not be running.
-void parallel(int64_t n, void* context, fastcaps::Body body) {
-  if (n < 2 || torch::stable::get_num_threads() < 2) return body(context, 0, n);
-  std::vector<std::atomic<bool>> taken(n);
-  const auto take = [&](int64_t task) {
-    if (!taken[task].load(std::memory_order_relaxed) && !taken[task].exchange(true, std::memory_order_relaxed))
-      body(context, task, task + 1);
-  };
-  std::atomic<int64_t> missing = 0;  // no exception but PyTorch's own gets out of its threads
-  torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
-    try {
-      for (int64_t task = begin; task < end; ++task) take(task);
-      for (int64_t task = n; task-- > 0;) take(task);
-    } catch (const fastcaps::OutOfMemory& memory) {
-      missing = memory.bytes;
-    }
-  });
-  if (missing) throw fastcaps::OutOfMemory{missing};
 }
 
 // PyTorch's own error of an allocation that fails does not pass the stable ABI. Its bytes, of this thread's last call,
@@ -272,7 +250,9 @@ void run_forward(const Inputs& inputs, bool leaky, double eps, bool allow_tf32, 
                                    scratch.mutable_data_ptr(), on.stream);
   }
 #endif
-  entry_points<Real>(in).forward(in, out.mutable_data_ptr(), sums.mutable_data_ptr<Real>(), parallel);
+  void* const to = out.mutable_data_ptr();
+  Real* const kept = sums.mutable_data_ptr<Real>();
+  fastcaps::Team::run([&] { entry_points<Real>(in).forward(in, to, kept, fastcaps::Team::parallel); });
 }
 
 std::tuple<Tensor, Tensor> dynamic_routing_forward(Tensor poses, OptionalTensor weight, OptionalTensor prior,
@@ -311,7 +291,7 @@ void run_backward(const Inputs& inputs, const Tensor& grad, const Tensor& sums, 
     return fastcaps::cuda::backward(in, allow_tf32, out, scratch.mutable_data_ptr(), on.stream);
   }
 #endif
-  entry_points<Real>(in).backward(in, out, parallel);
+  fastcaps::Team::run([&] { entry_points<Real>(in).backward(in, out, fastcaps::Team::parallel); });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> dynamic_routing_backward(Tensor grad, Tensor poses, OptionalTensor weight,
