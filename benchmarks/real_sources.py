@@ -14,20 +14,19 @@ from torch import nn
 from torch.autograd import Variable
 
 from fastcaps.doctor.finding import (
+    AGREEMENT,
     BATCH_MATES,
     CLASS_SCORES,
     INITIALISATION,
     INPUT_SQUASH,
     ITERATIONS,
     ROUTING,
+    RUNS,
     SCRAMBLING,
     SOFTMAX_AXIS,
     SQUASH_AXIS,
     ZERO_CAPSULES,
 )
-
-RUNS = "it runs"
-AGREEMENT = "one coupling for each pair of capsules"
 
 Sample = Callable[[int], Any]  # so many samples, as the network is called with them
 

@@ -91,6 +91,9 @@ EntryPoints<Real> entry_points(const fastcaps::Routing<Real>& in) {
   return {fastcaps::baseline::forward, fastcaps::baseline::backward};
 }
 
+// Of the votes of one sweep.
+int64_t products(const fastcaps::Sizes& z) { return z.B * z.I * z.J * z.D_out * std::max<int64_t>(z.D_in, 1); }
+
 // PyTorch's own error of an allocation that fails does not pass the stable ABI. Its bytes, of this thread's last call,
 // do: fastcaps/routing/dynamic/ops.py asks PyTorch for them once more, which raises that error.
 thread_local int64_t missing_bytes = 0;
@@ -252,7 +255,8 @@ void run_forward(const Inputs& inputs, bool leaky, double eps, bool allow_tf32, 
 #endif
   void* const to = out.mutable_data_ptr();
   Real* const kept = sums.mutable_data_ptr<Real>();
-  fastcaps::Team::run([&] { entry_points<Real>(in).forward(in, to, kept, fastcaps::Team::parallel); });
+  fastcaps::Team::run(products(in.size),
+                      [&] { entry_points<Real>(in).forward(in, to, kept, fastcaps::Team::parallel); });
 }
 
 std::tuple<Tensor, Tensor> dynamic_routing_forward(Tensor poses, OptionalTensor weight, OptionalTensor prior,
@@ -291,7 +295,7 @@ void run_backward(const Inputs& inputs, const Tensor& grad, const Tensor& sums, 
     return fastcaps::cuda::backward(in, allow_tf32, out, scratch.mutable_data_ptr(), on.stream);
   }
 #endif
-  fastcaps::Team::run([&] { entry_points<Real>(in).backward(in, out, fastcaps::Team::parallel); });
+  fastcaps::Team::run(products(in.size), [&] { entry_points<Real>(in).backward(in, out, fastcaps::Team::parallel); });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> dynamic_routing_backward(Tensor grad, Tensor poses, OptionalTensor weight,

@@ -21,11 +21,12 @@ namespace fastcaps {
 
 class Team {
  public:
-  // Calls work() on this thread. Its calls of `parallel` are shared with PyTorch's other threads.
+  // Calls work() on this thread. Its calls of `parallel` are shared with PyTorch's other threads, if there are enough
+  // products to compute: fewer are done before another thread has come (4 of 50 us for a layer of 2, 10 -> 5, 8 -> 8).
   template <class Work>
-  static void run(const Work& work) {
+  static void run(int64_t products, const Work& work) {
     const int64_t threads = torch::stable::get_num_threads();
-    if (threads < 2) return work();
+    if (threads < 2 || products < kFewProducts) return work();
     Team team;
     torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t) {
       if (begin > 0) return team.help();
@@ -54,6 +55,7 @@ class Team {
   static constexpr int kBits = 16;
   static constexpr uint64_t kMask = (1 << kBits) - 1;
   static constexpr int64_t kParts = 1024;
+  static constexpr int64_t kFewProducts = 1 << 16;
   static uint64_t pack(uint64_t job, uint64_t front, uint64_t back) { return job << 2 * kBits | front << kBits | back; }
 
   void share(int64_t tasks, void* with, Body what) {
