@@ -14,6 +14,8 @@ def check_number(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a float, got {value!r}")
     if not 0 <= value < math.inf:
         raise ValueError(f"{name} must be finite and not negative, got {value}")
+    if isinstance(value, int) and value >= 2**63:  # which torch cannot take
+        raise ValueError(f"{name} must be below 2^63 as an int, got {value}")
 
 
 def check_int(name: str, value: Any, least: int) -> None:
@@ -60,6 +62,8 @@ def check_pair(name: str, value: Any, least: int) -> tuple[int, int]:
         raise TypeError(f"{name} must be an int or a pair of ints (height, width), got {value!r}")
     if min(pair) < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
+    for size in pair:
+        check_int(name, size, least)
     return pair[0], pair[1]
 
 
