@@ -413,7 +413,7 @@ def main() -> int:
     wanted[PAGE] = filled(PAGE, parts)
     content = json.loads(REAL_CODE.read_text())
     wanted[REAL_PAGE] = filled(REAL_PAGE, {"layers": real_layers(content), "findings": real_findings(content)})
-    wanted[GRID_PAGE] = filled(GRID_PAGE, {"grid": "\n".join(map(grid, GRIDS))})
+    wanted[GRID_PAGE] = filled(GRID_PAGE, {"grid": "\n".join(map(grid, GRIDS)) or "Not measured yet.\n"})
     if "--check" not in sys.argv:
         for path, content in wanted.items():
             path.write_text(content)
