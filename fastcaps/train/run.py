@@ -145,7 +145,7 @@ def _train(given: dict[str, Any], out: Path, *, first: bool, resume: bool, overw
         names = ", ".join(path.name for path in held)
         raise FileExistsError(f"{out} holds a run ({names}): --resume goes on, --overwrite begins anew")
     settings, data, config = settle(given, out, resume)
-    devices, nodes = check_devices(settings)
+    devices, nodes = _devices(settings, given, out)
     network = build_network(settings, data.image_shape, data.num_classes)
     trainer = _trainer(settings, out, devices, nodes, Keeper(out, settings.checkpoint_seconds, config))
     samples = Samples(data, settings, trainer.strategy.root_device)
@@ -169,6 +169,16 @@ def _train(given: dict[str, Any], out: Path, *, first: bool, resume: bool, overw
         print(f"{out / 'model.safetensors'} and {out / 'report.html'} are written")
         if module.never_predicted:
             print(f"warning: {_missing(module.never_predicted, data, settings)}", file=sys.stderr)
+
+
+def _devices(settings: Settings, given: dict[str, Any], out: Path) -> tuple[int, int]:
+    """As :func:`check_devices`, whose message says that the run in ``out`` asks for them, if no option does."""
+    try:
+        return check_devices(settings)
+    except ValueError as error:
+        if given.keys() & {"accelerator", "devices", "nodes"} or not _held(out):
+            raise
+        raise ValueError(f"{error} (so it is told in {out})") from error
 
 
 def _module(

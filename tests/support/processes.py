@@ -10,7 +10,6 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
-import torch
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,21 +44,11 @@ class Forked:
         function: returns the exit status.
         arguments: for it.
         stderr: the file that its errors go to.
-        threads: of PyTorch; None: as many as elsewhere.
-        environment: variables to add.
     """
 
-    def __init__(
-        self,
-        function: Callable[..., int],
-        *arguments: Any,
-        stderr: Path,
-        threads: int | None = None,
-        **environment: str,
-    ) -> None:
+    def __init__(self, function: Callable[..., int], *arguments: Any, stderr: Path) -> None:
         self.stderr = stderr
-        given = (function, arguments, stderr, threads, environment)
-        self.process = _fork_server().Process(target=_run, args=given)
+        self.process = _fork_server().Process(target=_run, args=(function, arguments, stderr))
         self.process.start()
 
     def wait(self) -> tuple[int, str]:
@@ -69,12 +58,7 @@ class Forked:
         return self.process.exitcode, self.stderr.read_text()
 
 
-def _run(
-    function: Callable[..., int], arguments: tuple[Any, ...], stderr: Path, threads: int | None, environment: dict
-) -> None:
+def _run(function: Callable[..., int], arguments: tuple[Any, ...], stderr: Path) -> None:
     os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT), 2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    os.environ.update(environment)
-    if threads is not None:
-        torch.set_num_threads(threads)
     sys.exit(function(*arguments))
