@@ -10,7 +10,6 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
-
 ROOT = Path(__file__).parents[2]
 
 
