@@ -70,7 +70,7 @@ void set_to_zero(void* memory, int64_t bytes, cudaStream_t stream) {
 template <class Real>
 TileKind tile_kind(const Routing<Real>& in) {
   const Sizes& z = in.size;
-  const bool matrices = in.weight && (in.stride_i || z.I == 1) && (in.stride_j || z.J == 1);
+  const bool matrices = in.weight && in.stride_i && (in.stride_j || z.J == 1);
   if (std::max({z.B, z.I, z.J}) > INT32_MAX - 64) return TileKind::none;
   if (!std::is_same_v<Real, float> || !matrices || z.D_in > kTileDepth || z.D_out > kTileEntries) return TileKind::none;
   if (z.D_out > 16) return TileKind::capsules5;
@@ -84,7 +84,7 @@ struct Plan {
   cudaStream_t stream;
   Sizes z = in.size;
   TileKind kind = tile_kind(in);
-  bool absorbed = in.weight && in.stride_i == 0 && z.I != 1;
+  bool absorbed = in.weight && in.stride_i == 0;
   int64_t D_sum = absorbed ? z.D_in : z.D_out;  // entries of what is summed over the input capsules
   int64_t N = z.B * z.J * z.D_out;
   int64_t capsules = kind == TileKind::none ? 1 : with_tile(kind, [&]<class T>() { return int64_t(T::JT); });
