@@ -21,6 +21,7 @@
 #include <string>
 #include <tuple>
 #include <type_traits>
+#include <utility>
 
 #include "cpu/entry_points.h"
 #include "routing.h"
@@ -94,12 +95,12 @@ EntryPoints<Real> entry_points(const fastcaps::Routing<Real>& in) {
 // Of the votes of one sweep.
 int64_t products(const fastcaps::Sizes& z) { return z.B * z.I * z.J * z.D_out * std::max<int64_t>(z.D_in, 1); }
 
-// PyTorch's own error of an allocation that fails does not pass the stable ABI. Its bytes, of this thread's last call,
-// do: fastcaps/routing/dynamic/ops.py asks PyTorch for them once more, which raises that error.
-thread_local int64_t missing_bytes = 0;
+// PyTorch's own error of an allocation that fails does not pass the stable ABI. The bytes that the call had asked for
+// until then do: fastcaps/routing/dynamic/ops.py asks PyTorch for all of them once more, which raises that error.
+thread_local int64_t asked_bytes = 0, missing_bytes = 0;
 
 [[noreturn]] void raise(const fastcaps::OutOfMemory& memory, bool cuda) {
-  missing_bytes = memory.bytes;
+  missing_bytes = asked_bytes + memory.bytes;
   const char* why =
       cuda ? "CUDA out of memory. Or an earlier kernel failed" : "DefaultCPUAllocator: can't allocate memory";
   throw std::runtime_error("fastcaps::native_dynamic_routing: could not allocate " + std::to_string(memory.bytes) +
@@ -110,7 +111,9 @@ thread_local int64_t missing_bytes = 0;
 template <class Make>
 Tensor allocate(int64_t bytes, const Make& make) {
   try {
-    return make();
+    Tensor made = make();
+    asked_bytes += bytes;
+    return made;
   } catch (const std::exception&) {
     throw fastcaps::OutOfMemory{bytes};
   }
@@ -124,6 +127,7 @@ Tensor allocated_like(const Tensor& tensor) {
   return allocate(tensor.numel() * tensor.element_size(), [&] { return torch::stable::empty_like(tensor); });
 }
 Tensor as_contiguous(const Tensor& tensor) {
+  if (tensor.is_contiguous()) return tensor;
   return allocate(tensor.numel() * tensor.element_size(), [&] { return torch::stable::contiguous(tensor); });
 }
 
@@ -264,7 +268,7 @@ std::tuple<Tensor, Tensor> dynamic_routing_forward(Tensor poses, OptionalTensor 
                                                    OptionalTensor bias, OptionalTensor mask, int64_t num_iterations,
                                                    bool leaky, bool /*detach: for the derivative only*/, double eps,
                                                    bool allow_tf32) try {
-  missing_bytes = 0;
+  asked_bytes = 0;
   const Inputs inputs(poses, weight, prior, bias, mask, num_iterations);
   const fastcaps::Sizes& z = inputs.size;
   Tensor out = allocated(inputs.poses, {z.B, z.J, z.D_out}, inputs.dtype);
@@ -305,7 +309,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dynamic_routing_backward(Tensor grad,
                                                                     bool detach, double eps, bool need_poses,
                                                                     bool need_weight, bool need_prior, bool need_bias,
                                                                     bool allow_tf32) try {
-  missing_bytes = 0;
+  asked_bytes = 0;
   const Inputs inputs(poses, weight, prior, bias, mask, sums.size(0));
   const fastcaps::Sizes& z = inputs.size;
   require(grad.dim() == 3 && grad.size(0) == z.B && grad.size(1) == z.J && grad.size(2) == z.D_out,
@@ -370,8 +374,10 @@ static PyObject* why_no_cuda(PyObject*, PyObject* device) {
 #endif
 }
 
-// The bytes that this thread's last call of an op could not allocate, or 0.
-static PyObject* bytes_not_allocated(PyObject*, PyObject*) { return PyLong_FromLongLong(missing_bytes); }
+// The bytes of an op that this thread called and that could not allocate them, or 0; once.
+static PyObject* bytes_not_allocated(PyObject*, PyObject*) {
+  return PyLong_FromLongLong(std::exchange(missing_bytes, 0));
+}
 
 // Importing fastcaps._C runs the registrations above; the module itself says how it was built and where it can run.
 static PyMethodDef methods[] = {{"why_no_cuda", why_no_cuda, METH_O, nullptr},

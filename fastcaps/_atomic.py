@@ -69,7 +69,10 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(partial, path)
+                if fcntl is not None:  # still locked: nobody takes it for one of a dead process
+                    os.replace(partial, path)
+            if fcntl is None:  # Windows renames no open file
+                os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
 

@@ -74,7 +74,9 @@ struct KeptVotes : Products<Real> {
     if (in.bias) Rows::pad(Stored::real, in.bias, 0, z.J, z.D_out, bias);
     for (int64_t b0 = 0; b0 < z.B; b0 += together) {
       const int64_t samples = least(together, z.B - b0);
-      if (row != z.D_out) std::memset(u, 0, samples * z.I * capsule * sizeof(Real));  // what is added to rows
+      if (row != z.D_out)  // what is added to rows
+        parallel_for(parallel, samples,
+                     [&](int64_t b) { std::memset(u + b * z.I * capsule, 0, z.I * capsule * sizeof(Real)); });
       Routing<Real> routing = in;
       routing.size = {samples, z.I, z.J, 0, row, z.T};
       routing.stored = Stored::real;

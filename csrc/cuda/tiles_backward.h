@@ -152,7 +152,7 @@ struct LastSweep {
     for (int s = 0; s < 2; ++s) {
       const bool there = sample(s) < args.B && (F::PLAIN || j < args.J);
       if (!F::PLAIN && args.prior && there)
-        c[s] += kLog2e<float> * args.prior[sample(s) * args.prior_stride_b + matrix_of(args, i, j)];
+        c[s] += prior_of_two(args.prior[sample(s) * args.prior_stride_b + matrix_of(args, i, j)]);
       const float exponent = c[s] - top[s] - log[s];
       c[s] = power_of_two(exponent > 0 ? 0 : exponent);
       dc[s] = there && !args.detach ? c[s] * (dc[s] - mean[s]) : 0;

@@ -156,19 +156,20 @@ class Network(nn.Module):
         described, name = describe(path), os.fspath(path)
         if described["model"] not in (names := [kind.__name__ for kind in (cls, *cls.__subclasses__())]):
             wanted = " or ".join(name for name in names if name != "Network")
-            raise ValueError(f"{name!r} holds a fastcaps.{described['model']}, not a {wanted}")
+            raise ValueError(f"{name!r} holds a fastcaps model {described['model']!r}, not a {wanted}")
         (kind,) = (kind for kind in (cls, *cls.__subclasses__()) if kind.__name__ == described["model"])
         state = _read_state(name)
-        config = described["config"]
+        config = {name: value for name, value in described["config"].items() if name not in OF_A_MACHINE}
         try:
-            if unknown := OF_A_MACHINE & config.keys():
-                raise ValueError(f"{', '.join(sorted(unknown))} is nothing that a file can say")
             if "routing" in config:
                 config["routing"] = Convention(**config["routing"])
-            with torch.device("meta"):  # no size that the configuration names takes memory before the weights fit it
-                network = kind(**kind.former_defaults | config)
+            options = kind.former_defaults | config
+            with torch.device("meta"), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                planned = kind(**options)  # no size in the configuration takes memory before the weights fit it
             _check_flags(config, kind)
-            _check_shapes(state, network.state_dict())
+            _check_shapes(state, planned.state_dict())
+            network = kind(**options)
         except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # of constructors, by what is wrong
             raise ValueError(f"{name!r}: weights and configuration do not fit: {one_line(error)}") from error
         network.load_state_dict(state, assign=True)

@@ -121,7 +121,8 @@ def curves(panels: Sequence[tuple[str, dict[str, tuple[list[float], list[float]]
 def confusion(counts: Tensor) -> Figure:
     """How often each class was taken for each other; ``counts`` is ``[J, J]``: rows are true, columns predicted."""
     J = len(counts)
-    figure, axes = plt.subplots(figsize=(0.45 * J + 2, 0.45 * J + 1.5), layout="constrained")
+    side = min(0.45 * J, 12)  # inches; beyond that a class gets less room
+    figure, axes = plt.subplots(figsize=(side + 2, side + 1.5), layout="constrained")
     wrong = counts.clone().fill_diagonal_(0)
     axes.imshow(wrong.numpy(), cmap="Reds", vmin=0, vmax=max(1, int(wrong.max())))
     if J <= 20:

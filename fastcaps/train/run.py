@@ -135,9 +135,15 @@ def train(given: dict[str, Any], out: Path, *, resume: bool = False, overwrite: 
         BlockingIOError: a run is going on in ``out``.
         OSError: something cannot be read or written.
     """
-    first = getattr(rank_zero_only, "rank", 0) == 0
+    first = _is_first()
     with locked(out) if first else contextlib.nullcontext():
         _train(given, out, first=first, resume=resume, overwrite=overwrite)
+
+
+def _is_first() -> bool:
+    """Whether this process is the one that writes. Lightning's rank at import leaves out the machine's number."""
+    machine = os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0"))
+    return getattr(rank_zero_only, "rank", 0) == 0 and machine == "0"
 
 
 def _train(given: dict[str, Any], out: Path, *, first: bool, resume: bool, overwrite: bool) -> None:
@@ -145,7 +151,7 @@ def _train(given: dict[str, Any], out: Path, *, first: bool, resume: bool, overw
         names = ", ".join(path.name for path in held)
         raise FileExistsError(f"{out} holds a run ({names}): --resume goes on, --overwrite begins anew")
     settings, data, config = settle(given, out, resume)
-    devices, nodes = _devices(settings, given, out)
+    devices, nodes = _devices(settings, given, out if resume else None)
     network = build_network(settings, data.image_shape, data.num_classes)
     trainer = _trainer(settings, out, devices, nodes, Keeper(out, settings.checkpoint_seconds, config))
     samples = Samples(data, settings, trainer.strategy.root_device)
@@ -171,14 +177,14 @@ def _train(given: dict[str, Any], out: Path, *, first: bool, resume: bool, overw
             print(f"warning: {_missing(module.never_predicted, data, settings)}", file=sys.stderr)
 
 
-def _devices(settings: Settings, given: dict[str, Any], out: Path) -> tuple[int, int]:
-    """As :func:`check_devices`, whose message says that the run in ``out`` asks for them, if no option does."""
+def _devices(settings: Settings, given: dict[str, Any], resumed: Path | None) -> tuple[int, int]:
+    """As :func:`check_devices`, whose message says that the run which is resumed asks for them, if no option does."""
     try:
         return check_devices(settings)
     except ValueError as error:
-        if given.keys() & {"accelerator", "devices", "nodes"} or not _held(out):
+        if resumed is None or given.keys() & {"accelerator", "devices", "nodes"} or not _held(resumed):
             raise
-        raise ValueError(f"{error} (so it is told in {out})") from error
+        raise ValueError(f"{error} (so it is told in {resumed})") from error
 
 
 def _module(

@@ -57,7 +57,8 @@ class Settings:
     model: str = _setting("capsnet", "capsule network, or the paper's convolutional baseline", MODELS)
     stem: int = _setting(256, "channels of the first convolution")
     kernel_size: int | None = _setting(
-        None, "kernel size of both convolutions in pixels; unset: 9, or where that does not fit 3"
+        None,
+        "kernel size of both convolutions in pixels; unset: 9, or 3 where 9 does not fit; of a signal: along its length",
     )
     stem_stride: int = _setting(1, "stride of the first convolution in pixels")
     primary_stride: int | None = _setting(
@@ -174,8 +175,9 @@ class Settings:
             sizes = [int(size) for size in self.image_size.split("x")]
         except ValueError:
             sizes = []
-        if len(sizes) not in (1, 2) or min(sizes) < 1:
-            raise ValueError(f"--image-size must be like 28 or 32x48, height x width, got {self.image_size!r}")
+        if len(sizes) not in (1, 2) or not 1 <= min(sizes) <= max(sizes) < 2**14:
+            wanted = f"like 28 or 32x48, height x width, below {2**14}"
+            raise ValueError(f"--image-size must be {wanted}, got {self.image_size!r}")
         return sizes[0], sizes[-1]
 
     def class_weight_numbers(self) -> list[float] | None:
@@ -282,6 +284,8 @@ def read_settings(path: str | os.PathLike[str], options: Mapping[str, Any]) -> d
     of_run = isinstance(read, dict) and "settings" in read
     settings = settings_of_run(read["settings"], str(path)) if of_run else known_settings(read, str(path))
     decided = {"model": {*_CAPSNET, "loss", "reconstruction"}, "data": BY_IMAGES | {"image_size"}}
+    if "," in settings.get("class_weights", ""):  # of the classes of that data set
+        decided["data"] |= {"class_weights"}
     for name in decided if of_run else ():
         if name in options and options[name] != settings.get(name):
             settings = {key: value for key, value in settings.items() if key not in decided[name]}

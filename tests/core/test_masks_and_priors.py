@@ -81,6 +81,17 @@ FEW = pytest.mark.runs_interpreted(unless=lambda way: way != "samples")
 
 @FEW
 @pytest.mark.parametrize("way", WAYS)
+def test_the_lowest_finite_prior_closes_a_route_only_beside_a_larger_one(implementation, wide, way):
+    """As in a softmax: many programs mask by this number. Scaled for powers of two it would be -inf."""
+    backend, device = implementation
+    inputs = inputs_of(way, device, wide)
+    lowest = torch.finfo(wide).min
+    inputs["prior"][:, 1], inputs["prior"][:, 2, 1:] = lowest, lowest
+    assert_same(run(inputs, backend), run(inputs, "reference"))
+
+
+@FEW
+@pytest.mark.parametrize("way", WAYS)
 def test_a_masked_input_takes_no_part_in_a_prior_for_all_samples(implementation, wide, way):
     backend, device = implementation
     inputs = inputs_of(way, device, wide)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.image_files import NAMES, small_mnist
+from support.processes import Forked
 
 from fastcaps import _atomic
 from fastcaps._atomic import whole_file, write_whole
@@ -204,6 +205,20 @@ def test_two_writers_never_mix(tmp_path):
             other.flush()
             assert len(list(tmp_path.iterdir())) == 2, n
     assert path.read_bytes() == b"one" * 3  # the outer block ends last
+
+
+def _write_often(path: Path) -> int:
+    for _ in range(100):
+        write_whole(path, b"whole" * 1000)
+    return 0
+
+
+@pytest.mark.process
+def test_processes_that_write_the_same_file(tmp_path):
+    """What one has written whole and not yet renamed, another does not take for a dead process's."""
+    writers = [Forked(_write_often, tmp_path / "a", stderr=tmp_path / f"stderr-{n}") for n in range(3)]
+    assert [writer.wait() for writer in writers] == [(0, "")] * 3
+    assert (tmp_path / "a").read_bytes() == b"whole" * 1000
 
 
 def test_what_dead_writers_left_is_removed_and_nothing_else(tmp_path):

@@ -97,6 +97,12 @@ def test_only_the_first_process_of_a_run_locks(tmp_path, monkeypatch):
         run.train({"stem": 4, "types": 1, "accelerator": "cpu", "epochs": 1}, tmp_path)
 
 
+def test_a_second_machine_is_no_second_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("NODE_RANK", "1")
+    with locked(tmp_path), pytest.raises(ValueError, match="the same for all processes"):
+        run.train({"stem": 4, "types": 1, "accelerator": "cpu", "epochs": 1}, tmp_path)
+
+
 def test_a_refused_run_leaves_no_lock(tmp_path):
     assert train(tmp_path, *SMALL, "--kernel-size", "9") == 1
     assert list(tmp_path.iterdir()) == []

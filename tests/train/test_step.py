@@ -97,7 +97,7 @@ def test_the_baseline(tmp_path, capsys):
     assert isinstance(again, CNN)
     images = torch.rand(2, 1, 8, 8)
     assert torch.equal(again.predict(images), small.eval().predict(images))
-    with pytest.raises(ValueError, match=r"holds a fastcaps.CNN, not a CapsNet"):
+    with pytest.raises(ValueError, match=r"holds a fastcaps model 'CNN', not a CapsNet"):
         CapsNet.load(tmp_path / "cnn.safetensors")
     with pytest.raises(ValueError, match=r"\[B, 1, 8, 8\]"):
         small(torch.rand(2, 1, 8, 9))

@@ -43,7 +43,11 @@ pytestmark = pytest.mark.train
         (["--data", "multi-mnist", "--shift", "2"], "pairs are shifted already"),
         (["--image-size", "32"], "--image-size is for --data image-folder"),
         (["--data", "image-folder", "--image-size", "8x0"], "--image-size must be like 28 or 32x48, height x width"),
-        (["--data", "image-folder", "--image-size", "1x2x3"], "must be like 28 or 32x48, height x width, got '1x2x3'"),
+        (["--data", "image-folder", "--image-size", "3000000000x3"], "height x width, below 16384, got '3000000000x3'"),
+        (
+            ["--data", "image-folder", "--image-size", "1x2x3"],
+            "must be like 28 or 32x48, height x width, below 16384, got '1x2x3'",
+        ),
         (["--class-weights", "balancd"], "must be none, balanced, or a number for each class, as 1,1,2.5, got"),
         (["--class-weights", "1,-1"], "must be none, balanced, or a number for each class, as 1,1,2.5, got '1,-1'"),
         (["--class-weights", "1,2,3"], "--class-weights has 3 numbers, but there are 10 classes"),
@@ -184,7 +188,8 @@ def test_every_setting_is_an_option(monkeypatch, tmp_path):
         arguments = [option(field.name)] + ([] if kind is bool else [value or values[kind.__name__]])
         arguments += ["--data", "image-folder"] if field.name == "image_size" else []
         assert train(tmp_path, *arguments) == 0
-        assert field.name in given.pop()
+        others = {"data"} if field.name == "image_size" else set()
+        assert given.pop().keys() - others == {field.name}
 
 
 @pytest.mark.parametrize(

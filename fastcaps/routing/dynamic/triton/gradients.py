@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from fastcaps.routing.dynamic.triton.sweeps import LOG2E, coupling, dot, votes
+from fastcaps.routing.dynamic.triton.sweeps import coupling, dot, prior_of_two, votes
 
 LN2 = tl.constexpr(0.6931471805599453)
 UNROLLED = tl.constexpr(5)  # iterations that stand side by side; more of them go round a loop
@@ -117,7 +117,7 @@ def gradients(
                 logit0 = tl.zeros((JG, BB), tl.float32)
                 if PRIOR:
                     p_at = prior + b[None, :] * p.b + i * p.i + j2 * p.j
-                    logit0 = tl.load(p_at, mask=ok2 & valid[None, :], other=0.0) * LOG2E
+                    logit0 = prior_of_two(tl.load(p_at, mask=ok2 & valid[None, :], other=0.0))
                 db = tl.zeros((JG, BB), tl.float32)
                 du = tl.zeros((JG, BB, D), tl.float32)
                 if T <= UNROLLED:

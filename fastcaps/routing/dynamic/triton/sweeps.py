@@ -106,6 +106,13 @@ def _softmax(logits, leak, JT: tl.constexpr, LEAKY: tl.constexpr):
 
 
 @triton.jit
+def prior_of_two(prior):
+    """A prior for exponents of two. A finite one stays finite: -inf alone closes a route."""
+    scaled = prior * LOG2E
+    return tl.where((scaled < LEAST_LOGIT) & (prior >= LEAST_LOGIT), LEAST_LOGIT, scaled)
+
+
+@triton.jit
 def coupling(l, top, log):
     """2^(l - top - log), at most 1 also where l was found in another order than the largest logit; a NaN stays one."""
     return tl.exp2(tl.minimum(l - top[None, :] - log[None, :], 0.0, propagate_nan=tl.PropagateNan.ALL))
@@ -208,7 +215,7 @@ def sweep(
                     j_ok = tl.reshape(j_ok, (JG, 1))
                     if PRIOR:
                         p_at = prior + b[None, :] * p.b + i * p.i + (tl.reshape(j, (JG, 1)) + n * JG) * p.j
-                        l += tl.load(p_at, mask=valid[None, :] & j_ok, other=0.0) * LOG2E
+                        l += prior_of_two(tl.load(p_at, mask=valid[None, :] & j_ok, other=0.0))
                     logits = logits + (l if EVEN else tl.where(j_ok, l, float("-inf")),)
                     if BACKWARD:
                         dc = tl.sum(u * dss[n], axis=2)
