@@ -1,8 +1,11 @@
 """Figures of reports: sizes that do not grow without end."""
 
+import pytest
 import torch
 
 from fastcaps.train import figures
+
+pytestmark = pytest.mark.train
 
 
 def test_a_thousand_classes_fit_into_a_figure():
