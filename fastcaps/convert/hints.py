@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastcaps.convert.comparison import verify
@@ -167,7 +168,8 @@ def _template(paths: Sequence[str], modules: Mapping[str, nn.Module]) -> list[st
     named = [_label(path, modules[path]) for path in paths[:SHOWN]]
     more = f" and {len(paths) - SHOWN} more" if len(paths) > SHOWN else ""
     module = modules[paths[0]]
-    largest = max(module.named_parameters(), key=lambda pair: pair[1].numel(), default=("weight", None))[0]
+    sizes = {name: p.numel() for name, p in module.named_parameters() if not is_lazy(p)}
+    largest = max(sizes, key=lambda name: sizes[name], default="weight")
     recipe = f"Recipe({'mine'!r}, {type(module).__name__!r}, weight={largest!r}, axes='I J D_out D_in')"
     return [
         f"a softmax is taken in {', '.join(named)}{more}. If one of these routes capsules, say what its axes are "

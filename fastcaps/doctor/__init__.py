@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from fastcaps._deprecated import moved_module, renamed_arguments
 from fastcaps.convert.failure import explain_failure
@@ -124,6 +125,7 @@ def _findings(
         failure = explain_failure(error, copied)
         yield Finding(RUNS, failure.path, WRONG, failure.text, failure.fix)
         return
+    _empty_what_has_no_shape(copied)
     _copy(copied)  # only after a call a model may hold what cannot be copied
     run = _with_unique_batch_size(run)
     yield checks.finite(run.output)
@@ -156,6 +158,13 @@ def _copy(model: nn.Module) -> nn.Module:
         return full_copy(model)
     except Exception as error:
         raise ValueError(f"the model cannot be copied: {type(error).__name__}: {error}") from error
+
+
+def _empty_what_has_no_shape(model: nn.Module) -> None:
+    """Give parameters and buffers a shape, an empty one, that a call did not give one: nothing depends on them."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if is_lazy(tensor):
+            tensor.materialize((0,))
 
 
 def _with_unique_batch_size(run: Run) -> Run:

@@ -88,6 +88,9 @@ def test_names_alone_are_no_hint():
     names = {}
     exec(inspect.cleandoc("\n".join(lines)), names)  # a recipe that can be made, and is to be corrected
     assert len(names["recipes"]) == len(RECIPES) + 1
+    model = Attention()
+    model.spare = nn.LazyLinear(3)  # a weight without a shape is none of the largest
+    assert "weight='route_weights'" in str(quietly(model, torch.randn(4, I, D_IN)))
 
 
 def test_the_layer_around_a_module_that_routes_is_found():
