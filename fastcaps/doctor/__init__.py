@@ -130,14 +130,14 @@ def _findings(
     run = _with_unique_batch_size(run)
     yield checks.finite(run.output)
     layers = yield from _layers(run)
-    routings = [layer for layer in layers if isinstance(layer, Routing) and layer.by_agreement]
+    layers = [layer for layer in layers if not isinstance(layer, Routing) or layer.by_agreement]
+    routings = [layer for layer in layers if isinstance(layer, Routing)]
     yield kept_state(run)
     yield from batch_mates(run, routings)
     for routing in routings:
         yield from routing_checks(routing, run.B, run.around(routing.call))
-    first = next((layer for layer in layers if not isinstance(layer, Routing) or layer.by_agreement), None)
-    if first is not None:  # the others get their poses from capsules, not from a feature map
-        yield from primary_capsules(run, first)
+    if layers:  # the others get their poses from capsules, not from a feature map
+        yield from primary_capsules(run, layers[0])
     yield from checks.zero_capsules(run.calls)
     classes = class_capsules(run, layers[-1]) if layers else None
     if classes is not None and drawn_at_random(run, classes):

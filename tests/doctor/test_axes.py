@@ -11,6 +11,7 @@ from support.networks_to_examine import (
     DISTINCT,
     INPUTS,
     ITERATIONS,
+    LOSS,
     ROUTING,
     SCORES,
     SOFTMAX,
@@ -22,9 +23,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import fastcaps
-from fastcaps.doctor import FINE, SUSPICIOUS, UNKNOWN, WRONG, iter_findings
+from fastcaps.doctor import FINE, SUSPICIOUS, UNKNOWN, WRONG, examine, iter_findings
 from fastcaps.doctor.axes import find_routings
 from fastcaps.doctor.watch import Run
+from fastcaps.losses import margin_loss
 
 
 class Routes(nn.Module):
@@ -309,6 +311,36 @@ def test_attention_is_no_routing():
         found = [f for f in findings if f.check == ROUTING]
         assert {f.verdict for f in found} == {UNKNOWN}
         assert all("attention" in f.evidence for f in found)
+
+
+def test_attention_after_the_capsules_has_no_classes():
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.capsules, self.summary = Routes(), Pooling()
+
+        def forward(self, x):
+            poses = self.capsules(x)
+            return self.summary(poses), poses
+
+    class Pooling(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.queries = nn.Parameter(torch.randn(5, 6))
+
+        def forward(self, poses):
+            return (self.queries @ poses.mT).softmax(-1) @ poses
+
+    torch.manual_seed(0)
+
+    def mean_over_classes(lengths, labels):
+        return margin_loss(lengths, labels) / lengths.shape[1]
+
+    findings = examine(Network(), torch.randn(7, 12, 3), margin_loss=mean_over_classes)
+    assert "attention" in next(f for f in findings if f.check == ROUTING).evidence
+    finding = next(f for f in findings if f.check == LOSS)
+    assert (finding.verdict, "and 4 classes" in finding.evidence) == (WRONG, True), str(finding)
+    assert next(f for f in findings if f.check == TRAINS).verdict == FINE
 
 
 def test_a_softmax_that_is_no_coupling():
