@@ -294,6 +294,50 @@ def test_a_first_pass_without_a_softmax_is_an_iteration():
     assert examined(ITERATIONS, Layer()).verdict == FINE
 
 
+@pytest.mark.parametrize(("axis", "verdict"), [(2, FINE), (1, WRONG)])
+@pytest.mark.parametrize("taken", ["poses", "votes"])
+@pytest.mark.parametrize(("I", "J"), [(12, 4), (200, 2), (5, 3), (40, 40)])
+def test_the_second_of_two_passes_is_an_agreement_with_the_first(I, J, taken, axis, verdict):
+    """Its softmax is the only one, and depends on what comes in as that of attention does."""
+
+    class FromVotes(nn.Module):
+        def forward(self, votes):
+            v = fastcaps.squash(votes.sum(1) / J)
+            c = torch.einsum("bijo,bjo->bij", votes, v).softmax(axis)
+            return fastcaps.squash(torch.einsum("bij,bijo->bjo", c, votes))
+
+    class FromPoses(FromVotes):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.rounds = nn.Parameter(0.3 * torch.randn(I, J, 6, 3)), 2
+
+        def forward(self, poses):
+            return super().forward(torch.einsum("ijok,bik->bijo", self.weight, poses))
+
+    model, shape = (FromPoses(), (I, 3)) if taken == "poses" else (FromVotes(), (I, J, 6))
+    assert examined(SOFTMAX, model, *shape).verdict == verdict
+    finding = examined(ITERATIONS, model, *shape)
+    assert (finding.verdict, "is computed 2 times" in finding.evidence) == (FINE, True), str(finding)
+
+
+@pytest.mark.parametrize("given", ["tokens", "keys", "queries"])
+@pytest.mark.parametrize("J", [2, 9])
+def test_one_softmax_of_what_comes_in_is_attention(given, J):
+    """Whichever of keys and queries comes in first; of the other, nothing does."""
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.other, self.value = nn.Parameter(torch.randn(5 if given == "queries" else J, 8)), nn.Linear(8, 8)
+
+        def forward(self, x):
+            q, k = {"tokens": (x, x), "keys": (self.other, x), "queries": (x, self.other)}[given]
+            return (q @ k.mT).softmax(-1) @ self.value(k)
+
+    finding = examined(ROUTING, Attention(), J if given == "queries" else 6, 8)
+    assert (finding.verdict, "attention" in finding.evidence) == (UNKNOWN, True), str(finding)
+
+
 def test_attention_is_no_routing():
     class Attention(nn.Module):
         def __init__(self):
