@@ -3,17 +3,16 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastcaps.convert.comparison import verify
 from fastcaps.convert.converted import ConvertedCapsules
 from fastcaps.convert.guess import guess
 from fastcaps.convert.modules import Calls, first_calls, random_state_kept
 from fastcaps.convert.recipes import RECIPES, Recipe
+from fastcaps.convert.softmaxes import SoftmaxWatch
 from fastcaps.layers import CapsuleLayer
 
 SHOWN = 5  # modules that are named
@@ -22,7 +21,7 @@ TWO_LINES = """
     recipes = (*RECIPES, {recipe})"""
 
 
-class SoftmaxWatch(TorchDispatchMode):
+class SoftmaxTakers(SoftmaxWatch):
     """Records which modules take a softmax; inside, those of PyTorch count as a part of the module that calls them.
 
     Attributes:
@@ -34,7 +33,7 @@ class SoftmaxWatch(TorchDispatchMode):
         self.modules: set[nn.Module] = set()
         self._stack: list[nn.Module] = []
 
-    def __enter__(self) -> "SoftmaxWatch":
+    def __enter__(self) -> "SoftmaxTakers":
         def before(module: nn.Module, args: Any) -> None:
             if not type(module).__module__.startswith("torch."):
                 self._stack.append(module)
@@ -53,10 +52,9 @@ class SoftmaxWatch(TorchDispatchMode):
         self._stack.clear()
         super().__exit__(*raised)
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is torch.ops.aten._softmax.default and self._stack:
-            self.modules.add(self._stack[-1])
-        return function(*args, **(kwargs or {}))
+    def seen(self, axis: int, result: Tensor, numerator: Tensor | None) -> None:
+        """It was the innermost module."""
+        self.modules.update(self._stack[-1:])
 
 
 def hints(

@@ -11,7 +11,7 @@ from torch import nn
 from fastcaps.convert.comparison import Refused, Verdict, verify
 from fastcaps.convert.converted import ConvertedCapsules, Plan, convert_layer, restore_layer
 from fastcaps.convert.diagnosis import described, diagnose
-from fastcaps.convert.hints import SoftmaxWatch, hints, suggestion
+from fastcaps.convert.hints import SoftmaxTakers, hints, suggestion
 from fastcaps.convert.modules import Calls, detached_copy, first_calls, floating_tensors, random_state_kept
 from fastcaps.convert.recipes import RECIPES, Recipe
 from fastcaps.convert.report import ConversionReport, LayerReport
@@ -94,7 +94,7 @@ def replace_capsules(
             raise TypeError(f"recipes must be Recipe objects, got {recipe!r}")
     if only_if_faster and not measure:
         raise ValueError("only_if_faster needs measure=True: nothing else tells which is faster")
-    watch = SoftmaxWatch()
+    watch = SoftmaxTakers()
     modules, found = _recognised(model, recipes)
     calls = first_calls(model, sample, [modules[path] for path in found], watch)
     if _recognised(model, recipes) != (modules, found):  # some layers are made in the first call of a model

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcaps.convert.modules import detached_copy, floating_tensors, map_floating
-from fastcaps.doctor.watch import Alteration, Call, Softmax, SoftmaxWatch, batch_axis
+from fastcaps.doctor.watch import Alteration, Call, RecordedSoftmaxes, Softmax, batch_axis
 
 SIZE = 0.1  # root mean square of parameters at most, and of what is added to them
 UNCHANGED = {torch.float64: 1e-8, torch.float32: 1e-4}  # relative to the largest entry; other dtypes: 1e-2
@@ -63,7 +63,7 @@ class Trial:
         args, kwargs = map_floating(random_poses, (self.call.args, self.call.kwargs))
         module = copy.deepcopy(self.module, {id(p): p for p in self.module.parameters()})
         torch.manual_seed(0)
-        with SoftmaxWatch(alter) as watch:
+        with RecordedSoftmaxes(alter) as watch:
             outputs = floating_tensors(module(*args, **kwargs))
         return Tried(given[0], outputs, watch.softmaxes)
 

@@ -118,6 +118,28 @@ def test_no_hint_for_a_softmax_over_classes_beside_a_known_layer():
     assert report.similar == ()
 
 
+class ByHand(nn.Module):
+    def forward(self, logits):
+        exponentials = logits.exp()
+        return exponentials / exponentials.sum(1, keepdim=True)
+
+
+class ByItsLogarithm(nn.Module):
+    def forward(self, logits):
+        return (logits - logits.logsumexp(1, keepdim=True)).exp()
+
+
+@pytest.mark.parametrize("softmax", [ByHand, ByItsLogarithm])
+def test_a_softmax_that_is_written_by_hand_is_one(softmax):
+    class Mine(labml.Router):
+        pass
+
+    model = nn.Sequential(Mine(I, J, D_IN, D_OUT, 3))
+    model[0].softmax = softmax()
+    report = quietly(model, torch.randn(4, I, D_IN))
+    assert "0 (Mine) was not recognised: recipe 'labml' describes it" in str(report)
+
+
 def test_several_modules_with_a_softmax_are_named_once():
     class Head(nn.Module):
         def forward(self, x):
