@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastcaps.convert.comparison import Refusal, prepare, verify
 from fastcaps.convert.diagnosis import enough, fit
 from fastcaps.convert.modules import detached_copy, is_floating
-from fastcaps.convert.recipes import POSES_AXES, RETURNS, Recipe
+from fastcaps.convert.recipes import POSES_AXES, RETURNS, VOTES_AXES, Recipe
 from fastcaps.layers import WEIGHT_AXES
 
 MOST = 24  # readings of the axes that are tried: more than a few only where sizes are equal
@@ -43,7 +43,7 @@ def guess(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Re
 
 
 def _readings(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Recipe]:
-    """The recipes whose axes fit the shapes of poses, weight and output."""
+    """The recipes whose axes fit the shapes of poses, weight and output; or of votes and output, without a weight."""
     with torch.no_grad():
         returned = detached_copy(layer)(*args, **kwargs)
     parts = returned if isinstance(returned, tuple) else (returned,)
@@ -54,16 +54,17 @@ def _readings(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     arguments = list(inspect.signature(type(layer).forward).parameters)[1:]
     others = tuple(name for name in (*arguments[: len(args)], *kwargs) if name != arguments[0])
     shapes = [args[0].shape, *(part.shape for part in parts)]
-    for (poses, *outputs), sizes in _all_arrangements(shapes, [POSES_AXES, *(RETURNS[name] for name in names)], {}):
-        for name, weight in parameters.items():
-            for axes in _weight_arrangements(weight.shape, sizes):
+    for taken in (POSES_AXES, VOTES_AXES):
+        axes_of_all = [taken, *(RETURNS[name] for name in names)]
+        for (given, *outputs), sizes in _all_arrangements(shapes, axes_of_all, {}):
+            for name, axes in _weights(parameters, sizes) if taken is POSES_AXES else [(None, None)]:
                 yield Recipe(
                     "mine",
                     type(layer).__name__,
                     weight=name,
                     axes=axes,
-                    out_capsules=sizes["J"] if "(" in axes else None,
-                    input=poses,
+                    out_capsules=sizes["J"] if axes is not None and "(" in axes else None,
+                    input=given,
                     output=outputs[0] if isinstance(returned, Tensor) else tuple(outputs),
                     returns=names[0] if isinstance(returned, Tensor) else names,
                     ignored_arguments=others,
@@ -71,11 +72,12 @@ def _readings(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
                 )
 
 
-def _weight_arrangements(shape: tuple[int, ...], sizes: Mapping[str, int]) -> Iterator[str]:
-    """The axes that a weight may have, which may be shared over the input capsules."""
-    for axes in (WEIGHT_AXES, WEIGHT_AXES[1:]):
-        for text, _ in arrangements(shape, axes, sizes):
-            yield text
+def _weights(parameters: Mapping[str, Tensor], sizes: Mapping[str, int]) -> Iterator[tuple[str, str]]:
+    """The parameters that may be the weight, which may be shared over the input capsules, and their axes."""
+    for name, parameter in parameters.items():
+        for axes in (WEIGHT_AXES, WEIGHT_AXES[1:]):
+            for text, _ in arrangements(parameter.shape, axes, sizes):
+                yield name, text
 
 
 def _all_arrangements(

@@ -1,6 +1,6 @@
 """Hints for layers that no recipe is known for: what was tried, and what would describe them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -86,7 +86,7 @@ def hints(
     calls = first_calls(model, sample, list(wanted.values()))
     nothing: list[str] = []
     for taker, paths in tried.items():
-        described = next((text for path in paths for text in _described(path, modules[path], recipes, calls)), None)
+        described = _best(_described(path, modules[path], recipes, calls) for path in paths)
         if described is None:
             nothing.append(taker)
         elif described not in similar:
@@ -115,32 +115,43 @@ def _other_parameters(path: str, module: nn.Module, recipes: Sequence[Recipe]) -
     yield f"{_label(path, module)} was not recognised: {'; '.join(reasons)}{more}"
 
 
-def _described(path: str, module: nn.Module, recipes: Sequence[Recipe], calls: Calls) -> Iterator[str]:
-    """How to convert a module, if a recipe of another class or a combination of conventions describes it."""
+def _best(descriptions: Iterable[tuple[Recipe, str] | None]) -> str | None:
+    """The first whose recipe has the weight, so that no votes are made; else the first."""
+    first = None
+    for recipe, text in filter(None, descriptions):
+        if recipe.weight is not None:
+            return text
+        first = first or text
+    return first
+
+
+def _described(path: str, module: nn.Module, recipes: Sequence[Recipe], calls: Calls) -> tuple[Recipe, str] | None:
+    """A recipe of another class, or a combination of conventions, that describes a module, and how to use it."""
     if module not in calls:
-        return
+        return None
     args, kwargs = calls[module]
     with random_state_kept():
         for recipe in recipes:
             if recipe.mismatch(module) is None and _agrees(module, recipe, args, kwargs):
                 advice = _how_to_add(type(module).__name__, recipe)
                 text = f"recipe {recipe.name!r} describes it, but does not know its class: {advice}"
-                yield f"{_label(path, module)} was not recognised: {text}"
-                return
+                return recipe, f"{_label(path, module)} was not recognised: {text}"
         guessed = suggestion(module, args, kwargs)
-    if guessed is not None:
-        yield f"{_label(path, module)} was not recognised, but {guessed}"
+    if guessed is None:
+        return None
+    recipe, text = guessed
+    return recipe, f"{_label(path, module)} was not recognised, but {text}"
 
 
-def suggestion(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """The lines that make a recipe for a module, in words; None where no combination of conventions describes it."""
+def suggestion(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Recipe, str] | None:
+    """A recipe for a module, and the lines that make it; None where no combination of conventions describes it."""
     try:
         guessed = guess(module, args, kwargs)
     except Exception:  # other people's code, called in ways that it was not made for
         return None
     if guessed is None:
         return None
-    return f"a recipe describes it: pass recipes=recipes after{TWO_LINES.format(recipe=guessed.code())}"
+    return guessed, f"a recipe describes it: pass recipes=recipes after{TWO_LINES.format(recipe=guessed.code())}"
 
 
 def _agrees(module: nn.Module, recipe: Recipe, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -167,8 +178,10 @@ def _template(paths: Sequence[str], modules: Mapping[str, nn.Module]) -> list[st
     more = f" and {len(paths) - SHOWN} more" if len(paths) > SHOWN else ""
     module = modules[paths[0]]
     sizes = {name: p.numel() for name, p in module.named_parameters() if not is_lazy(p)}
-    largest = max(sizes, key=lambda name: sizes[name], default="weight")
-    recipe = f"Recipe({'mine'!r}, {type(module).__name__!r}, weight={largest!r}, axes='I J D_out D_in')"
+    says = "weight=None, input='B I J D_out'"
+    if sizes:
+        says = f"weight={max(sizes, key=lambda name: sizes[name])!r}, axes='I J D_out D_in'"
+    recipe = f"Recipe({'mine'!r}, {type(module).__name__!r}, {says})"
     return [
         f"a softmax is taken in {', '.join(named)}{more}. If one of these routes capsules, say what its axes are "
         f"and what it does otherwise than the paper (docs/convert.md), and pass recipes=recipes:"

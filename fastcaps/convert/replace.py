@@ -176,7 +176,7 @@ def _first_that_agrees(
     if verdict.kind is Refused.DIFFERS:
         recipe, verdict = _diagnosed(layer, recipe, verdict, args, kwargs, fix)
     elif verdict.kind is Refused.UNFIT and (guessed := suggestion(layer, args, kwargs)):
-        others.append(f"but {guessed}")
+        others.append(f"but {guessed[1]}")
     return recipe, replace(verdict, notes=(*verdict.notes, *others))
 
 

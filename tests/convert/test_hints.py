@@ -9,6 +9,7 @@ from peers import adambielski, caps_fake, gram_ai, labml, timomernick
 from support.layers_to_convert import D_IN, D_OUT, I, J, quietly
 from torch import nn
 
+import fastcaps
 from fastcaps.convert import RECIPES, Recipe
 from fastcaps.convert.guess import arrangements
 
@@ -65,6 +66,53 @@ def test_a_known_layer_under_another_name():
     (hint,) = quietly(model, x).similar
     assert "0 (Mine) was not recognised: recipe 'timomernick' describes it, but does not know its class" in hint
     assert quietly(model, x, recipes=recipes_of(hint)).replaced == ["0"]
+
+
+class Votes(nn.Module):
+    """``[B, J, I, D_out]`` -> ``[B, J, D_out]``."""
+
+    def forward(self, votes):
+        logits = votes.new_zeros(votes.shape[:3])
+        for _ in range(3):
+            v = fastcaps.squash(torch.einsum("bji,bjid->bjd", logits.softmax(1), votes))
+            logits = logits + torch.einsum("bjd,bjid->bji", v, votes)
+        return v
+
+
+def test_a_layer_that_is_given_the_votes():
+    model, votes = nn.Sequential(Votes()), torch.randn(4, J, I, D_OUT)
+    (hint,) = quietly(model, votes).similar
+    *_, found = recipes_of(hint)
+    assert found == Recipe("mine", "Votes", None, input="B J I D_out")
+    assert quietly(model, votes, recipes=recipes_of(hint)).replaced == ["0"]
+
+
+def test_of_votes_and_the_layer_around_that_makes_them_the_layer_is_described():
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.route = nn.Parameter(torch.randn(J, I, D_OUT, D_IN)), Votes()
+
+        def forward(self, x):
+            return self.route(torch.einsum("jidk,bik->bjid", self.weight, x))
+
+    (hint,) = quietly(Whole(), torch.randn(4, I, D_IN)).similar
+    *_, found = recipes_of(hint)
+    assert found == Recipe("mine", "Whole", "weight", "J I D_out D_in")
+
+
+def test_the_lines_to_complete_for_a_module_without_parameters():
+    class Weighted(nn.Module):
+        def forward(self, votes):
+            return (votes.sum(3, keepdim=True).softmax(1) * votes).sum(1)
+
+    report = quietly(Weighted(), torch.randn(4, I, J, D_OUT))
+    (hint,) = report.similar
+    assert "a softmax is taken in the model (Weighted)" in hint
+    assert "Recipe('mine', 'Weighted', weight=None, input='B I J D_out')" in hint
+    names = {}
+    exec(inspect.cleandoc(hint.partition("pass recipes=recipes:\n")[2]), names)
+    assert names["recipes"][-1].weight is None
 
 
 def test_names_alone_are_no_hint():
