@@ -1,17 +1,19 @@
 """What the report says of layers that no recipe is known for: from trying recipes and conventions, not from names."""
 
+import dataclasses
 import inspect
 import re
 
 import pytest
 import torch
-from peers import adambielski, caps_fake, gram_ai, labml, timomernick
+from peers import adambielski, caps_fake, gram_ai, labml, seed, timomernick
 from support.layers_to_convert import D_IN, D_OUT, I, J, quietly
 from torch import nn
 
 import fastcaps
 from fastcaps.convert import RECIPES, Recipe
 from fastcaps.convert.guess import arrangements
+from fastcaps.convert.recipes import find_recipe
 
 
 class Unknown(nn.Module):
@@ -229,6 +231,75 @@ def test_a_layer_with_a_required_argument_is_described_with_it():
     (hint,) = quietly(model, x).similar
     assert "ignored_arguments=('where',)" in hint
     assert quietly(model, x, recipes=recipes_of(hint)).replaced == ["caps"]
+
+
+class Tempered(seed.Capsule):
+    """What the second argument is, shows at the value of the sample alone: there it changes nothing."""
+
+    def forward(self, x, other):
+        return super().forward(x) * self.factor(other)
+
+
+FACTORS = {
+    "number": (1.0, lambda other: other),
+    "power": (2, lambda other: 1.0 if other > 1 else 0.5),
+    "flag": (False, lambda other: 1 + int(other)),
+    "mask": (torch.ones(4), lambda other: other.view(-1, 1, 1)),
+    "chosen": (torch.tensor([0, 1, 2, 0]), lambda other: 1.0 if other[1] else 0.5),
+    "pair": ((1.0, 2.0), lambda other: other[0]),
+    "string": ("soft", lambda other: 1.0),
+    "nothing": (None, lambda other: 1.0 if other is None else 0.5),
+}
+
+
+def second(kind, name="Tempered"):
+    """A model whose layer takes another argument, its layer's class, and that argument."""
+    value, factor = FACTORS[kind]
+    layer = type(name, (Tempered,), {"factor": staticmethod(factor)})(I, D_IN, J, D_OUT, 3)
+    return layer, torch.randn(4, I, D_IN), value
+
+
+@pytest.mark.parametrize("kind", FACTORS)
+def test_an_argument_that_may_matter_is_in_no_suggestion(kind):
+    layer, x, value = second(kind)
+    assert "ignored_arguments" not in str(quietly(layer, (x, value)))
+
+
+@pytest.mark.parametrize("kind", sorted(FACTORS.keys() - {"string", "nothing"}))
+def test_an_argument_that_a_recipe_ignores_and_that_matters_is_named(kind):
+    layer, x, value = second(kind)
+    mine = dataclasses.replace(find_recipe("capsule"), classes="Tempered", ignored_arguments="other")
+    report = quietly(layer, (x, value), recipes=[mine])
+    assert report.replaced == []
+    assert "its recipe ignores the argument other, but another value changes" in report.layers[0].reason
+
+
+class Indifferent(seed.Capsule):
+    def forward(self, x, count, scale=1.0, mask=None):
+        return super().forward(x) + 0 * scale * (1, 1, 1, 1, 1)[count]
+
+
+@pytest.mark.parametrize("rest", [(4,), (4, 2.0), (4, 1.0, torch.ones(4, I))])
+def test_arguments_that_change_nothing_are_in_the_suggestion(rest):
+    """Values that do not run are no difference; defaults need no name."""
+    layer, x = Indifferent(I, D_IN, J, D_OUT, 3), torch.randn(4, I, D_IN)
+    (hint,) = [text for text in quietly(layer, (x, *rest)).similar if "a recipe describes it" in text] or [""]
+    *_, found = recipes_of(hint)
+    assert found.ignored_arguments == {1: ("count",), 2: ("count", "scale"), 3: ("count", "mask")}[len(rest)]
+    assert quietly(layer, (x, *rest), recipes=recipes_of(hint)).replaced == [""]
+
+
+@pytest.mark.parametrize("argument", ["detach", "scale"])
+def test_an_ignored_argument_at_its_default(argument):
+    """It need not be given to be tried; and a gradient counts as an output does."""
+
+    class Mine(seed.Capsule):
+        def forward(self, x, detach=False, scale=1.0):
+            return super().forward(x.detach() if detach else x) * scale
+
+    mine = dataclasses.replace(find_recipe("capsule"), classes="Mine", ignored_arguments=argument)
+    report = quietly(Mine(I, D_IN, J, D_OUT, 3), torch.randn(4, I, D_IN), recipes=[mine])
+    assert f"its recipe ignores the argument {argument}, but" in report.layers[0].reason
 
 
 @pytest.mark.parametrize(
