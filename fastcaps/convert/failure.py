@@ -151,7 +151,7 @@ def _operands(node: ast.AST, frame: FrameType) -> dict[str, Any]:
         )
         if plain and not isinstance(node, (ast.Constant, ast.Tuple)):
             value = _value(node, frame)
-            if (isinstance(value, (Tensor, nn.Module)) or type(value) is int) and not is_lazy(value):
+            if isinstance(value, nn.Module) or type(value) is int or (isinstance(value, Tensor) and not is_lazy(value)):
                 found[ast.unparse(node)] = value
                 return
         for child in ast.iter_child_nodes(node):

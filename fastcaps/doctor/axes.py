@@ -127,7 +127,7 @@ def _routing(run: Run, call: Call, numbers: list[int]) -> Routing | None:
     try:
         trial = Trial(call)
         before = trial.run()
-        if len(before.softmaxes) != len(call.softmaxes) or not call.softmaxes:
+        if len(before.softmaxes) != len(call.softmaxes) or differ(before.outputs, trial.run().outputs):
             return None
         for loop in _loops(before, numbers, run.B):
             routing = _routing_of_loop(run, trial, before, loop)
@@ -172,8 +172,9 @@ def _routing_of_loop(run: Run, trial: Trial, before: Tried, loop: list[int]) -> 
     constant = torch.equal(before.softmaxes[passes[0]].result, trial.run(seed=2).softmaxes[passes[0]].result)
     linked = not torch.equal(last.result, trial.run(noisy(passes[0])).softmaxes[passes[-1]].result)
     capsules = shown[0] if len(shown) == 1 else None
-    known = not constant and capsules is not None and before.softmaxes[passes[0]].result.shape == last.result.shape
-    follows = known and follows_outputs(trial, before, passes[0], roles, output, capsules)
+    follows = False
+    if not constant and capsules is not None and before.softmaxes[passes[0]].result.shape == last.result.shape:
+        follows = follows_outputs(trial, before, passes[0], roles, output, capsules)
     numbers = [trial.call.softmaxes[n] for n in passes]
     return Routing(
         call=trial.call,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcaps.convert.contents import PLAIN
-from fastcaps.convert.modules import floating_tensors, map_floating
+from fastcaps.convert.modules import floating_tensors, map_floating, seed_generators
 from fastcaps.doctor.axes import Routing
 from fastcaps.doctor.finding import (
     AGREEMENT,
@@ -177,7 +177,7 @@ def squash_axis(routing: Routing, B: int) -> Finding:
         return t * (LARGE / t.float().pow(2).mean().sqrt().clamp(min=1e-30)).to(t.dtype)
 
     args, kwargs = map_floating(large, (call.args, call.kwargs))
-    torch.manual_seed(0)
+    seed_generators(0)
     try:
         y = floating_tensors(scaled_copy(call.module, LARGE)(*args, **kwargs))[routing.output]
     except Exception as error:

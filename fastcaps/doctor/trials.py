@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fastcaps.convert.modules import detached_copy, floating_tensors, map_floating
+from fastcaps.convert.modules import detached_copy, floating_tensors, map_floating, seed_generators
 from fastcaps.doctor.watch import Alteration, Call, RecordedSoftmaxes, Softmax, batch_axis
 
 SIZE = 0.1  # root mean square of parameters at most, and of what is added to them
@@ -34,7 +34,7 @@ class Trial:
     """
 
     def __init__(self, call: Call) -> None:
-        torch.manual_seed(0)
+        seed_generators(0)
         self.call, self.module = call, detached_copy(call.module)
         with torch.no_grad():
             for parameter in self.module.parameters():
@@ -62,7 +62,7 @@ class Trial:
 
         args, kwargs = map_floating(random_poses, (self.call.args, self.call.kwargs))
         module = copy.deepcopy(self.module, {id(p): p for p in self.module.parameters()})
-        torch.manual_seed(0)
+        seed_generators(0)
         with RecordedSoftmaxes(alter) as watch:
             outputs = floating_tensors(module(*args, **kwargs))
         return Tried(given[0], outputs, watch.softmaxes)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcaps.convert import ConvertedCapsules
-from fastcaps.convert.modules import floating_tensors
+from fastcaps.convert.modules import floating_tensors, seed_generators
 from fastcaps.convert.softmaxes import SoftmaxWatch
 from fastcaps.layers import CapsuleLayer
 from fastcaps.routing import dynamic_routing
@@ -123,7 +123,7 @@ class Run:
     def of(cls, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], seed: int = 0) -> "Run":
         """Call a model under watch; with the same seed it draws the same random numbers."""
         watch = Watch(model)
-        torch.manual_seed(seed)
+        seed_generators(seed)
         output = watch.run(args, kwargs)
         return cls(model, args, kwargs, output, watch.calls)
 
