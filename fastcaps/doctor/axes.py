@@ -135,7 +135,9 @@ def _routing(run: Run, call: Call, numbers: list[int]) -> Routing | None:
                 found.append(routing)
     except Exception:  # it cannot run alone, or not on random poses
         pass
-    return next((routing for routing in found if routing.by_agreement), found[0] if found else None)
+    # A gate on the outputs of a loop follows these, too: the loop itself comes first.
+    found.sort(key=lambda routing: (not routing.by_agreement, routing.follows_a_sum))
+    return found[0] if found else None
 
 
 def _loops(tried: Tried, numbers: list[int], B: int) -> list[list[int]]:
