@@ -270,9 +270,18 @@ def _parts(state: Mapping[str, Tensor], network: PublicNetwork, layer: Recipe) -
         )
     for name, group in keys.items():
         for key in group:
-            if state[key].dim() != _rank(name, layer):
-                raise ValueError(f"{key} must have {_rank(name, layer)} axes, got {list(state[key].shape)}")
+            _check_tensor(key, state[key], _rank(name, layer))
     return {name: torch.cat([state[key] for key in group]) for name, group in keys.items()}
+
+
+def _check_tensor(key: str, tensor: Tensor, rank: int) -> None:
+    """Refuse what no capsule network holds: sizes are divided by each other, and a network has one dtype."""
+    if not tensor.is_floating_point() or tensor.layout != torch.strided:
+        raise ValueError(f"{key} must be a dense floating-point tensor, got {tensor.dtype}, {tensor.layout}")
+    if tensor.dim() != rank:
+        raise ValueError(f"{key} must have {rank} axes, got {list(tensor.shape)}")
+    if not tensor.numel():
+        raise ValueError(f"{key} must have no axis of size 0, got {list(tensor.shape)}")
 
 
 def _keys(state: Mapping[str, Tensor], network: PublicNetwork, layer: Recipe) -> dict[str, list[str]]:

@@ -2,11 +2,10 @@
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from enum import Enum
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,60 +13,16 @@ from torch import Tensor, nn
 from fastcaps.convert.cases import Case, Weights, cases
 from fastcaps.convert.contents import contents, differences
 from fastcaps.convert.converted import Plan
+from fastcaps.convert.ignored import other_values
 from fastcaps.convert.modules import detached_copy, map_floating
-from fastcaps.convert.recipes import Recipe
-from fastcaps.convert.results import LABELS, LIMIT, Difference, Errors, Result
+from fastcaps.convert.recipes import Recipe, as_tuple
+from fastcaps.convert.results import LABELS, LIMIT, LIMIT_FLOAT32, Difference, Errors, Result
+from fastcaps.convert.verdict import Refusal, Refused, Verdict, refuse
 from fastcaps.measure import free_memory
-
-__all__ = ["LIMIT", "Verdict", "verify"]
 
 NORM_EPS_LIMIT = 1e-5  # what leaving norm_eps out may change
 PARAMETERS_HELD, VOTES_HELD = 12, 16  # at the peak of a comparison: of the layer, and of a sample and an iteration
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-class Refused(Enum):
-    """What stood against a replacement; of several recipes, the one counts that came furthest."""
-
-    UNFIT = 0  # shapes or arguments are not those of the recipe
-    DIFFERS = 1  # it does not compute what the recipe says
-    LAYER = 2  # something that is no matter of the recipe, or of what the op can do
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What :func:`verify` found.
-
-    Attributes:
-        refused: why the layer must not be replaced, or None.
-        output: largest relative L2 difference of the outputs, old against new, at the model's weights.
-        gradient: likewise of the gradients of poses and parameters.
-        notes: what else there is to know.
-        kind: what stood against it, where it was refused.
-        float32: the largest error in float32, against float64 and at the model's weights, of the old layer and of the
-            new one; None where it could not be measured.
-    """
-
-    refused: str | None
-    output: float = math.nan
-    gradient: float = math.nan
-    notes: tuple[str, ...] = ()
-    kind: Refused = Refused.LAYER
-    float32: tuple[float, float] | None = None
-
-
-class Refusal(Exception):
-    """The verdict that ends a verification."""
-
-    def __init__(self, verdict: Verdict) -> None:
-        super().__init__(verdict.refused)
-        self.verdict = verdict
-
-
-def _refuse(
-    reason: str, moved: Difference | None = None, notes: Sequence[str] = (), kind: Refused = Refused.LAYER
-) -> NoReturn:
-    raise Refusal(Verdict(reason, *(moved or (math.nan, math.nan)), tuple(notes), kind))
 
 
 def verify(
@@ -75,7 +30,7 @@ def verify(
 ) -> Verdict:
     """Compare a layer with what a recipe makes of it; the layer itself is not touched.
 
-    Beside the layer one copy is held, and what autograd keeps of one run of a few samples: see :func:`needed_memory`.
+    In float64, beside the layer: a copy, the gradients of two results, and a third run: see :func:`needed_memory`.
 
     Args:
         layer: the old layer.
@@ -119,16 +74,16 @@ def _refuse_without_memory(layer: nn.Module, plan: Plan, poses: Tensor, num_iter
     needed, free = needed_memory(layer, plan, poses, num_iterations), free_memory(poses.device)
     if free is not None and needed > free:
         text = f"comparing it takes about {needed / 1e9:.2g} GB of memory, and {free / 1e9:.2g} GB are free"
-        _refuse(f"{text}: free some, or convert it on a machine that has it")
+        refuse(f"{text}: free some, or convert it on a machine that has it")
 
 
 def _refuse_what_would_be_lost(layer: nn.Module) -> None:
     """Refuse a layer of which something would take no effect any more, once its class is another."""
     if "forward" in vars(layer):
-        _refuse("a forward was set on the object itself, which hides that of any class (del layer.forward removes it)")
+        refuse("a forward was set on the object itself, which hides that of any class (del layer.forward removes it)")
     hooked = [path for path, module in layer.named_modules() if path and any(vars(module).get(n) for n in HOOKS)]
     if hooked:
-        _refuse(f"{', '.join(hooked)} has hooks, and a converted layer would not call it")
+        refuse(f"{', '.join(hooked)} has hooks, and a converted layer would not call it")
 
 
 def _bind(layer: nn.Module, recipe: Recipe, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Plan, Tensor, int]:
@@ -138,9 +93,9 @@ def _bind(layer: nn.Module, recipe: Recipe, args: tuple[Any, ...], kwargs: dict[
         poses, num_iterations = plan.bind(layer, args, kwargs)
         plan.tensors(layer, poses)
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:
-        _refuse(f"the recipe does not fit: {error}", kind=Refused.UNFIT)
+        refuse(f"the recipe does not fit: {error}", kind=Refused.UNFIT)
     if num_iterations < 1:
-        _refuse(f"it routes {num_iterations} times")
+        refuse(f"it routes {num_iterations} times")
     return plan, poses, num_iterations
 
 
@@ -158,7 +113,7 @@ def _prepare(
         try:
             first = next((case for case in found.cases() if case.weights is Weights.MODEL), None)
             if first is None:
-                _refuse("the sample is empty")
+                refuse("the sample is empty")
             given = first.poses.clone()
             found.call_old(first, given)
         except Refusal:
@@ -167,9 +122,9 @@ def _prepare(
             failed = f"the old layer cannot run alone: {type(error).__name__}: {error}"
             continue
         if given._version:
-            _refuse("its forward changes its input in place, which a converted layer would not")
+            refuse("its forward changes its input in place, which a converted layer would not")
         return found
-    _refuse(failed)
+    refuse(failed)
 
 
 @contextlib.contextmanager
@@ -246,6 +201,11 @@ class Comparison:
     kwargs: dict[str, Any]
     dtype: torch.dtype
 
+    @property
+    def limit(self) -> float:
+        """The error at which two results count as the same."""
+        return LIMIT if self.dtype == torch.float64 else LIMIT_FLOAT32
+
     def cases(self) -> Iterator[Case]:
         """The cases, one at a time."""
         return cases(self.layer, self.plan, self.poses, self.num_iterations, self.dtype)
@@ -262,14 +222,15 @@ class Comparison:
             if found is not None:
                 with_float32 = not any(outcome.float32 for outcome in outcomes)
                 outcomes.append(self._check(*found, wanted, computed, notes, with_float32))
+                self._refuse_what_is_not_ignored(*found, notes)
         if not any(outcome.weights is Weights.DECISIVE for outcome in outcomes):
-            _refuse("no weights were found for which the old layer is finite and its routing decides", notes=notes)
+            refuse("no weights were found for which the old layer is finite and its routing decides", notes=notes)
         moved = Difference.largest(outcome.moved for outcome in outcomes if outcome.weights is Weights.MODEL)
         if drops_norm_eps:
             notes.append(f"the {recipe.norm_eps:g} that squash adds to the norm is left out")
             if not all(outcome.left_out <= max(NORM_EPS_LIMIT, recipe.tolerance) for outcome in outcomes):
                 reason = f"capsules are so short that the {recipe.norm_eps:g} which squash adds to the norm matters"
-                _refuse(reason, moved, notes)
+                refuse(reason, moved, notes)
         if recipe.tolerance > LIMIT:
             notes.append(f"its recipe allows differences of {recipe.tolerance:g}, and more where capsules are short")
         if wanted != recipe:
@@ -290,9 +251,9 @@ class Comparison:
         new = Result.of(partial(_new_call, Plan.of(wanted, case.layer), case), case.layer, case.poses, recipe.returned)
         moved = Errors.of(new, old).largest
         if not agrees:
-            _refuse(f"it differs by {max(Errors.of(old, exact).largest):.0e}", moved, notes, Refused.DIFFERS)
+            refuse(f"it differs by {max(Errors.of(old, exact).largest):.0e}", moved, notes, Refused.DIFFERS)
         if not self._close(new, exact, computed, case):
-            _refuse(f"fastcaps itself is wrong here ({case.name}): please report this", moved)
+            refuse(f"fastcaps itself is wrong here ({case.name}): please report this", moved)
         inexact = Errors.of(new, exact).largest
         del new  # before the copy in float32 is made
         if case.weights is not Weights.MODEL:
@@ -319,7 +280,7 @@ class Comparison:
         result = self.old(case)
         changed = differences(before, contents(case.layer))
         if changed:
-            _refuse(f"its forward also sets {', '.join(changed)}, which a converted layer would not")
+            refuse(f"its forward also sets {', '.join(changed)}, which a converted layer would not")
         self._refuse_other_shapes(case, result)
         finite = self._finite_samples(case, result)
         if finite.all():
@@ -363,6 +324,26 @@ class Comparison:
         result = self.old(part)
         return (part, result) if result.is_finite() else None
 
+    def _refuse_what_is_not_ignored(self, case: Case, old: Result, notes: list[str]) -> None:
+        """Refuse where another value of an argument that the recipe ignores changes the result."""
+        given = {**self.plan.defaults, **dict(zip(self.plan.arguments, self.args, strict=False)), **self.kwargs}
+        for name in as_tuple(self.plan.recipe.ignored_arguments):
+            for value in other_values(given.get(name)):
+                try:
+                    result = self._with(name, value).old(case)
+                except Exception:  # it does not take that value, which tells nothing
+                    continue
+                if not Errors.of(result, old).within(self.limit):
+                    text = f"its recipe ignores the argument {name}, but another value changes outputs or gradients"
+                    refuse(text, notes=notes)
+
+    def _with(self, name: str, value: Any) -> "Comparison":
+        """The same where the layer is called with another value of an argument."""
+        position = self.plan.arguments.index(name) if name in self.plan.arguments else len(self.args)
+        if position < len(self.args):
+            return replace(self, args=(*self.args[:position], value, *self.args[position + 1 :]))
+        return replace(self, kwargs={**self.kwargs, name: value})
+
     def _refuse_other_shapes(self, case: Case, old: Result) -> None:
         plan, tensors = self.plan, self.plan.tensors(case.layer, case.poses)
         x, weight = tensors["poses"], tensors["weight"]
@@ -374,7 +355,7 @@ class Comparison:
         got = {name: output.shape for name, output in old.outputs.items()}
         for name in {**wanted, **got}:
             if got.get(name) != wanted.get(name):
-                _refuse(
+                refuse(
                     f"{LABELS.get(name, name)}: the old layer returns {tuple(got.get(name, ())) or 'none'}, the "
                     f"recipe's {tuple(wanted.get(name, ())) or 'none'} (most likely the flag output)",
                     kind=Refused.UNFIT,

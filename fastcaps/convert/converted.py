@@ -77,7 +77,7 @@ class Plan:
         """
         given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
         known = {self.arguments[0], self.iterations_argument, *as_tuple(self.recipe.ignored_arguments)}
-        unknown = [name for name in given if name not in known and not self._changes_nothing(name, given[name])]
+        unknown = [name for name in given if name not in known and not self.changes_nothing(name, given[name])]
         if len(args) > len(self.arguments) or unknown or self.arguments[0] not in given:
             takes = ", ".join(name for name in self.arguments if name in known)
             raise TypeError(f"a layer converted by recipe {self.recipe.name!r} takes {takes}; got {', '.join(given)}")
@@ -88,9 +88,9 @@ class Plan:
             T = given[name] if name in given else self.defaults[name]
         return given[self.arguments[0]], T + self.recipe.offset
 
-    def _changes_nothing(self, name: str, value: Any) -> bool:
+    def changes_nothing(self, name: str, value: Any) -> bool:
         """Whether an argument is the default, or only says where tensors lie."""
-        return isinstance(value, torch.device) or (name in self.defaults and _equal(value, self.defaults[name]))
+        return isinstance(value, torch.device) or (name in self.defaults and equal(value, self.defaults[name]))
 
     def sizes(self, layer: nn.Module, poses: Tensor | None = None) -> dict[str, int]:
         """``I``, ``J``, ``D_in`` and ``D_out``, as far as the weight, and the poses where they are given, tell them."""
@@ -202,7 +202,7 @@ def _weighted_sum(c: Tensor, tensors: dict[str, Any]) -> Tensor:
     return s if bias is None else s + bias
 
 
-def _equal(a: Any, b: Any) -> bool:
+def equal(a: Any, b: Any) -> bool:
     """Whether two arguments are equal; what cannot be compared is not."""
     try:
         return a is b or (torch.equal(a, b) if isinstance(a, Tensor) else bool(a == b))

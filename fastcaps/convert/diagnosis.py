@@ -10,14 +10,14 @@ import torch
 from torch import nn
 
 from fastcaps.convert.cases import Case, Weights
-from fastcaps.convert.comparison import Comparison, Refusal, expected, expected_outputs, prepare
+from fastcaps.convert.comparison import Comparison, expected, expected_outputs, prepare
 from fastcaps.convert.recipes import Recipe
-from fastcaps.convert.results import LIMIT, Errors, Result
+from fastcaps.convert.results import Errors, Result
+from fastcaps.convert.verdict import Refusal
 from fastcaps.exactness import relative_error
 from fastcaps.routing.conventions import CHOICES
 
 EPSILONS = (0.0, 1e-16, 1e-12, 1e-10, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4)
-LIMIT_FLOAT32 = 1e-4  # relative L2
 ROUGH = 1e-2  # a combination this close is right, but perhaps for an epsilon
 
 
@@ -53,21 +53,16 @@ def diagnose(layer: nn.Module, recipe: Recipe, args: tuple[Any, ...], kwargs: di
         comparison = prepare(layer, recipe, args, kwargs)
         unchanged = closest(comparison, [recipe])
         best = closest(comparison, variants(recipe, comparison.num_iterations))
-        if best.error > enough(comparison):
+        if best.error > comparison.limit:
             best = min(best, fit(comparison), key=lambda found: found.error)
     except Refusal as refusal:  # of a case that was not reached before
         return Diagnosis(str(refusal))
     changes = described(recipe, best.recipe)
-    if best.error <= enough(comparison):
+    if best.error <= comparison.limit:
         text = f"it differs; most likely {changes} (with that the difference is {best.error:.0e})"
         return Diagnosis(text, best.recipe)
     hint = f"; the closest is {changes} (difference {best.error:.0e})" if best.error < unchanged.error / 10 else ""
     return Diagnosis(f"it differs by {unchanged.error:.0e}, and no combination of conventions explains it{hint}")
-
-
-def enough(comparison: Comparison) -> float:
-    """The error at which a recipe counts as found."""
-    return LIMIT if comparison.dtype == torch.float64 else LIMIT_FLOAT32
 
 
 def fit(comparison: Comparison) -> Fit:
@@ -79,7 +74,7 @@ def fit(comparison: Comparison) -> Fit:
     rough = Fit(recipe, math.inf)
     for one in combinations(recipe, comparison.num_iterations):
         rough = min(rough, Fit(one, _output_error(one, *decisive, recipe)), key=lambda found: found.error)
-        if rough.error <= enough(comparison):
+        if rough.error <= comparison.limit:
             break
     if rough.error > ROUGH:
         return rough
@@ -105,7 +100,7 @@ def closest(comparison: Comparison, candidates: Iterable[Recipe]) -> Fit:
         if found is None:
             continue
         errors = [Fit(one.recipe, max(one.error, _error(one.recipe, *found, comparison.plan.recipe))) for one in fits]
-        equal = [one for one in errors if one.error <= enough(comparison)]
+        equal = [one for one in errors if one.error <= comparison.limit]
         fits = equal or [min(errors, key=lambda one: one.error)]
     return min(fits, key=lambda one: one.error)
 

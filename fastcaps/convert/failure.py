@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 ELEMENTWISE = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.Pow)
 PLAIN_NODES = (
@@ -150,7 +151,7 @@ def _operands(node: ast.AST, frame: FrameType) -> dict[str, Any]:
         )
         if plain and not isinstance(node, (ast.Constant, ast.Tuple)):
             value = _value(node, frame)
-            if isinstance(value, (Tensor, nn.Module)) or type(value) is int:
+            if isinstance(value, nn.Module) or type(value) is int or (isinstance(value, Tensor) and not is_lazy(value)):
                 found[ast.unparse(node)] = value
                 return
         for child in ast.iter_child_nodes(node):
@@ -201,7 +202,7 @@ def _sizes(layer: nn.Module, poses: Tensor | None) -> dict[str, int]:
     """
     sizes = {letter: vars(layer)[name] for name, letter in ARGUMENTS.items() if type(vars(layer).get(name)) is int}
     given = list(poses.shape[1:]) if poses is not None else []
-    for parameter in layer.parameters(recurse=False):
+    for parameter in filter(lambda p: not is_lazy(p), layer.parameters(recurse=False)):
         shape = [size for n, size in enumerate(parameter.shape) if size > 1 or n > parameter.dim() - 5]
         if len(shape) != 4 or len(sizes) == len(LETTERS):
             continue

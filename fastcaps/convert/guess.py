@@ -9,10 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastcaps.convert.comparison import Refusal, prepare, verify
-from fastcaps.convert.diagnosis import enough, fit
+from fastcaps.convert.comparison import prepare, verify
+from fastcaps.convert.converted import equal
+from fastcaps.convert.diagnosis import fit
+from fastcaps.convert.ignored import other_values
 from fastcaps.convert.modules import detached_copy, is_floating
-from fastcaps.convert.recipes import POSES_AXES, RETURNS, Recipe
+from fastcaps.convert.recipes import POSES_AXES, RETURNS, VOTES_AXES, Recipe
+from fastcaps.convert.verdict import Refusal
 from fastcaps.layers import WEIGHT_AXES
 
 MOST = 24  # readings of the axes that are tried: more than a few only where sizes are equal
@@ -35,7 +38,7 @@ def guess(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Re
             found = fit(comparison)
         except Refusal:
             continue
-        if found.error <= enough(comparison):
+        if found.error <= comparison.limit:
             constant = replace(found.recipe, num_iterations=comparison.num_iterations + found.recipe.offset, offset=0)
             if verify(layer, constant, args, kwargs).refused is None:
                 return _with_attribute(layer, constant, args, kwargs)
@@ -43,7 +46,7 @@ def guess(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Re
 
 
 def _readings(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Recipe]:
-    """The recipes whose axes fit the shapes of poses, weight and output."""
+    """The recipes whose axes fit the shapes of poses, weight and output; or of votes and output, without a weight."""
     with torch.no_grad():
         returned = detached_copy(layer)(*args, **kwargs)
     parts = returned if isinstance(returned, tuple) else (returned,)
@@ -51,31 +54,53 @@ def _readings(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     if not all(isinstance(part, Tensor) for part in parts) or len(parts) > len(names):
         return
     parameters = dict(layer.named_parameters())
-    arguments = list(inspect.signature(type(layer).forward).parameters)[1:]
-    others = tuple(name for name in (*arguments[: len(args)], *kwargs) if name != arguments[0])
+    others = _other_arguments(layer, args, kwargs)
+    if not all(other_values(value) or _names_a_device(value) for value in others.values()):
+        return  # what cannot be tried with another value cannot be said to change nothing
     shapes = [args[0].shape, *(part.shape for part in parts)]
-    for (poses, *outputs), sizes in _all_arrangements(shapes, [POSES_AXES, *(RETURNS[name] for name in names)], {}):
-        for name, weight in parameters.items():
-            for axes in _weight_arrangements(weight.shape, sizes):
+    for taken in (POSES_AXES, VOTES_AXES):
+        axes_of_all = [taken, *(RETURNS[name] for name in names)]
+        for (given, *outputs), sizes in _all_arrangements(shapes, axes_of_all, {}):
+            for name, axes in _weights(parameters, sizes) if taken is POSES_AXES else [(None, None)]:
                 yield Recipe(
                     "mine",
                     type(layer).__name__,
                     weight=name,
                     axes=axes,
-                    out_capsules=sizes["J"] if "(" in axes else None,
-                    input=poses,
+                    out_capsules=sizes["J"] if axes is not None and "(" in axes else None,
+                    input=given,
                     output=outputs[0] if isinstance(returned, Tensor) else tuple(outputs),
                     returns=names[0] if isinstance(returned, Tensor) else names,
-                    ignored_arguments=others,
+                    ignored_arguments=tuple(others),
                     unused=tuple(other for other in parameters if other != name),
                 )
 
 
-def _weight_arrangements(shape: tuple[int, ...], sizes: Mapping[str, int]) -> Iterator[str]:
-    """The axes that a weight may have, which may be shared over the input capsules."""
-    for axes in (WEIGHT_AXES, WEIGHT_AXES[1:]):
-        for text, _ in arrangements(shape, axes, sizes):
-            yield text
+def _other_arguments(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call beside the poses, without those that a recipe need not name."""
+    others = list(inspect.signature(type(layer).forward).parameters.values())[2:]  # without self and the poses
+    defaults = {argument.name: argument.default for argument in others}
+    given = {**dict(zip(defaults, args[1:], strict=False)), **kwargs}
+    return {
+        name: value
+        for name, value in given.items()
+        if not isinstance(value, torch.device) and not equal(value, defaults.get(name, inspect.Parameter.empty))
+    }
+
+
+def _names_a_device(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and torch.device(value) is not None
+    except RuntimeError:
+        return False
+
+
+def _weights(parameters: Mapping[str, Tensor], sizes: Mapping[str, int]) -> Iterator[tuple[str, str]]:
+    """The parameters that may be the weight, which may be shared over the input capsules, and their axes."""
+    for name, parameter in parameters.items():
+        for axes in (WEIGHT_AXES, WEIGHT_AXES[1:]):
+            for text, _ in arrangements(parameter.shape, axes, sizes):
+                yield name, text
 
 
 def _all_arrangements(

@@ -1,18 +1,18 @@
 """Hints for layers that no recipe is known for: what was tried, and what would describe them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.nn.parameter import is_lazy
 
 from fastcaps.convert.comparison import verify
 from fastcaps.convert.converted import ConvertedCapsules
 from fastcaps.convert.guess import guess
 from fastcaps.convert.modules import Calls, first_calls, random_state_kept
 from fastcaps.convert.recipes import RECIPES, Recipe
+from fastcaps.convert.softmaxes import SoftmaxWatch
 from fastcaps.layers import CapsuleLayer
 
 SHOWN = 5  # modules that are named
@@ -21,7 +21,7 @@ TWO_LINES = """
     recipes = (*RECIPES, {recipe})"""
 
 
-class SoftmaxWatch(TorchDispatchMode):
+class SoftmaxTakers(SoftmaxWatch):
     """Records which modules take a softmax; inside, those of PyTorch count as a part of the module that calls them.
 
     Attributes:
@@ -33,7 +33,7 @@ class SoftmaxWatch(TorchDispatchMode):
         self.modules: set[nn.Module] = set()
         self._stack: list[nn.Module] = []
 
-    def __enter__(self) -> "SoftmaxWatch":
+    def __enter__(self) -> "SoftmaxTakers":
         def before(module: nn.Module, args: Any) -> None:
             if not type(module).__module__.startswith("torch."):
                 self._stack.append(module)
@@ -52,10 +52,9 @@ class SoftmaxWatch(TorchDispatchMode):
         self._stack.clear()
         super().__exit__(*raised)
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is torch.ops.aten._softmax.default and self._stack:
-            self.modules.add(self._stack[-1])
-        return function(*args, **(kwargs or {}))
+    def seen(self, axis: int, result: Tensor, numerator: Tensor | None) -> None:
+        """It was the innermost module."""
+        self.modules.update(self._stack[-1:])
 
 
 def hints(
@@ -87,7 +86,7 @@ def hints(
     calls = first_calls(model, sample, list(wanted.values()))
     nothing: list[str] = []
     for taker, paths in tried.items():
-        described = next((text for path in paths for text in _described(path, modules[path], recipes, calls)), None)
+        described = _best(_described(path, modules[path], recipes, calls) for path in paths)
         if described is None:
             nothing.append(taker)
         elif described not in similar:
@@ -116,32 +115,43 @@ def _other_parameters(path: str, module: nn.Module, recipes: Sequence[Recipe]) -
     yield f"{_label(path, module)} was not recognised: {'; '.join(reasons)}{more}"
 
 
-def _described(path: str, module: nn.Module, recipes: Sequence[Recipe], calls: Calls) -> Iterator[str]:
-    """How to convert a module, if a recipe of another class or a combination of conventions describes it."""
+def _best(descriptions: Iterable[tuple[Recipe, str] | None]) -> str | None:
+    """The first whose recipe has the weight, so that no votes are made; else the first."""
+    first = None
+    for recipe, text in filter(None, descriptions):
+        if recipe.weight is not None:
+            return text
+        first = first or text
+    return first
+
+
+def _described(path: str, module: nn.Module, recipes: Sequence[Recipe], calls: Calls) -> tuple[Recipe, str] | None:
+    """A recipe of another class, or a combination of conventions, that describes a module, and how to use it."""
     if module not in calls:
-        return
+        return None
     args, kwargs = calls[module]
     with random_state_kept():
         for recipe in recipes:
             if recipe.mismatch(module) is None and _agrees(module, recipe, args, kwargs):
                 advice = _how_to_add(type(module).__name__, recipe)
                 text = f"recipe {recipe.name!r} describes it, but does not know its class: {advice}"
-                yield f"{_label(path, module)} was not recognised: {text}"
-                return
+                return recipe, f"{_label(path, module)} was not recognised: {text}"
         guessed = suggestion(module, args, kwargs)
-    if guessed is not None:
-        yield f"{_label(path, module)} was not recognised, but {guessed}"
+    if guessed is None:
+        return None
+    recipe, text = guessed
+    return recipe, f"{_label(path, module)} was not recognised, but {text}"
 
 
-def suggestion(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """The lines that make a recipe for a module, in words; None where no combination of conventions describes it."""
+def suggestion(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Recipe, str] | None:
+    """A recipe for a module, and the lines that make it; None where no combination of conventions describes it."""
     try:
         guessed = guess(module, args, kwargs)
     except Exception:  # other people's code, called in ways that it was not made for
         return None
     if guessed is None:
         return None
-    return f"a recipe describes it: pass recipes=recipes after{TWO_LINES.format(recipe=guessed.code())}"
+    return guessed, f"a recipe describes it: pass recipes=recipes after{TWO_LINES.format(recipe=guessed.code())}"
 
 
 def _agrees(module: nn.Module, recipe: Recipe, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -167,8 +177,11 @@ def _template(paths: Sequence[str], modules: Mapping[str, nn.Module]) -> list[st
     named = [_label(path, modules[path]) for path in paths[:SHOWN]]
     more = f" and {len(paths) - SHOWN} more" if len(paths) > SHOWN else ""
     module = modules[paths[0]]
-    largest = max(module.named_parameters(), key=lambda pair: pair[1].numel(), default=("weight", None))[0]
-    recipe = f"Recipe({'mine'!r}, {type(module).__name__!r}, weight={largest!r}, axes='I J D_out D_in')"
+    sizes = {name: p.numel() for name, p in module.named_parameters() if not is_lazy(p)}
+    says = "weight=None, input='B I J D_out'"
+    if sizes:
+        says = f"weight={max(sizes, key=lambda name: sizes[name])!r}, axes='I J D_out D_in'"
+    recipe = f"Recipe({'mine'!r}, {type(module).__name__!r}, {says})"
     return [
         f"a softmax is taken in {', '.join(named)}{more}. If one of these routes capsules, say what its axes are "
         f"and what it does otherwise than the paper (docs/convert.md), and pass recipes=recipes:"

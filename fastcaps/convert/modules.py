@@ -2,6 +2,8 @@
 
 import contextlib
 import copy
+import random
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -40,9 +42,24 @@ def map_floating(function: Callable[[Tensor], Tensor], value: Any) -> Any:
 
 @contextlib.contextmanager
 def random_state_kept() -> Iterator[None]:
-    """Inside, numbers may be drawn; afterwards the generators of all devices are where they were."""
-    with torch.random.fork_rng(list(range(torch.cuda.device_count()))):
-        yield
+    """Inside, numbers may be drawn; afterwards PyTorch's, Python's and NumPy's generators are where they were."""
+    python, numpy = random.getstate(), sys.modules.get("numpy")
+    state = numpy.random.get_state() if numpy is not None else None
+    try:
+        with torch.random.fork_rng(list(range(torch.cuda.device_count()))):
+            yield
+    finally:
+        random.setstate(python)
+        if numpy is not None:
+            numpy.random.set_state(state)
+
+
+def seed_generators(seed: int) -> None:
+    """Seed the generators of PyTorch, of Python and, where it was imported, of NumPy."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed)
 
 
 @contextlib.contextmanager

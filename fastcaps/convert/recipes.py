@@ -69,8 +69,9 @@ class Recipe:
             canonical order that gives what the layer returns.
         returns: ``"v"``, the poses ``[B, J, D_out]``; ``"s"``, the last weighted sum, before squash; ``"c"``, the last
             coupling ``[B, I, J]``; ``"length"``, the lengths of the poses ``[B, J]``; or a tuple of these.
-        ignored_arguments: arguments of ``forward`` that change nothing, whatever they are. A ``torch.device`` is
-            ignored without being named.
+        ignored_arguments: arguments of ``forward`` that change nothing, whatever they are: a layer that computes
+            something else with other numbers, flags or tensors is left as it was. A ``torch.device`` is ignored without
+            being named.
         unused: parameters, or submodules with all of theirs, that ``forward`` does not use.
         tolerance: what outputs and gradients may differ by, where the layer has an epsilon that no recipe can say;
             0: 1e-9. It is not applied to weights that make capsules short: there only an epsilon counts.

@@ -16,7 +16,8 @@ class LayerReport:
         recipe: the name of the recipe that was recognised, or None.
         replaced: whether fastcaps routes it now.
         reason: why it was left as it was, or None.
-        output: largest relative L2 difference of its outputs, old against new, at the model's weights.
+        output: largest relative L2 difference of its outputs, old against new, at the model's weights; where it was
+            left for a difference, in the case in which that was seen, which may have other weights.
         gradient: likewise of the gradients of poses and parameters.
         before: milliseconds and peak memory of a forward and backward pass on the sample, or None: not measured.
         after: the same of the new layer.

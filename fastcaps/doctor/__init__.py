@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from fastcaps._deprecated import moved_module, renamed_arguments
 from fastcaps.convert.failure import explain_failure
@@ -124,18 +125,19 @@ def _findings(
         failure = explain_failure(error, copied)
         yield Finding(RUNS, failure.path, WRONG, failure.text, failure.fix)
         return
+    _empty_what_has_no_shape(copied)
     _copy(copied)  # only after a call a model may hold what cannot be copied
     run = _with_unique_batch_size(run)
     yield checks.finite(run.output)
     layers = yield from _layers(run)
-    routings = [layer for layer in layers if isinstance(layer, Routing) and layer.by_agreement]
+    layers = [layer for layer in layers if not isinstance(layer, Routing) or layer.by_agreement]
+    routings = [layer for layer in layers if isinstance(layer, Routing)]
     yield kept_state(run)
     yield from batch_mates(run, routings)
     for routing in routings:
         yield from routing_checks(routing, run.B, run.around(routing.call))
-    first = next((layer for layer in layers if not isinstance(layer, Routing) or layer.by_agreement), None)
-    if first is not None:  # the others get their poses from capsules, not from a feature map
-        yield from primary_capsules(run, first)
+    if layers:  # the others get their poses from capsules, not from a feature map
+        yield from primary_capsules(run, layers[0])
     yield from checks.zero_capsules(run.calls)
     classes = class_capsules(run, layers[-1]) if layers else None
     if classes is not None and drawn_at_random(run, classes):
@@ -156,6 +158,13 @@ def _copy(model: nn.Module) -> nn.Module:
         return full_copy(model)
     except Exception as error:
         raise ValueError(f"the model cannot be copied: {type(error).__name__}: {error}") from error
+
+
+def _empty_what_has_no_shape(model: nn.Module) -> None:
+    """Give parameters and buffers a shape, an empty one, that a call did not give one: nothing depends on them."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if is_lazy(tensor):
+            tensor.materialize((0,))
 
 
 def _with_unique_batch_size(run: Run) -> Run:

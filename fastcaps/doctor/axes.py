@@ -27,6 +27,7 @@ from fastcaps.doctor.trials import (
     changed,
     closed,
     differ,
+    follows_outputs,
     is_mask,
     noisy,
     response_to,
@@ -67,8 +68,9 @@ class Routing(Layer):
         passes: the couplings that had an effect on the output.
         roles: what each axis of the last coupling stands for, of those with more than one entry.
         squashed_together: whether one output capsule rescales all others.
-        by_agreement: whether a coupling depends on the earlier ones, or on nothing that came in.
-        constant_start: whether the first coupling depends on nothing that came in.
+        by_agreement: whether couplings come from outputs of earlier passes, or from nothing that comes in.
+        constant_start: whether the first of these couplings depends on nothing that comes in.
+        follows_a_sum: whether it comes from outputs of a pass before it, which has no softmax.
         last: the last coupling of a trial, where poses are random.
     """
 
@@ -77,6 +79,7 @@ class Routing(Layer):
     squashed_together: bool
     by_agreement: bool
     constant_start: bool
+    follows_a_sum: bool
     last: Softmax
 
 
@@ -124,7 +127,7 @@ def _routing(run: Run, call: Call, numbers: list[int]) -> Routing | None:
     try:
         trial = Trial(call)
         before = trial.run()
-        if len(before.softmaxes) != len(call.softmaxes) or not call.softmaxes:
+        if len(before.softmaxes) != len(call.softmaxes) or differ(before.outputs, trial.run().outputs):
             return None
         for loop in _loops(before, numbers, run.B):
             routing = _routing_of_loop(run, trial, before, loop)
@@ -132,7 +135,9 @@ def _routing(run: Run, call: Call, numbers: list[int]) -> Routing | None:
                 found.append(routing)
     except Exception:  # it cannot run alone, or not on random poses
         pass
-    return next((routing for routing in found if routing.by_agreement), found[0] if found else None)
+    # A gate on the outputs of a loop follows these, too: the loop itself comes first.
+    found.sort(key=lambda routing: (not routing.by_agreement, routing.follows_a_sum))
+    return found[0] if found else None
 
 
 def _loops(tried: Tried, numbers: list[int], B: int) -> list[list[int]]:
@@ -168,17 +173,22 @@ def _routing_of_loop(run: Run, trial: Trial, before: Tried, loop: list[int]) -> 
     shown = [axis for response in outputs for axis in response.places.get(output, [])]
     constant = torch.equal(before.softmaxes[passes[0]].result, trial.run(seed=2).softmaxes[passes[0]].result)
     linked = not torch.equal(last.result, trial.run(noisy(passes[0])).softmaxes[passes[-1]].result)
+    capsules = shown[0] if len(shown) == 1 else None
+    follows = False
+    if not constant and capsules is not None and before.softmaxes[passes[0]].result.shape == last.result.shape:
+        follows = follows_outputs(trial, before, passes[0], roles, output, capsules)
     numbers = [trial.call.softmaxes[n] for n in passes]
     return Routing(
         call=trial.call,
         output=output,
-        capsules=shown[0] if len(shown) == 1 else None,
+        capsules=capsules,
         poses=_poses(run, trial.call, numbers, roles),
         passes=numbers,
         roles=roles,
         squashed_together=together,
-        by_agreement=constant or (linked and len(passes) > 1),
+        by_agreement=constant or follows or (linked and len(passes) > 1),
         constant_start=constant,
+        follows_a_sum=follows,
         last=last,
     )
 

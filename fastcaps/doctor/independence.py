@@ -14,6 +14,7 @@ from fastcaps.doctor.trials import scaled_copy
 from fastcaps.doctor.watch import Call, Run, Softmax, batch_axis, is_inside, is_torch
 
 CHANGES = 1e-4  # relative: what rounding cannot explain in float32
+DRAWN = "equal calls of equal copies differ: it draws random numbers from a generator that cannot be seeded here"
 ENLARGED = (10.0, 100.0, 1000.0)  # factors of the weights: with small ones the logits hardly matter
 
 
@@ -30,6 +31,8 @@ def kept_state(run: Run) -> Finding:
     change = max((_relative(a, b) for a, b in pairs if a.shape == b.shape), default=0.0)
     if change <= CHANGES:
         return Finding(KEPT_STATE, "", FINE, f"of two equal calls the second differs by {change:.0e}")
+    if _varies(run.model, run.args, run.kwargs):
+        return Finding(KEPT_STATE, "", UNKNOWN, DRAWN)
     names = [name for name, value in _contents(model).items() if not _equal(value, was.get(name))]
     text = f"of two equal calls the second differs by {100 * change:.2g} %"
     return Finding(
@@ -41,6 +44,12 @@ def kept_state(run: Run) -> Finding:
 def _run(model: nn.Module, args: Any, kwargs: Any) -> Run:
     """A run of the model itself, with arguments that it may change."""
     return Run.of(model, *map_floating(lambda t: t.detach().clone(), (args, kwargs)))
+
+
+def _varies(model: nn.Module, args: Any, kwargs: Any) -> bool:
+    """Whether two equal calls of equal copies differ: by random numbers of a generator that cannot be seeded here."""
+    one, other = (floating_tensors(_run(full_copy(model), args, kwargs).output) for _ in range(2))
+    return any(a.shape != b.shape or _relative(a, b) > CHANGES for a, b in zip(one, other, strict=False))
 
 
 def _contents(model: nn.Module) -> dict[str, Any]:
@@ -117,13 +126,15 @@ def _change_with_mates(run: Run, routings: list[Routing]) -> Finding:
         "keep the routing logits per sample, [B, I, J]: do not average the agreement over the batch, and do not "
         "normalise over the batch in evaluation"
     )
+    if change > CHANGES and _varies(run.model, run.args, run.kwargs):
+        return Finding(BATCH_MATES, "", UNKNOWN, DRAWN)
     if change > CHANGES:
         text = f"a sample's output changes by {100 * change:.2g} % when its batch mates change"
         return Finding(BATCH_MATES, _where_mates_mix(before, other), WRONG, text, fix)
     for routing in routings:
         for factor in ENLARGED:
             alone = _layer_mates(routing.call, factor, run.B)
-            if alone > CHANGES:
+            if alone > CHANGES and not _varies(routing.call.module, routing.call.args, routing.call.kwargs):
                 text = f"with weights {factor:g} times as large a sample's output changes by {100 * alone:.2g} %"
                 return Finding(BATCH_MATES, routing.call.path, WRONG, f"{text} when its batch mates change", fix)
     return Finding(BATCH_MATES, "", FINE, f"a sample's output changes by {change:.0e} when its batch mates change")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcaps.convert.contents import PLAIN
-from fastcaps.convert.modules import floating_tensors, map_floating
+from fastcaps.convert.modules import floating_tensors, map_floating, seed_generators
 from fastcaps.doctor.axes import Routing
 from fastcaps.doctor.finding import (
     AGREEMENT,
@@ -54,7 +54,7 @@ def softmax_axis(routing: Routing) -> Finding:
             return Finding(SOFTMAX_AXIS, where, UNKNOWN, text)
         return Finding(SOFTMAX_AXIS, where, FINE, f"the coupling sums to 1 over {size} output capsules")
     size = passes[t].result.shape[passes[t].axis]
-    if T == 1 and not _uniform(passes[0].result):
+    if T == 1 and routing.constant_start and not _uniform(passes[0].result):
         text = f"one softmax over {size} {overs[t]}: with one pass it may be meant to be another weighting"
         return Finding(SOFTMAX_AXIS, where, UNKNOWN, text)
     some = f"in pass {t + 1} of {T} " if overs.count(overs[t]) < T else ""
@@ -90,15 +90,15 @@ def _uniform(c: Tensor) -> bool:
 @torch.no_grad()
 def iterations(routing: Routing, around: list[Call]) -> Finding:
     """How often the coupling is computed, beside the attribute of the layer on which that depends."""
-    where, done = routing.call.path, len(routing.passes)
+    where, done = routing.call.path, len(routing.passes) + routing.follows_a_sum
     if done == 1:
         return Finding(
             ITERATIONS, where, SUSPICIOUS, "the coupling is computed once: without learned logits it is uniform",
             "route 2 or 3 times, unless the uniform sum is meant",
         )  # fmt: skip
     counts = dict(_counts([routing.call, *around]))
-    # A loop whose first coupling is no softmax, but a constant, routes once more than there are softmaxes.
-    accepted = (done,) if routing.constant_start else (done, done + 1)
+    # Logits that come in may be those of a second pass, where it was not found that these follow a first one.
+    accepted = (done,) if routing.constant_start or routing.follows_a_sum else (done, done + 1)
     if counts and not set(accepted) & set(counts.values()):
         name, value = next(iter(counts.items()))
         return Finding(
@@ -177,7 +177,7 @@ def squash_axis(routing: Routing, B: int) -> Finding:
         return t * (LARGE / t.float().pow(2).mean().sqrt().clamp(min=1e-30)).to(t.dtype)
 
     args, kwargs = map_floating(large, (call.args, call.kwargs))
-    torch.manual_seed(0)
+    seed_generators(0)
     try:
         y = floating_tensors(scaled_copy(call.module, LARGE)(*args, **kwargs))[routing.output]
     except Exception as error:

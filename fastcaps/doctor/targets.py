@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from fastcaps._deprecated import warn_renamed
 from fastcaps.convert.checkpoints import (
@@ -89,11 +90,11 @@ def random_sample(model: nn.Module, image_shape: Sequence[int] | None) -> Tensor
         ValueError: no shape was given, and it takes none of these.
     """
     first = next(iter(model.parameters()), torch.empty(0))
-    sizes = {n for p in model.parameters() for n in p.shape}
+    sizes = {n for p in model.parameters() if not is_lazy(p) for n in p.shape}
     B = next((n for n in BATCH if n not in sizes), BATCH[0])
 
     def images(shape: Sequence[int]) -> Tensor:
-        return torch.rand(B, *shape, generator=torch.Generator().manual_seed(0)).to(first)
+        return torch.rand(B, *shape, generator=torch.Generator().manual_seed(0)).to(first.device, first.dtype)
 
     if image_shape:
         return images(image_shape)

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fastcaps.convert.modules import detached_copy, floating_tensors, map_floating
-from fastcaps.doctor.watch import Alteration, Call, Softmax, SoftmaxWatch, batch_axis
+from fastcaps.convert.modules import detached_copy, floating_tensors, map_floating, seed_generators
+from fastcaps.doctor.watch import Alteration, Call, RecordedSoftmaxes, Softmax, batch_axis
 
 SIZE = 0.1  # root mean square of parameters at most, and of what is added to them
 UNCHANGED = {torch.float64: 1e-8, torch.float32: 1e-4}  # relative to the largest entry; other dtypes: 1e-2
+MOVED = 10.0  # what is added to an entry of random poses
 SAME_DIRECTION = 1e-4  # of vectors, up to which one is a multiple of the other
 
 BATCH, INPUTS, OUTPUTS, ENTRIES = "batch", "input capsules", "output capsules", "entries of a pose"
@@ -33,33 +34,36 @@ class Trial:
     """
 
     def __init__(self, call: Call) -> None:
-        torch.manual_seed(0)
+        seed_generators(0)
         self.call, self.module = call, detached_copy(call.module)
         with torch.no_grad():
             for parameter in self.module.parameters():
                 size = parameter.nan_to_num_().pow(2).mean().sqrt()
                 parameter.mul_(SIZE / size.clamp(min=SIZE)).add_(SIZE * torch.randn_like(parameter))
 
-    def run(self, alter: Alteration | None = None, seed: int = 1) -> Tried:
+    def run(self, alter: Alteration | None = None, seed: int = 1, moved: float = 0.0) -> Tried:
         """Make the call.
 
         Args:
             alter: what the softmaxes shall give instead.
             seed: of the poses; all other random numbers are the same for every seed.
+            moved: what is added to one entry of the poses.
         """
         given: list[Tensor] = []
 
         def random_poses(t: Tensor) -> Tensor:
             if not given:
                 generator = torch.Generator().manual_seed(seed)
-                given.append(torch.randn(t.shape, generator=generator).to(t).requires_grad_())
+                poses = torch.randn(t.shape, generator=generator).to(t)
+                poses.view(-1)[poses.numel() // 2] += moved
+                given.append(poses.requires_grad_())
                 return given[0].clone()  # a leaf could not be changed in place
             return t.detach()
 
         args, kwargs = map_floating(random_poses, (self.call.args, self.call.kwargs))
         module = copy.deepcopy(self.module, {id(p): p for p in self.module.parameters()})
-        torch.manual_seed(0)
-        with SoftmaxWatch(alter) as watch:
+        seed_generators(0)
+        with RecordedSoftmaxes(alter) as watch:
             outputs = floating_tensors(module(*args, **kwargs))
         return Tried(given[0], outputs, watch.softmaxes)
 
@@ -147,6 +151,32 @@ def response_to(trial: Trial, before: Tried, number: int, axis: int, B: int) -> 
         if some:
             return Response(OUTPUTS, alone) if alone else Response(ENTRIES if rescaled else INPUTS, rescaled)
     return None
+
+
+def follows_outputs(trial: Trial, before: Tried, number: int, roles: dict[int, str], output: int, axis: int) -> bool:
+    """Whether the logits of a softmax are agreements with outputs of an earlier pass, which need have no softmax.
+
+    One entry of the poses is moved. With all couplings held, some output capsules move. If logits are agreements with
+    these, they move too, for all input capsules; those of attention do for one input capsule, or for one query.
+
+    Args:
+        trial: the call.
+        before: what it gave.
+        number: of the softmax.
+        roles: what the axes of its result stand for.
+        output: the position of the output that holds the output capsules.
+        axis: its axis of output capsules.
+    """
+    after, held = trial.run(moved=MOVED), trial.run(lambda n, _: before.softmaxes[n].result, moved=MOVED)
+    was, now = before.softmaxes[number], after.softmaxes[number]
+    change = (now.result.double().log() - was.result.double().log()).nan_to_num(0.0, 0.0, 0.0)
+    change = change - change.median(was.axis, keepdim=True)[0]  # what its sum changes is no change of a logit
+    where = change.abs() > UNCHANGED.get(was.result.dtype, 1e-2) * change.abs().max()
+    kept = [x for role in (OUTPUTS, INPUTS) for x in roles if roles[x] == role]
+    where = where.permute(*kept, *(x for x in range(where.dim()) if x not in kept)).flatten(len(kept)).any(-1)
+    several = where.flatten(1).sum(1) > 1
+    moved = changed(before.outputs[output], held.outputs[output]).movedim(axis, 0).flatten(1).any(1)
+    return bool(moved.any()) and bool(several[moved].all())
 
 
 def changed(a: Tensor, b: Tensor) -> Tensor:

@@ -1,23 +1,17 @@
 """Watched runs of a model: the calls of its modules, and the softmaxes taken in them."""
 
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastcaps.convert import ConvertedCapsules
-from fastcaps.convert.modules import floating_tensors
+from fastcaps.convert.modules import floating_tensors, seed_generators
+from fastcaps.convert.softmaxes import SoftmaxWatch
 from fastcaps.layers import CapsuleLayer
 from fastcaps.routing import dynamic_routing
-
-KEPT_EXPONENTIALS = 4  # among the last so many a softmax that is written by hand looks for its numerator
-SUMS_TO_ONE = 1e-3  # float16 included
-
-aten = torch.ops.aten
 
 
 @dataclass(frozen=True, eq=False)  # one is itself: tensors do not compare to one truth
@@ -31,63 +25,25 @@ class Softmax:
 Alteration = Callable[[int, Softmax], Tensor]  # the how-manieth softmax and itself: what its result shall be instead
 
 
-class SoftmaxWatch(TorchDispatchMode):
-    """Records every softmax, and may alter its result.
-
-    It stands below Python's functions, where each way to write a softmax comes to the same: with or without ``dim``,
-    as a function, a method or a module. One written by hand is known by its exponentials, divided by their sum.
-    """
+class RecordedSoftmaxes(SoftmaxWatch):
+    """Records every softmax, and may alter its result."""
 
     def __init__(self, alter: Alteration | None = None) -> None:
         super().__init__()
         self.softmaxes: list[Softmax] = []
         self.alter = alter
-        self.exponentials: deque[Tensor] = deque(maxlen=KEPT_EXPONENTIALS)
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = function(*args, **(kwargs or {}))
-        axis = self._softmax_axis(function.overloadpacket, args, out)
-        if axis is None:
-            return out
-        number, softmax = len(self.softmaxes), Softmax(axis, out.detach().clone())
+    def seen(self, axis: int, result: Tensor, numerator: Tensor | None) -> None:
+        """Record it, as it was before it is altered."""
+        number, softmax = len(self.softmaxes), Softmax(axis, result.detach().clone())
         self.softmaxes.append(softmax)
-        self.seen(softmax)
         if self.alter is None:
-            return out
+            return
         altered = self.alter(number, softmax)
-        if function.overloadpacket is aten.div:  # a gradient would still go through the exponentials
-            with torch.autograd._unsafe_preserve_version_counter(args[0]):
-                args[0].masked_fill_(altered == 0, 0)
-        return out.copy_(altered)
-
-    def seen(self, softmax: Softmax) -> None:
-        """What else happens when a softmax is taken."""
-
-    def _softmax_axis(self, packet: Any, args: Any, out: Any) -> int | None:
-        """The axis of the softmax whose result this is; None where it is none."""
-        if packet is aten._softmax:
-            return int(args[1]) % out.dim() if out.dim() else None
-        if packet in (aten.exp, aten.exp_):
-            self.exponentials.append(out)
-            return _normalised_axis(out)  # of logits from which their log-sum-exp was taken
-        if packet in (aten.div, aten.div_) and isinstance(args[0], Tensor) and isinstance(args[1], Tensor):
-            storage = args[0].untyped_storage().data_ptr()
-            if any(storage == e.untyped_storage().data_ptr() for e in self.exponentials):
-                return _normalised_axis(out, args[1])
-        return None
-
-
-def _normalised_axis(t: Tensor, sums: Tensor | None = None) -> int | None:
-    """The one axis over which a tensor sums to 1; of several, the one that its sums lack. None: there is none."""
-    axes = [
-        axis
-        for axis in range(t.dim())
-        if t.shape[axis] > 1 and t.numel() and bool(((t.sum(axis) - 1).abs() < SUMS_TO_ONE).all())
-    ]
-    if sums is not None and len(axes) > 1:
-        shape = (1,) * (t.dim() - sums.dim()) + tuple(sums.shape)
-        axes = [axis for axis in axes if shape[axis] == 1]
-    return axes[0] if len(axes) == 1 else None
+        if numerator is not None:  # a gradient would still go through the exponentials
+            with torch.autograd._unsafe_preserve_version_counter(numerator):
+                numerator.masked_fill_(altered == 0, 0)
+        result.copy_(altered)
 
 
 @dataclass(eq=False)
@@ -107,7 +63,7 @@ class Call:
         return next(iter(floating_tensors((self.args, self.kwargs))), None)
 
 
-class Watch(SoftmaxWatch):
+class Watch(RecordedSoftmaxes):
     """Records the calls of all modules of a model, too."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -117,10 +73,11 @@ class Watch(SoftmaxWatch):
         self.stack: list[Call] = []
         self.paths = {module: path for path, module in model.named_modules()}
 
-    def seen(self, softmax: Softmax) -> None:
+    def seen(self, axis: int, result: Tensor, numerator: Tensor | None) -> None:
         """It belongs to every call that is under way."""
+        super().seen(axis, result, numerator)
         for call in self.stack:
-            call.softmaxes.append(softmax)
+            call.softmaxes.append(self.softmaxes[-1])
 
     def run(self, args: Any, kwargs: Any) -> Any:
         """Call the model under watch; after an error the calls that it ended are still on the stack."""
@@ -166,7 +123,7 @@ class Run:
     def of(cls, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], seed: int = 0) -> "Run":
         """Call a model under watch; with the same seed it draws the same random numbers."""
         watch = Watch(model)
-        torch.manual_seed(seed)
+        seed_generators(seed)
         output = watch.run(args, kwargs)
         return cls(model, args, kwargs, output, watch.calls)
 

@@ -225,7 +225,7 @@ def test_sizes_that_do_not_fit_are_named():
     [
         ("capsnet.digitCaps.routing_module.b", torch.tensor(0.0), r"routing_module.b must have 2 axes, got \[\]"),
         ("capsnet.digitCaps.routing_module.b", torch.ones(48, 7, 1), r"must have 2 axes, got \[48, 7, 1\]"),
-        ("capsnet.digitCaps.routing_module.b", torch.ones(48, 0), r"axis \(J D_out\) of size 42 is not \[0, 42\]"),
+        ("capsnet.digitCaps.routing_module.b", torch.ones(48, 0), r"b must have no axis of size 0, got \[48, 0\]"),
         ("capsnet.conv1.bias", torch.tensor(0.0), r"conv1.bias must have 1 axes, got \[\]"),
         ("reconstruction_net.fc3.weight", torch.tensor(0.0), r"fc3.weight must have 2 axes, got \[\]"),
     ],
@@ -236,6 +236,29 @@ def test_ranks_that_do_not_fit_are_named(key, value, match):
     assert key in state
     with pytest.raises(ValueError, match=match):
         convert_checkpoint({**state, key: value}, "adambielski")
+
+
+@pytest.mark.parametrize("command", ["convert", "doctor"])
+@pytest.mark.parametrize(
+    ("key", "change", "match"),
+    [
+        ("digits.weights", lambda t: t[..., :0], "must have no axis of size 0"),
+        ("conv1.weight", lambda t: t[:, :0], "must have no axis of size 0"),
+        ("digits.weights", lambda t: t.long(), "must be a dense floating-point tensor, got torch.int64"),
+        ("digits.weights", lambda t: t.to(torch.complex64), "must be a dense floating-point tensor, got torch.complex"),
+        ("decoder.0.bias", lambda t: t > 0, "must be a dense floating-point tensor, got torch.bool"),
+        ("decoder.0.weight", lambda t: t.to_sparse(), "got torch.float32, torch.sparse_coo"),
+    ],
+    ids=["no D_in", "no channels", "int64", "complex", "bool", "sparse"],
+)
+def test_tensors_that_no_network_holds_are_named(command, key, change, match, tmp_path, capsys):
+    state = seed.Network(**SMALL).state_dict()
+    torch.save({**state, key: change(state[key])}, tmp_path / "a.pt")
+    options = ["--recipe", "capsule", "-o", str(tmp_path / "out.safetensors")] if command == "convert" else []
+    assert cli.main([command, str(tmp_path / "a.pt"), *options]) == (1 if command == "convert" else 2)
+    said = capsys.readouterr().err
+    assert f"{key} must" in said
+    assert match in said
 
 
 @pytest.mark.parametrize(

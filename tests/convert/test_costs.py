@@ -91,7 +91,9 @@ def test_only_if_faster_leaves_what_is_not(monkeypatch):
 
     monkeypatch.setattr("fastcaps.convert.replace.training_cost", fail)
     layer = LAYERS["capsule"]()
-    assert replace_capsules(layer, x, only_if_faster=True).replaced == []  # what was not measured is not faster
+    report = replace_capsules(layer, x, only_if_faster=True)  # what was not measured is not known to be faster
+    assert report.replaced == []
+    assert report.layers[0].reason.startswith("its time could not be measured")
     assert not isinstance(layer, ConvertedCapsules)
     with pytest.raises(ValueError, match="only_if_faster needs measure=True"):
         replace_capsules(layer, x, only_if_faster=True, measure=False)

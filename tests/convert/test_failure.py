@@ -132,6 +132,20 @@ def test_errors_without_a_line_of_the_user():
     assert failure(Linear(), "three").text.startswith("AttributeError: 'str' object has no attribute 'flatten'")
 
 
+def test_a_parameter_without_a_shape():
+    class Uninitialised(Linear):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.UninitializedParameter()
+
+        def forward(self, x):
+            return x @ self.weight
+
+    found = failure(Uninitialised())
+    assert found.text.startswith("ValueError: Attempted to use an uninitialized parameter")
+    assert "x [5, 6, 4]" in found.text
+
+
 def test_code_without_a_file():
     names = {"nn": nn}
     exec("class Typed(nn.Module):\n    def forward(self, x):\n        return x + x[:, :2]", names)

@@ -60,14 +60,13 @@ def flips(recipe, T):
     return [(name, value) for name, options in values.items() for value in options]
 
 
+EACH_CONVENTION = (*list(LAYERS)[:9], "timomernick")  # the others combine what these have
+ALL = [pytest.param(name, marks=() if name in EACH_CONVENTION else pytest.mark.slow) for name in LAYERS]
 NAMED = {"softmax", "logits", "squash", "detach", "leaky", "offset", "eps", "norm_eps", "returns"}
 
 
-EACH_CONVENTION = (*list(LAYERS)[:9], "timomernick")  # the others combine what these have
-
-
 @pytest.mark.parametrize("T", [3, 1])
-@pytest.mark.parametrize("name", EACH_CONVENTION)
+@pytest.mark.parametrize("name", ALL)
 def test_each_flag_flipped_is_refused_and_named(name, T):
     recipe = BY_NAME[name]
     if T == 1 and name in CONSTANT_T:

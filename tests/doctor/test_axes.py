@@ -11,6 +11,7 @@ from support.networks_to_examine import (
     DISTINCT,
     INPUTS,
     ITERATIONS,
+    LOSS,
     ROUTING,
     SCORES,
     SOFTMAX,
@@ -22,9 +23,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import fastcaps
-from fastcaps.doctor import FINE, SUSPICIOUS, UNKNOWN, WRONG, iter_findings
+from fastcaps.doctor import FINE, SUSPICIOUS, UNKNOWN, WRONG, examine, iter_findings
 from fastcaps.doctor.axes import find_routings
 from fastcaps.doctor.watch import Run
+from fastcaps.losses import margin_loss
 
 
 class Routes(nn.Module):
@@ -292,6 +294,50 @@ def test_a_first_pass_without_a_softmax_is_an_iteration():
     assert examined(ITERATIONS, Layer()).verdict == FINE
 
 
+@pytest.mark.parametrize(("axis", "verdict"), [(2, FINE), (1, WRONG)])
+@pytest.mark.parametrize("taken", ["poses", "votes"])
+@pytest.mark.parametrize(("I", "J"), [(12, 4), (200, 2), (5, 3), (40, 40)])
+def test_the_second_of_two_passes_is_an_agreement_with_the_first(I, J, taken, axis, verdict):
+    """Its softmax is the only one, and depends on what comes in as that of attention does."""
+
+    class FromVotes(nn.Module):
+        def forward(self, votes):
+            v = fastcaps.squash(votes.sum(1) / J)
+            c = torch.einsum("bijo,bjo->bij", votes, v).softmax(axis)
+            return fastcaps.squash(torch.einsum("bij,bijo->bjo", c, votes))
+
+    class FromPoses(FromVotes):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.rounds = nn.Parameter(0.3 * torch.randn(I, J, 6, 3)), 2
+
+        def forward(self, poses):
+            return super().forward(torch.einsum("ijok,bik->bijo", self.weight, poses))
+
+    model, shape = (FromPoses(), (I, 3)) if taken == "poses" else (FromVotes(), (I, J, 6))
+    assert examined(SOFTMAX, model, *shape).verdict == verdict
+    finding = examined(ITERATIONS, model, *shape)
+    assert (finding.verdict, "is computed 2 times" in finding.evidence) == (FINE, True), str(finding)
+
+
+@pytest.mark.parametrize("given", ["tokens", "keys", "queries"])
+@pytest.mark.parametrize("J", [2, 9])
+def test_one_softmax_of_what_comes_in_is_attention(given, J):
+    """Whichever of keys and queries comes in first; of the other, nothing does."""
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.other, self.value = nn.Parameter(torch.randn(5 if given == "queries" else J, 8)), nn.Linear(8, 8)
+
+        def forward(self, x):
+            q, k = {"tokens": (x, x), "keys": (self.other, x), "queries": (x, self.other)}[given]
+            return (q @ k.mT).softmax(-1) @ self.value(k)
+
+    finding = examined(ROUTING, Attention(), J if given == "queries" else 6, 8)
+    assert (finding.verdict, "attention" in finding.evidence) == (UNKNOWN, True), str(finding)
+
+
 def test_attention_is_no_routing():
     class Attention(nn.Module):
         def __init__(self):
@@ -309,6 +355,36 @@ def test_attention_is_no_routing():
         found = [f for f in findings if f.check == ROUTING]
         assert {f.verdict for f in found} == {UNKNOWN}
         assert all("attention" in f.evidence for f in found)
+
+
+def test_attention_after_the_capsules_has_no_classes():
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.capsules, self.summary = Routes(), Pooling()
+
+        def forward(self, x):
+            poses = self.capsules(x)
+            return self.summary(poses), poses
+
+    class Pooling(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.queries = nn.Parameter(torch.randn(5, 6))
+
+        def forward(self, poses):
+            return (self.queries @ poses.mT).softmax(-1) @ poses
+
+    torch.manual_seed(0)
+
+    def mean_over_classes(lengths, labels):
+        return margin_loss(lengths, labels) / lengths.shape[1]
+
+    findings = examine(Network(), torch.randn(7, 12, 3), margin_loss=mean_over_classes)
+    assert "attention" in next(f for f in findings if f.check == ROUTING).evidence
+    finding = next(f for f in findings if f.check == LOSS)
+    assert (finding.verdict, "and 4 classes" in finding.evidence) == (WRONG, True), str(finding)
+    assert next(f for f in findings if f.check == TRAINS).verdict == FINE
 
 
 def test_a_softmax_that_is_no_coupling():

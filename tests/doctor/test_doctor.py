@@ -22,6 +22,7 @@ from support.networks_to_examine import (
     wrong,
 )
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 import fastcaps
 from fastcaps.convert import replace_capsules
@@ -309,6 +310,20 @@ def test_a_model_that_cannot_be_copied_is_refused():
 def test_random_samples_are_enough_also_where_parameters_have_their_number():
     model = nn.Sequential(nn.Flatten(), nn.Linear(35, 7), nn.Linear(7, 5))
     assert wrong(look(model, (1, 5, 7))) == set()
+
+
+def test_parameters_without_a_shape_before_or_even_after_a_call():
+    class Spare(seed.Network):
+        def __init__(self, **sizes):
+            super().__init__(**sizes)
+            self.digits.spare = nn.LazyLinear(3)  # never called
+
+    assert wrong(look(nn.Sequential(nn.Flatten(), nn.LazyLinear(10)), None)) == set()
+    model = Spare(**SMALL)
+    findings = look(model)
+    assert wrong(findings) == set(), "\n".join(map(str, findings))
+    assert {f.verdict for f in findings if f.check in (SOFTMAX, TRAINS)} == {FINE}
+    assert is_lazy(model.digits.spare.weight)
 
 
 @pytest.mark.parametrize("where", ["parameter", "sample"])

@@ -1,12 +1,16 @@
 """The doctor's view of state that is kept from call to call, of random numbers, and of the other samples."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from support.networks_to_examine import BATCH, STATE, first
 from torch import nn
 
 import fastcaps
-from fastcaps.doctor import FINE, UNKNOWN, WRONG, examine
+from fastcaps.convert.modules import seed_generators
+from fastcaps.doctor import FINE, SUSPICIOUS, UNKNOWN, WRONG, examine
 
 
 class Routes(nn.Module):
@@ -93,6 +97,23 @@ class Random(Routes):
         return torch.randn(votes.shape[:3])
 
 
+class RandomByNumpy(Routes):
+    def start(self, votes):
+        return torch.from_numpy(np.random.randn(*votes.shape[:3])).to(votes)
+
+
+class RandomByPython(Routes):
+    def start(self, votes):
+        return torch.tensor([random.gauss(0, 1) for _ in range(48)]).view(12, 4).expand(len(votes), -1, -1)
+
+
+class RandomBySystem(Routes):
+    """No seed holds these numbers."""
+
+    def start(self, votes):
+        return torch.from_numpy(np.random.default_rng().standard_normal(votes.shape[:3])).to(votes)
+
+
 class RandomInput(Routes):
     def forward(self, poses):
         return super().forward(poses + 0.1 * torch.randn_like(poses))
@@ -113,16 +134,27 @@ def test_kept_state_is_said_and_not_blamed_on_the_batch_mates(kind):
     assert "logits" not in vars(model)
 
 
-@pytest.mark.parametrize("kind", [Routes, Counts, BuiltInTheFirstCall, Random, RandomInput])
+@pytest.mark.parametrize(
+    "kind", [Routes, Counts, BuiltInTheFirstCall, Random, RandomByNumpy, RandomByPython, RandomInput]
+)
 def test_what_is_drawn_or_counted_is_no_kept_state_and_no_leak(kind):
     model = kind()
-    torch.manual_seed(5)
-    expected = torch.rand(1)
-    torch.manual_seed(5)
+    seed_generators(5)
+    expected = torch.rand(1), np.random.rand(), random.random()
+    seed_generators(5)
     for check in (STATE, BATCH):
         finding = first(check, model, sample())
         assert finding.verdict == FINE, str(finding)
-    assert torch.equal(torch.rand(1), expected)  # the random numbers of others are theirs
+    assert (torch.rand(1), np.random.rand(), random.random()) == expected  # the random numbers of others are theirs
+
+
+@pytest.mark.train
+def test_random_numbers_that_no_seed_holds_are_no_mistake():
+    findings = examine(RandomBySystem(), sample())
+    assert not [str(f) for f in findings if f.verdict in (WRONG, SUSPICIOUS)]
+    for check in (STATE, BATCH):
+        finding = next(f for f in findings if f.check == check)
+        assert (finding.verdict, "draws random numbers" in finding.evidence) == (UNKNOWN, True), str(finding)
 
 
 def test_random_logits_do_not_hide_a_leak():
