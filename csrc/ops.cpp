@@ -204,7 +204,6 @@ struct Inputs {
     in.stride_j = (weight ? weight->size(1) : poses.size(2)) == 1 ? 0 : matrix;
     if (weight) {
       in.weight = weight->const_data_ptr();
-      // One input capsule has a matrix of its own: as one shared by all it would be applied in every iteration.
       in.stride_i = weight->size(0) == 1 && size.I != 1 ? 0 : weight->size(1) * matrix;
     }
     if (prior) {

@@ -96,15 +96,27 @@ void with_tiles(const Routing<Real>& in, const F& f) {
     with_pairs(std::integral_constant<int, 1>{});
 }
 
+// The matrix of a single input capsule may count as its own or as shared by all. As shared it is applied in every
+// iteration, to poses that are routed instead of votes: less work where they are shorter and votes are not kept.
+// 473, 1 -> 38, 2 -> 223 in bfloat16 takes 11 ms so and 51 ms with votes; 37, 1 -> 50, 9 -> 1 in float64 0.45 and 0.13.
 template <class Real>
-void forward(const Routing<Real>& in, void* out, Real* sums, Parallel parallel) {
-  if (!in.size.B) return;
+Routing<Real> with_single_matrix(Routing<Real> in, int64_t read) {
+  const Sizes& z = in.size;
+  if (in.weight && z.I == 1 && z.D_in < z.D_out && !keeps_votes(in, read)) in.stride_i = 0;
+  return in;
+}
+
+template <class Real>
+void forward(const Routing<Real>& given, void* out, Real* sums, Parallel parallel) {
+  if (!given.size.B) return;
+  const Routing<Real> in = with_single_matrix(given, kReadForward);
   if (sample_by_sample(in)) return SingleForward<Real>(in).forward(out, sums, parallel);
   if (keeps_votes(in, kReadForward)) return KeptVotes<Real>(in).forward(out, sums, parallel);
   with_tiles(in, [&](auto N, auto pairs) { BatchForward<Real, N, pairs>(in, parallel).forward(out, sums); });
 }
 template <class Real>
-void backward(const Routing<Real>& in, const Gradients<Real>& out, Parallel parallel) {
+void backward(const Routing<Real>& given, const Gradients<Real>& out, Parallel parallel) {
+  const Routing<Real> in = with_single_matrix(given, kReadBackward);
   if (sample_by_sample(in) && votes_fit(in)) return SingleBackward<Real>(in, out).run(parallel);
   if (keeps_votes(in, kReadBackward)) return KeptVotes<Real>(in).backward(out, parallel);
   with_tiles(in, [&](auto N, auto pairs) { BatchBackward<Real, N, pairs>(in, parallel).run(out); });

@@ -73,8 +73,13 @@ def needed_memory(layer: nn.Module, plan: Plan, poses: Tensor, num_iterations: i
 def _refuse_without_memory(layer: nn.Module, plan: Plan, poses: Tensor, num_iterations: int) -> None:
     needed, free = needed_memory(layer, plan, poses, num_iterations), free_memory(poses.device)
     if free is not None and needed > free:
-        text = f"comparing it takes about {needed / 1e9:.2g} GB of memory, and {free / 1e9:.2g} GB are free"
+        text = f"comparing it takes about {_in_words(needed)} of memory, and {_in_words(free)} are free"
         refuse(f"{text}: free some, or convert it on a machine that has it")
+
+
+def _in_words(count: int) -> str:
+    """Bytes as 12.4 GB or 0.3 MB."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def _refuse_what_would_be_lost(layer: nn.Module) -> None:
