@@ -114,6 +114,9 @@ def converted(source: Source, network: nn.Module) -> dict[str, Any]:
 
 def speed(old: nn.Module, new: nn.Module, path: str, sample: Any) -> dict[str, float]:
     """Median milliseconds of a layer before and after, forward and training, in rounds that take turns."""
+    args, kwargs = call_arguments(sample)
+    with torch.no_grad():
+        old.eval()(*args, **kwargs)  # some make their layers in their first call
     layers = {"before": old.get_submodule(path), "after": new.get_submodule(path)}
     args, kwargs = _first_call(old, layers["before"], sample)
     times: dict[str, list[float]] = {}
