@@ -27,13 +27,6 @@ constexpr Real kLeastLogit = sizeof(Real) == 4 ? Real(-0x1.fffffep127L) : Real(-
 template <class Real>
 constexpr Real kLeastShare = sizeof(Real) == 4 ? Real(0x1p-126L) : Real(0x1p-1022L);
 
-// A prior for exponents of two. A finite one stays finite: -inf alone closes a route.
-template <class Real>
-FASTCAPS_INDEX Real prior_of_two(Real prior) {
-  const Real scaled = kLog2e<Real> * prior;
-  return scaled < kLeastLogit<Real> && prior >= kLeastLogit<Real> ? kLeastLogit<Real> : scaled;
-}
-
 static FASTCAPS_INDEX int64_t ceil_div(int64_t n, int64_t size) { return (n + size - 1) / size; }
 static FASTCAPS_INDEX int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static FASTCAPS_INDEX int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }

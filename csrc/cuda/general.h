@@ -64,7 +64,8 @@ __device__ inline void agreement(Real& logit, Real& dc, const Routing<Real>& in,
     if (ds) dc = fma(u, ds[at + e], dc);
   }
   logit = sum_over_warp(logit), dc = sum_over_warp(dc);
-  if (in.prior && !masked(in, b, i)) logit += prior_of_two(in.prior[b * in.prior_stride_b + i * in.size.J + j]);
+  if (in.prior && !masked(in, b, i))  // a finite prior stays finite: -inf alone closes a route
+    logit = fma_towards_zero(kLog2e<Real>, in.prior[b * in.prior_stride_b + i * in.size.J + j], logit);
 }
 
 // Warp: (slice of the input capsules, sample). Sums of c u or, where there is ds, of c (dc - sum_j c dc) u, which is

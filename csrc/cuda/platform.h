@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <stdexcept>
 #include <string>
 
@@ -64,6 +65,21 @@ __device__ inline void narrow(float x, float16& to) {
   to.bits = emulated::narrow_float16(x);
 #else
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to.bits) : "f"(x));
+#endif
+}
+
+// a b + c, rounded towards zero: what is finite stays finite.
+template <class Real>
+__device__ inline Real fma_towards_zero(Real a, Real b, Real c) {
+#ifdef FASTCAPS_EMULATED  // to nearest, but for that
+  const Real sum = std::fma(a, b, c);
+  const bool overflows = std::isinf(sum) && std::isfinite(a) && std::isfinite(b) && std::isfinite(c);
+  return overflows ? std::copysign(std::numeric_limits<Real>::max(), sum) : sum;
+#else
+  if constexpr (sizeof(Real) == 4)
+    return __fmaf_rz(a, b, c);
+  else
+    return __fma_rz(a, b, c);
 #endif
 }
 

@@ -87,6 +87,12 @@ __device__ inline bool masked(const TileArguments& args, int b, int i) {
   return !F::PLAIN && args.mask && !args.mask[pose_of(args, b, i)];
 }
 
+// A logit, to base two, with the prior of this input and output capsule. One that is finite stays finite, however low:
+// -inf alone closes a route.
+__device__ inline float plus_prior(const TileArguments& args, float logit, int b, int64_t ij) {
+  return fma_towards_zero(kLog2e<float>, args.prior[b * args.prior_stride_b + ij], logit);
+}
+
 // Four entries of a matrix row, `count` of them there.
 template <class F>
 __device__ inline void load_four(float (&to)[4], const typename F::In* from, int count, bool aligned) {

@@ -151,8 +151,7 @@ struct LastSweep {
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
       const bool there = sample(s) < args.B && (F::PLAIN || j < args.J);
-      if (!F::PLAIN && args.prior && there)
-        c[s] += prior_of_two(args.prior[sample(s) * args.prior_stride_b + matrix_of(args, i, j)]);
+      if (!F::PLAIN && args.prior && there) c[s] = plus_prior(args, c[s], sample(s), matrix_of(args, i, j));
       const float exponent = c[s] - top[s] - log[s];
       c[s] = power_of_two(exponent > 0 ? 0 : exponent);
       dc[s] = there && !args.detach ? c[s] * (dc[s] - mean[s]) : 0;

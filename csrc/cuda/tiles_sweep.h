@@ -96,7 +96,7 @@ struct Sums {
 #pragma unroll
       for (int s = 0; s < 2; ++s) {
         if (!F::PLAIN && args.prior && j < args.J && sample(s) < args.B && !masked<F>(args, sample(s), i))
-          l[section][s] += prior_of_two(args.prior[sample(s) * args.prior_stride_b + matrix_of(args, i, j)]);
+          l[section][s] = plus_prior(args, l[section][s], sample(s), matrix_of(args, i, j));
         if (!F::PLAIN && j >= args.J) l[section][s] = -INFINITY;
       }
     });
