@@ -184,7 +184,7 @@ def _devices(settings: Settings, given: dict[str, Any], resumed: Path | None) ->
     except ValueError as error:
         if resumed is None or given.keys() & {"accelerator", "devices", "nodes"} or not _held(resumed):
             raise
-        raise ValueError(f"{error} (so it is told in {resumed})") from error
+        raise ValueError(f"{error} (as the run in {resumed} was told)") from error
 
 
 def _module(

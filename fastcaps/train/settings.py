@@ -58,7 +58,7 @@ class Settings:
     stem: int = _setting(256, "channels of the first convolution")
     kernel_size: int | None = _setting(
         None,
-        "kernel size of both convolutions in pixels; unset: 9, or 3 where that does not fit; of a signal along it",
+        "kernel size of both convolutions in pixels; unset: 9, or 3 where 9 does not fit; 1 along a height of 1",
     )
     stem_stride: int = _setting(1, "stride of the first convolution in pixels")
     primary_stride: int | None = _setting(
