@@ -1,7 +1,10 @@
 """Small public networks, the mistakes that are known of them, and what tests of the doctor do with them."""
 
+import torch
 from peers import adambielski, cedrickchee, danielhavir, gram_ai, higgsfield, seed, xifengguo
+from torch import nn
 
+import fastcaps
 from fastcaps.doctor import WRONG, examine, iter_findings
 from fastcaps.doctor.targets import random_sample
 
@@ -35,3 +38,33 @@ def look(model, shape=SHAPE, **losses):
 def first(check, model, sample):
     """The first finding of a check; what is found later, as by training, is not looked for."""
     return next(finding for finding in iter_findings(model, sample) if finding.check == check)
+
+
+class Routes(nn.Module):
+    """Poses ``[B, I, D_in]`` to ``[B, J, D_out]``; subclasses are wrong in one thing, or write the same otherwise."""
+
+    def __init__(self, I=12, J=4, D_in=3, D_out=6, T=3):
+        super().__init__()
+        self.weight, self.T = nn.Parameter(0.3 * torch.randn(I, J, D_out, D_in)), T
+
+    def coupling(self, logits, t):
+        return logits.softmax(2)
+
+    def squashed(self, s):
+        return fastcaps.squash(s)
+
+    def agreement(self, votes, v):
+        return (votes * v).sum(-1, keepdim=True)
+
+    def forward(self, poses):
+        votes = torch.einsum("ijok,bik->bijo", self.weight, poses)
+        logits = poses.new_zeros(*votes.shape[:3], 1)
+        for t in range(self.T):
+            v = self.squashed((self.coupling(logits, t) * votes).sum(1))
+            logits = logits + self.agreement(votes, v[:, None])
+        return v
+
+
+def examined(check, model, *shape):
+    torch.manual_seed(0)
+    return first(check, model, torch.randn(7, *(shape or (12, 3))))
