@@ -2,6 +2,7 @@
 
 python benchmarks/initialisation.py               # about an hour on one core; goes on where it stopped
 python benchmarks/initialisation.py mnist --root DIR
+python benchmarks/initialisation.py --lengths     # seconds: initial lengths for a deviation with another power of J
 """
 
 import argparse
@@ -18,7 +19,7 @@ import torch
 from machine import description
 from torch import Tensor, nn
 
-from fastcaps import CapsNet
+from fastcaps import CapsNet, CapsuleLayer
 from fastcaps.data import Dataset, digits, mnist, multi_digit
 from fastcaps.losses import margin_loss
 
@@ -115,6 +116,21 @@ def run(case: Case, data: Dataset, start: Start, seed: int) -> dict[str, Any]:
     return row | {"margin loss": [round(statistics.mean(losses[n * part :][:part]), 4) for n in range(PARTS)]}
 
 
+@torch.no_grad()
+def lengths() -> None:
+    """Mean initial lengths with the default bias, where the deviation is J^power / sqrt(I D_out)."""
+    print("| J | I | T, length of the inputs | power 0.5 (default) | 0.6 | 0.75 | 1 |\n|" + " --- |" * 7)
+    for (J, I), (T, r) in itertools.product([(100, 512), (1000, 72), (1000, 512)], [(3, 0.9), (5, 0.9), (5, 0.3)]):
+        cells = []
+        for power in (0.5, 0.6, 0.75, 1.0):
+            torch.manual_seed(0)
+            layer = CapsuleLayer(I, 8, J, 16, num_iterations=T, bias=True)
+            layer.weight *= J ** (power - 0.5)
+            poses = r * nn.functional.normalize(torch.randn(4, I, 8), dim=2)
+            cells.append(f"{layer(poses).norm(dim=2).mean():.2f}")
+        print(f"| {J} | {I} | {T}, {r} | {' | '.join(cells)} |")
+
+
 def show(results: dict[str, Any]) -> None:
     """A table for each data set: means over the seeds, and the test error of each."""
     for name in CASES:
@@ -134,7 +150,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", default=list(CASES), metavar="CASE", help=", ".join(CASES))
     parser.add_argument("--root", type=Path, default=Path("data"), help="folder with MNIST")
+    parser.add_argument("--lengths", action="store_true", help="print initial lengths, and train nothing")
     arguments = parser.parse_args()
+    if arguments.lengths:
+        return lengths()
     content = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"machine": description(), "runs": {}}
     for name in arguments.cases:
         data = CASES[name].data(arguments.root)
