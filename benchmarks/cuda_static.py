@@ -70,11 +70,14 @@ def counted(names: list[str]) -> dict[str, int]:
 
 
 def unit(names: list[str], loops: list[tuple[int, int]], gradients: bool, plain: bool) -> dict[str, int]:
-    """One round of the loop over input capsules or samples: the innermost with matrix instructions, and the longest of
-    several that are; without `plain` the loop around it, as the innermost is then the one over D_in."""
+    """One round of the loop over input capsules or samples: the innermost with matrix instructions; of several the
+    longest, but for one that takes the largest logit where another need not; without `plain` the loop around it, as
+    the innermost is then the one over D_in."""
     matrix = [loop for loop in loops if any(name.startswith("HMMA") for name in names[loop[0] : loop[1] + 1])]
     around = [(a, b) for a, b in matrix if any(a <= c and d <= b and (a, b) != (c, d) for c, d in matrix)]
-    first, last = [loop for loop in matrix if loop not in around][-1]
+    innermost = [loop for loop in matrix if loop not in around]
+    unshifted = [(a, b) for a, b in innermost if takes_softmax(names[a : b + 1], shifted=False)]
+    first, last = (unshifted or innermost)[-1]
     if not plain:
         first, last = next((a, b) for a, b in around if a <= first and last <= b)
     total = collections.Counter(counted(names[first : last + 1]))
@@ -83,6 +86,11 @@ def unit(names: list[str], loops: list[tuple[int, int]], gradients: bool, plain:
             if first <= inner[0] and inner[1] <= last and inner != (first, last):
                 total.update(counted(names[inner[0] : inner[1] + 1]))
     return dict(total)
+
+
+def takes_softmax(names: list[str], shifted: bool) -> bool:
+    """Whether a loop takes powers of two, and looks for a largest logit or does not."""
+    return "MUFU.EX2" in names and shifted == any(name.startswith("FMNMX") for name in names)
 
 
 def compiler() -> str:

@@ -121,6 +121,8 @@ __device__ inline double log_of_two(double x) { return log2(x); }
 // become -0.
 __device__ inline float rounded_to_tf32(float x) { return x == x ? from_bits(bits_of(x) + 0x1000) : x; }
 __device__ inline float cut_to_tf32(float x) { return from_bits(bits_of(x) & 0xffffe000); }
+// The nearest number of tf32, but for a NaN, of which the rest x - nearest_tf32(x) is one.
+__device__ inline float nearest_tf32(float x) { return cut_to_tf32(from_bits(bits_of(x) + 0x1000)); }
 
 // c = a b, or c += a b, by mma.sync.m16n8k8: a [16, 8], b [8, 8], c [16, 8] as cuda/layout.h lays them out.
 __device__ inline void multiply(float* c, const float (&a)[4], const float (&b)[2]) {

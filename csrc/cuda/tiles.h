@@ -152,7 +152,7 @@ __device__ inline void exact_product(float* c, const float (&a)[4], const float 
     multiply(c, a, b);
   } else {
     float a_hi[4], a_lo[4];
-    const float b_hi[2] = {cut_to_tf32(rounded_to_tf32(b[0])), cut_to_tf32(rounded_to_tf32(b[1]))};
+    const float b_hi[2] = {nearest_tf32(b[0]), nearest_tf32(b[1])};
     const float b_lo[2] = {b[0] - b_hi[0], b[1] - b_hi[1]};
     for (int n = 0; n < 4; ++n) a_hi[n] = cut_to_tf32(a[n]), a_lo[n] = a[n] - a_hi[n];
     multiply(c, a_lo, b_hi);
@@ -191,7 +191,9 @@ __device__ inline void votes(float* u, const float4* fragments, const float (&x)
                              Load&& load) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
-  for (int m = 0; m < T::M; ++m) {
+  for (int k = 0; k < T::M; ++k) {
+    // The smaller section first: its agreements pass between lanes, meanwhile the products of the other one go on.
+    const int m = (k + T::first_m(T::sections - 1)) % T::M;
     const float4 w = fragments[m * 32 + lane];
     const float a[4] = {w.x, w.y, w.z, w.w};
     exact_product<F>(u + 4 * m, a, x);

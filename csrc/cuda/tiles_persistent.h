@@ -42,7 +42,7 @@ struct Persistent {
   const int band = blockIdx.x % bands, slice = blockIdx.x / bands;
   const int begin = int(share_begin(args.tile.I, args.tile.slices, slice));
   const int end = int(share_begin(args.tile.I, args.tile.slices, slice + 1));
-  const int warp = warp_of_block(), lane = threadIdx.x % 32, octets = (args.tile.D_in + 7) / 8;
+  const int warp = warp_of_block(), lane = threadIdx.x % 32, octets = F::PLAIN ? 1 : (args.tile.D_in + 7) / 8;
   const int batch_tile = warp % args.tile.band_tiles, turn = warp / args.tile.band_tiles;
   const int turns = 4 / args.tile.band_tiles;
 
@@ -73,19 +73,29 @@ struct Persistent {
 
   template <Sweep kind>
   __device__ void sweep(const TileArguments& tile) const {
-    Sums<F, T, kind, BACKWARD> sums{tile};
+    if constexpr (kTriesUnshifted<F, kind>)
+      if (!try_sweep<kind, false>(tile)) return;
+    try_sweep<kind, true>(tile);
+  }
+
+  // As sweep_slice.
+  template <Sweep kind, bool SHIFTED>
+  __device__ bool try_sweep(const TileArguments& tile) const {
+    Sums<F, T, kind, BACKWARD, SHIFTED> sums{tile};
     sums.start(band * tile.band_tiles + batch_tile, 0);
     const float4* const fragments = reinterpret_cast<const float4*>(shared(0));
 #pragma unroll 1
     for (int n = turn; n < end - begin; n += turns) {
-      const float2 two = *pose(n, 0);
-      const float x[2] = {two.x, two.y};
+      const float2* const poses = pose(n, 0);
+      const float x[2] = {poses->x, poses->y};
       sums.add(fragments + n * octets * T::M * 32, x, begin + n, [&](float (&more)[2], int first_d) {
-        const float2 next = *pose(n, first_d / 8);
+        const float2 next = poses[first_d / 8 * tile.band_tiles * 32];
         more[0] = next.x, more[1] = next.y;
       });
     }
+    if (!SHIFTED && __syncthreads_or(sums.out_of_range())) return true;
     sums.finish(reinterpret_cast<float*>(shared(args.memory.sums)), slice);
+    return false;
   }
 
   __device__ void vectors(int64_t t) const {

@@ -17,16 +17,28 @@ enum class Sweep {
   stats_only,  // they are written, nothing else: goes through all tiles
 };
 
+// Sums of 2^logit for which logits need not be shifted by the largest one: no shares above 2^-106 are left out.
+constexpr float kLeastSum = 0x1p-20f, kLargestSum = 0x1p100f;
+
+// Whether a sweep first takes softmaxes of logits as they are: finding the largest one is a fifth of its time, by the
+// cycle model. Where a sum is not within the bounds, the sweep is done again.
+template <class F, Sweep kind>
+constexpr bool kTriesUnshifted = F::PLAIN && kind == Sweep::softmax;
+
 // Sums of a slice of the input capsules: of c u or, where BACKWARD, of c (dc - sum_j c dc) u, which is dV.
-template <class F, class T, Sweep kind, bool BACKWARD>
+// SHIFTED: the softmax subtracts the largest logit.
+template <class F, class T, Sweep kind, bool BACKWARD, bool SHIFTED>
 struct Sums {
   static constexpr bool summed = kind != Sweep::stats_only;
   const TileArguments& args;
   const int lane = threadIdx.x % 32, g = lane / 4;
   int first_b, first_j;
+  uint32_t farthest = 0;  // of the sums of 2^logit, in their bits, from kLeastSum upwards; those below it wrap around
   float V[4 * T::M], ds[BACKWARD ? 4 * T::M : 1], sums[summed ? 4 * T::M : 1];
 
   __device__ int sample(int s) const { return first_b + 2 * (lane % 4) + s; }
+  // Whether a softmax needs the largest logit.
+  __device__ bool out_of_range() const { return farthest > bits_of(kLargestSum) - bits_of(kLeastSum); }
   // Of the statistics of input capsule i.
   __device__ float* stats(int i, int s) const { return args.stats + int64_t(i) * args.B + sample(s); }
 
@@ -107,17 +119,24 @@ struct Sums {
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
       const bool leaky = !F::PLAIN && args.leaky && first_j == 0;  // a further logit of 0, once for all tiles
-      float top = c[0][s], sum = kLeastShare<float>, weighted = 0;
-      each<T::sections>([&]<int section>() { top = fmaxf(top, c[section][s]); });
-      top = fmaxf(largest_over_capsules(top), leaky ? 0 : kLeastLogit<float>);
+      float top = 0, sum = SHIFTED ? kLeastShare<float> : 0, weighted = 0;
+      if constexpr (SHIFTED) {
+        top = c[0][s];
+        each<T::sections>([&]<int section>() { top = fmaxf(top, c[section][s]); });
+        top = fmaxf(largest_over_capsules(top), leaky ? 0 : kLeastLogit<float>);
+      }
       each<T::sections>([&]<int section>() {
         constexpr float once = 1.f / T::quads(section);  // of the lanes that have the same capsule
-        c[section][s] = power_of_two(c[section][s] - top);
+        c[section][s] = power_of_two(SHIFTED ? c[section][s] - top : c[section][s]);
         sum = fmaf(once, c[section][s], sum);
         if constexpr (BACKWARD) weighted = fmaf(once * c[section][s], dc[section][s], weighted);
       });
       sum = sum_over_capsules(sum);
       if (leaky) sum += power_of_two(-top);
+      if constexpr (!SHIFTED) {
+        const uint32_t distance = bits_of(sum) - bits_of(kLeastSum);
+        farthest = distance > farthest ? distance : farthest;
+      }
       const float scale = reciprocal(sum);
       if constexpr (BACKWARD) mean[s] = sum_over_capsules(weighted) * scale;
       each<T::sections>([&]<int section>() { c[section][s] *= scale; });
@@ -179,49 +198,57 @@ struct Sums {
   }
 };
 
+// A block's part of a sweep: a slice of the input capsules, a band of batch tiles. All its threads return whether
+// logits must be shifted for it, and then nothing has been written but statistics.
+template <class F, class T, Sweep kind, bool BACKWARD, bool SHIFTED>
+__device__ bool sweep_slice(const TileArguments& args, int band, int slice, int tile) {
+  const int warp = warp_of_block(), turn = warp / args.band_tiles, turns = 4 / args.band_tiles;
+  const int begin = int(share_begin(args.I, args.slices, slice)),
+            end = int(share_begin(args.I, args.slices, slice + 1));
+  const int octets = F::PLAIN ? 1 : (args.D_in + 7) / 8, capsule_fragments = octets * T::M * 32;
+  float4* const memory = shared_memory<float4>();
+  Sums<F, T, kind, BACKWARD, SHIFTED> sums{args};
+  sums.start(band * args.band_tiles + warp % args.band_tiles, tile);
+  fill<F, T>(memory, args, begin, end, args.chunk_capsules, sums.first_j);
+  const int d = 2 * (threadIdx.x % 4);
+  float x[2], next[2];
+  load_pose<F>(next, args, sums.first_b + sums.g, begin + turn, end, d);
+  __syncthreads();
+#pragma unroll 1
+  for (int i = begin, chunk = 0; i < end; i += args.chunk_capsules, ++chunk) {
+    const float4* now = memory + (chunk % 2 * args.chunk_capsules + turn) * capsule_fragments;
+    if (i + args.chunk_capsules < end)
+      fill<F, T>(memory + (chunk + 1) % 2 * args.chunk_capsules * capsule_fragments, args, i + args.chunk_capsules, end,
+                 args.chunk_capsules, sums.first_j);
+    const int last = i + args.chunk_capsules < end ? i + args.chunk_capsules : end;
+#pragma unroll 1
+    for (int n = i + turn; n < last; n += turns, now += turns * capsule_fragments) {
+      x[0] = next[0], x[1] = next[1];
+      load_pose<F>(next, args, sums.first_b + sums.g, n + turns, end, d);
+      sums.add(now, x, n, [&](float (&more)[2], int first_d) {
+        load_pose<F>(more, args, sums.first_b + sums.g, n, end, first_d + d);
+      });
+    }
+    __syncthreads();
+  }
+  if (!SHIFTED && __syncthreads_or(sums.out_of_range())) return true;
+  if constexpr (kind != Sweep::stats_only) sums.finish(shared_memory<float>(), slice);
+  return false;
+}
+
 // Block: (slice, tile of output capsules, band of batch tiles), the last running fastest: its blocks share matrices.
 template <class F, class T, Sweep kind, bool BACKWARD>
 __global__ void __launch_bounds__(kTileThreads, BACKWARD ? kBackwardBlocks : kForwardBlocks)
     tile_sweep(TileArguments args) {
   const int bands = int(ceil_div(ceil_div(args.B, kTileSamples), args.band_tiles)),
-            tiles = int(ceil_div(args.J, T::JT));
-  const int band = blockIdx.x % bands, slice = blockIdx.x / bands / (kind == Sweep::stats_only ? 1 : tiles);
-  const int warp = warp_of_block(), turn = warp / args.band_tiles, turns = 4 / args.band_tiles;
-  const int begin = int(share_begin(args.I, args.slices, slice)),
-            end = int(share_begin(args.I, args.slices, slice + 1));
-  const int capsule_fragments = (args.D_in + 7) / 8 * T::M * 32;  // float4 of an input capsule
-  float4* const memory = shared_memory<float4>();
-  Sums<F, T, kind, BACKWARD> sums{args};
-  const auto sweep_tile = [&](int tile) {
-    sums.start(band * args.band_tiles + warp % args.band_tiles, tile);
-    fill<F, T>(memory, args, begin, end, args.chunk_capsules, sums.first_j);
-    const int d = 2 * (threadIdx.x % 4);
-    float x[2], next[2];
-    load_pose<F>(next, args, sums.first_b + sums.g, begin + turn, end, d);
-    __syncthreads();
-#pragma unroll 1
-    for (int i = begin, chunk = 0; i < end; i += args.chunk_capsules, ++chunk) {
-      const float4* now = memory + chunk % 2 * args.chunk_capsules * capsule_fragments;
-      if (i + args.chunk_capsules < end)
-        fill<F, T>(memory + (chunk + 1) % 2 * args.chunk_capsules * capsule_fragments, args, i + args.chunk_capsules,
-                   end, args.chunk_capsules, sums.first_j);
-#pragma unroll 1
-      for (int n = turn; n < args.chunk_capsules && i + n < end; n += turns) {
-        x[0] = next[0], x[1] = next[1];
-        load_pose<F>(next, args, sums.first_b + sums.g, i + n + turns, end, d);
-        sums.add(now + n * capsule_fragments, x, i + n, [&](float (&more)[2], int first_d) {
-          load_pose<F>(more, args, sums.first_b + sums.g, i + n, end, first_d + d);
-        });
-      }
-      __syncthreads();
-    }
-  };
+            tiles = int(ceil_div(args.J, T::JT)), band = blockIdx.x % bands, rest = blockIdx.x / bands;
   if constexpr (kind == Sweep::stats_only) {
 #pragma unroll 1
-    for (int tile = 0; tile < tiles; ++tile) sweep_tile(tile);
+    for (int tile = 0; tile < tiles; ++tile) sweep_slice<F, T, kind, BACKWARD, true>(args, band, rest, tile);
   } else {
-    sweep_tile(blockIdx.x / bands % tiles);
-    sums.finish(shared_memory<float>(), blockIdx.x / bands / tiles);
+    if constexpr (kTriesUnshifted<F, kind>)
+      if (!sweep_slice<F, T, kind, BACKWARD, false>(args, band, rest / tiles, rest % tiles)) return;
+    sweep_slice<F, T, kind, BACKWARD, true>(args, band, rest / tiles, rest % tiles);
   }
 }
 

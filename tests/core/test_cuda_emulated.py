@@ -4,6 +4,7 @@ Their numbers are those of test_dynamic_routing.py with FASTCAPS_EMULATE_CUDA=1 
 """
 
 import ctypes
+import math
 import os
 import shutil
 from pathlib import Path
@@ -13,7 +14,8 @@ import torch
 from support import emulated_cuda
 from support.numerics import EVERY_KERNEL, Case, backend_op, case_id, check, make_inputs, run
 
-from fastcaps.exactness import relative_error
+from fastcaps.exactness import error_budget, relative_error
+from fastcaps.functional import squash
 from fastcaps.routing import backend as backends
 from fastcaps.routing.dynamic import ops
 
@@ -73,6 +75,29 @@ def test_as_many_slices_as_on_a_large_gpu(emulated, monkeypatch, resident_blocks
     monkeypatch.setattr(emulated_cuda, "multiprocessors", 30)
     monkeypatch.setattr(emulated_cuda, "resident_blocks", resident_blocks)
     check(emulated, Case(sizes=(9, 70, 10, 8, 16), num_iterations=2), torch.float32)
+
+
+@pytest.mark.parametrize("resident_blocks", [6, 0])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_logits_whose_powers_of_two_overflow_or_vanish(emulated, monkeypatch, sign, resident_blocks):
+    """The bias decides the outputs; the votes of one input capsule lie along it, or against it."""
+    monkeypatch.setattr(emulated_cuda, "resident_blocks", resident_blocks)
+    inputs = make_inputs(Case(sizes=(9, 12, 10, 8, 16)), torch.float64)
+    poses, weight = (tensor.clone() for tensor in inputs.tensors.values())
+    bias = 40 * torch.nn.functional.normalize(inputs.grad[0], dim=1)
+    poses[:, 1], weight[1] = 0, 0
+    poses[:, 1, 0], weight[1, :, :, 0] = 4 * sign, bias
+    results = []
+    reference = backend_op("reference")
+    for op, dtype in ((emulated, torch.float32), (reference, torch.float32), (reference, torch.float64)):
+        tensors = [tensor.to(dtype).requires_grad_() for tensor in (poses, weight, bias)]
+        out = op(**dict(zip(("poses", "weight", "bias"), tensors, strict=True)), num_iterations=2)
+        results.append([out, *torch.autograd.grad(out, tensors, inputs.grad.to(dtype))])
+    V = squash(bias + torch.einsum("ijdk,bik->bjd", weight, poses) / 10)
+    logits = torch.einsum("bk,jdk,bjd->bj", poses[:, 1], weight[1], V) / math.log(2)
+    assert (sign * logits > 150).all()
+    for ours, plain, exact in zip(*results, strict=True):
+        assert relative_error(ours, exact) <= error_budget(torch.float32, relative_error(plain, exact), gradient=True)
 
 
 @pytest.mark.parametrize("sizes", [(9, 40, 10, 8, 16), (9, 12, 20, 12, 32)], ids=str)

@@ -96,6 +96,7 @@ struct Block {
   unsigned index;
   int arrived[kMostThreads / 32 + 1][2];  // of each warp, and last of the block, for odd and even meetings
   Exchange exchanges[2][kMostThreads];
+  int any[2];  // of the predicates that a meeting of the block has been given
   std::vector<uint32_t> memory;
   char* shared_memory;
 };
@@ -244,6 +245,15 @@ inline void mma(float* c, const float (&a)[4], const float (&b)[2]) {
 }  // namespace emulated
 
 inline void __syncthreads() { emulated::meet(emulated::of_block); }
+inline int __syncthreads_or(int predicate) {
+  emulated::Block& block = *emulated::current->block;
+  const int parity = emulated::current->meetings[emulated::of_block] & 1;
+  const int arrived = block.arrived[emulated::kMostThreads / 32][parity];
+  if (arrived == 0 || arrived >= int(blockDim.x)) block.any[parity] = 0;  // the first to come
+  block.any[parity] |= predicate != 0;
+  emulated::meet(emulated::of_block);
+  return block.any[parity];
+}
 inline void __syncwarp() { emulated::meet(emulated::of_warp); }
 template <class T>
 T __shfl_xor_sync(unsigned, T x, int mask) {
