@@ -126,4 +126,4 @@ def test_settings_table_is_current():
     spec = importlib.util.spec_from_file_location("settings_table", ROOT / "docs" / "settings_table.py")
     table = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(table)
-    assert table.PAGE.read_text() == table.current()
+    assert table.PAGE.read_text() == table.current(), "run python docs/settings_table.py"
