@@ -161,7 +161,8 @@ def _without_the_other(recipe: Recipe, name: str, value: Any) -> dict[str, Any]:
 def _conventions(recipe: Recipe) -> Iterator[Recipe]:
     """The recipe with every combination of conventions."""
     for values in itertools.product(*CHOICES.values()):
-        yield replace(recipe, **dict(zip(CHOICES, values, strict=True)))
+        flags: dict[str, Any] = dict(zip(CHOICES, values, strict=True))
+        yield replace(recipe, **flags)
 
 
 def _with_epsilons_and_gradients(recipe: Recipe) -> Iterator[Recipe]:
