@@ -68,20 +68,24 @@ def diagnose(layer: nn.Module, recipe: Recipe, args: tuple[Any, ...], kwargs: di
 
 def fit(comparison: Comparison) -> Fit:
     """The combination of conventions that is closest to the old layer."""
-    recipe = comparison.plan.recipe
-    decisive = _decisive(comparison)
-    if decisive is None:
-        return Fit(recipe, math.inf)
-    rough = Fit(recipe, math.inf)
-    for one in itertools.chain.from_iterable(
-        _by_outputs(convention, *decisive, comparison.num_iterations) for convention in _conventions(recipe)
-    ):
-        rough = min(rough, one, key=lambda found: found.error)
-        if rough.error <= comparison.limit:
-            break
+    rough = _rough_fit(comparison)
     if rough.error > ROUGH:
         return rough
     return closest(comparison, _with_epsilons_and_gradients(rough.recipe))
+
+
+def _rough_fit(comparison: Comparison) -> Fit:
+    """The same by the outputs of one case alone."""
+    recipe = comparison.plan.recipe
+    rough, decisive = Fit(recipe, math.inf), _decisive(comparison)
+    if decisive is None:
+        return rough
+    fits = (_by_outputs(convention, *decisive, comparison.num_iterations) for convention in _conventions(recipe))
+    for one in itertools.chain.from_iterable(fits):
+        rough = min(rough, one, key=lambda found: found.error)
+        if rough.error <= comparison.limit:
+            break
+    return rough
 
 
 def _decisive(comparison: Comparison) -> tuple[Case, Result] | None:
