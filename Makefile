@@ -49,7 +49,6 @@ lint: $(READY)
 	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
 	$(BIN)/mypy
 	$(BIN)/python benchmarks/report.py --check
-	$(BIN)/python docs/settings_table.py --check
 
 format: $(READY)
 	$(BIN)/ruff check --fix

@@ -1,5 +1,6 @@
 """The axes of a tensor in words, as einops writes them: ``"J I D_in D_out"``, ``"I D_in (J D_out)"``."""
 
+import functools
 import math
 import re
 from collections.abc import Mapping
@@ -44,17 +45,7 @@ class Axes:
         """
         if not isinstance(text, str):
             raise TypeError(f"axes must be a string, got {text!r}")
-        words = re.findall(r"[^\s()]+", text)
-        rest = re.sub(r"\([^()]*\)", "", text)
-        if "(" in rest or ")" in rest or not set(words) <= {*order, ONE}:
-            raise ValueError(f"axes must be made of {', '.join(order)}, 1 and pairs of parentheses, got {text!r}")
-        names = [word for word in words if word != ONE]
-        if len(set(names)) != len(names) or not set(required) <= set(names):
-            optional = [axis for axis in order if axis not in required]
-            may = f", and may name {' and '.join(optional)}" if optional else ""
-            raise ValueError(f"axes must name {' and '.join(required)}{may}, each once; got {text!r}")
-        groups = tuple(tuple(group.strip("()").split()) for group in re.findall(r"\([^()]*\)|[^\s()]+", text))
-        return cls(text, order, groups)
+        return _parsed(text, order, required)
 
     @property
     def names(self) -> list[str]:
@@ -108,6 +99,22 @@ class Axes:
         tensor = tensor.permute([self.order.index(axis) for axis in self.names])
         shape = [math.prod([sizes[axis] for axis in group]) for group in self.groups]
         return tensor.reshape(shape).contiguous()
+
+
+@functools.cache
+def _parsed(text: str, order: tuple[str, ...], required: tuple[str, ...]) -> Axes:
+    """What :meth:`Axes.parse` returns; a diagnosis reads the same few texts thousands of times."""
+    words = re.findall(r"[^\s()]+", text)
+    rest = re.sub(r"\([^()]*\)", "", text)
+    if "(" in rest or ")" in rest or not set(words) <= {*order, ONE}:
+        raise ValueError(f"axes must be made of {', '.join(order)}, 1 and pairs of parentheses, got {text!r}")
+    names = [word for word in words if word != ONE]
+    if len(set(names)) != len(names) or not set(required) <= set(names):
+        optional = [axis for axis in order if axis not in required]
+        may = f", and may name {' and '.join(optional)}" if optional else ""
+        raise ValueError(f"axes must name {' and '.join(required)}{may}, each once; got {text!r}")
+    groups = tuple(tuple(group.strip("()").split()) for group in re.findall(r"\([^()]*\)|[^\s()]+", text))
+    return Axes(text, order, groups)
 
 
 Layout = Axes  # its name in 0.1, for code and pickles that import fastcaps.layouts

@@ -62,10 +62,11 @@ def whole(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def no_report(monkeypatch) -> None:
-    """A run without its slowest part."""
-    from fastcaps.train import run
+def no_figures(monkeypatch) -> None:
+    """A run without its slowest part: no figures for TensorBoard after each epoch, and no report."""
+    from fastcaps.train import callbacks, run
 
+    monkeypatch.setattr(callbacks.Pictures, "on_validation_end", lambda *arguments: None)
     monkeypatch.setattr(run, "write_report", lambda out: None)
 
 

@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,8 @@ from fastcaps.convert.arrangement import Arrangement
 from fastcaps.convert.recipes import Recipe, as_tuple, get_path
 from fastcaps.functional import compute_dtype, length, without_autocast
 from fastcaps.routing import dynamic_routing, route_votes
-from fastcaps.routing.conventions import Routed, plain_routing
+from fastcaps.routing.conventions import Routed, plain_iterations, plain_routing
+from fastcaps.routing.dynamic.reference import Iteration
 
 
 @dataclass(frozen=True)
@@ -147,8 +148,15 @@ class Plan:
 
     def plain(self, layer: nn.Module, poses: Tensor, num_iterations: int) -> Routed:
         """The same with the votes in memory and exactly as the recipe says; in canonical order."""
-        options, convention = self.options(layer, num_iterations), self.recipe.convention
-        return plain_routing(**self.tensors(layer, poses), convention=convention, **options)
+        return plain_routing(**self._given_to_plain(layer, poses, num_iterations))
+
+    def plain_iterations(self, layer: nn.Module, poses: Tensor, num_iterations: int) -> Iterator[Iteration]:
+        """The iterations of :meth:`plain`."""
+        return plain_iterations(**self._given_to_plain(layer, poses, num_iterations))
+
+    def _given_to_plain(self, layer: nn.Module, poses: Tensor, num_iterations: int) -> dict[str, Any]:
+        options = self.options(layer, num_iterations)
+        return {**self.tensors(layer, poses), **options, "convention": self.recipe.convention}
 
     def _coupling_and_sum(self, tensors: dict[str, Any], options: dict[str, Any], with_sum: bool) -> dict[str, Tensor]:
         """``c``, and ``s`` where it is wanted, of the last iteration; half types are computed in float32."""

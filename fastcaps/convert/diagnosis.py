@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from fastcaps.convert.cases import Case, Weights
-from fastcaps.convert.comparison import Comparison, expected, expected_outputs, prepare
-from fastcaps.convert.recipes import Recipe
+from fastcaps.convert.comparison import Comparison, expected, prepare
+from fastcaps.convert.converted import Plan
+from fastcaps.convert.recipes import Recipe, as_tuple
 from fastcaps.convert.results import Errors, Result
 from fastcaps.convert.verdict import Refusal
 from fastcaps.exactness import relative_error
@@ -67,18 +68,24 @@ def diagnose(layer: nn.Module, recipe: Recipe, args: tuple[Any, ...], kwargs: di
 
 def fit(comparison: Comparison) -> Fit:
     """The combination of conventions that is closest to the old layer."""
-    recipe = comparison.plan.recipe
-    decisive = _decisive(comparison)
-    if decisive is None:
-        return Fit(recipe, math.inf)
-    rough = Fit(recipe, math.inf)
-    for one in combinations(recipe, comparison.num_iterations):
-        rough = min(rough, Fit(one, _output_error(one, *decisive, recipe)), key=lambda found: found.error)
-        if rough.error <= comparison.limit:
-            break
+    rough = _rough_fit(comparison)
     if rough.error > ROUGH:
         return rough
     return closest(comparison, _with_epsilons_and_gradients(rough.recipe))
+
+
+def _rough_fit(comparison: Comparison) -> Fit:
+    """The same by the outputs of one case alone."""
+    recipe = comparison.plan.recipe
+    rough, decisive = Fit(recipe, math.inf), _decisive(comparison)
+    if decisive is None:
+        return rough
+    fits = (_by_outputs(convention, *decisive, comparison.num_iterations) for convention in _conventions(recipe))
+    for one in itertools.chain.from_iterable(fits):
+        rough = min(rough, one, key=lambda found: found.error)
+        if rough.error <= comparison.limit:
+            break
+    return rough
 
 
 def _decisive(comparison: Comparison) -> tuple[Case, Result] | None:
@@ -114,12 +121,19 @@ def _error(variant: Recipe, case: Case, result: Result, recipe: Recipe) -> float
 
 
 @torch.no_grad()
-def _output_error(variant: Recipe, case: Case, result: Result, recipe: Recipe) -> float:
-    """The same of the outputs alone, which takes a fraction of the time."""
-    returned = expected_outputs(variant, _case_of(variant, case, recipe))
-    outputs = returned if isinstance(returned, tuple) else (returned,)
-    pairs = zip(result.outputs.values(), outputs, strict=True)
-    return max(relative_error(old, value) for old, value in pairs)
+def _by_outputs(recipe: Recipe, case: Case, result: Result, num_iterations: int) -> list[Fit]:
+    """How well the outputs alone fit, by the number of iterations; none routes less than once.
+
+    One run tells all of them, as a run goes through what the shorter ones return.
+    """
+    steps = [step for step in (0, -1, 1, -2, 2) if num_iterations + step > 0]
+    plan, errors = Plan.of(recipe, case.layer), []
+    sizes = plan.sizes(case.layer, case.poses)
+    for found in plan.plain_iterations(case.layer, case.poses, case.num_iterations + max(steps)):
+        returned = plan.arranged({"v": found.v, "s": found.s, "c": found.c}, sizes)
+        pairs = zip(result.outputs.values(), as_tuple(returned), strict=True)
+        errors.append(max(relative_error(old, value) for old, value in pairs))
+    return [Fit(replace(recipe, offset=recipe.offset + n), errors[case.num_iterations + n - 1]) for n in steps]
 
 
 def _case_of(variant: Recipe, case: Case, recipe: Recipe) -> Case:
@@ -148,12 +162,11 @@ def _without_the_other(recipe: Recipe, name: str, value: Any) -> dict[str, Any]:
     return {other: 0.0} if other is not None and value and getattr(recipe, other) else {}
 
 
-def combinations(recipe: Recipe, num_iterations: int) -> Iterator[Recipe]:
-    """The recipe with every combination of conventions and numbers of iterations; none routes less than once."""
-    offsets = [recipe.offset + step for step in (0, -1, 1, -2, 2) if num_iterations + step > 0]
-    flags: dict[str, Any] = {**CHOICES, "offset": offsets}
-    for values in itertools.product(*flags.values()):
-        yield replace(recipe, **dict(zip(flags, values, strict=True)))
+def _conventions(recipe: Recipe) -> Iterator[Recipe]:
+    """The recipe with every combination of conventions."""
+    for values in itertools.product(*CHOICES.values()):
+        flags: dict[str, Any] = dict(zip(CHOICES, values, strict=True))
+        yield replace(recipe, **flags)
 
 
 def _with_epsilons_and_gradients(recipe: Recipe) -> Iterator[Recipe]:

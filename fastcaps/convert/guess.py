@@ -40,8 +40,9 @@ def guess(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Re
             continue
         if found.error <= comparison.limit:
             constant = replace(found.recipe, num_iterations=comparison.num_iterations + found.recipe.offset, offset=0)
-            if verify(layer, constant, args, kwargs).refused is None:
-                return _with_attribute(layer, constant, args, kwargs)
+            if verify(layer, constant, args, kwargs).refused is not None:
+                return None  # what is refused beside the numbers, as an argument that matters, is so in any reading
+            return _with_attribute(layer, constant, args, kwargs)
     return None
 
 

@@ -56,7 +56,8 @@ def random_state_kept() -> Iterator[None]:
 
 def seed_generators(seed: int) -> None:
     """Seed the generators of PyTorch, of Python and, where it was imported, of NumPy."""
-    torch.manual_seed(seed)
+    # For accelerators that may be started later, torch.manual_seed notes from where it was called, which takes long.
+    (torch.manual_seed if torch.accelerator.is_available() else torch.default_generator.manual_seed)(seed)
     random.seed(seed)
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(seed)

@@ -27,6 +27,8 @@ from fastcaps.data.sources import (
     read_members,
 )
 
+CIFAR10_ROWS = 10_000  # of each file
+
 
 @dataclass(frozen=True, eq=False)
 class Dataset(FormerTuple):
@@ -230,10 +232,10 @@ def _cifar10_parts(root: Path, download: bool) -> list[tuple[Tensor, Tensor]]:
 
 
 def _cifar10_images(name: str, content: bytes) -> tuple[Tensor, Tensor]:
-    """Images and labels of one file: 10,000 rows of a label and 3 x 32 x 32 pixels."""
-    if len(content) != 10_000 * 3073:
-        raise ValueError(f"{name} must have 10000 x 3073 bytes, got {len(content)}")
-    rows = torch.frombuffer(bytearray(content), dtype=torch.uint8).view(10_000, 3073)
+    """Images and labels of one file: rows of a label and 3 x 32 x 32 pixels."""
+    if len(content) != CIFAR10_ROWS * 3073:
+        raise ValueError(f"{name} must have {CIFAR10_ROWS} x 3073 bytes, got {len(content)}")
+    rows = torch.frombuffer(bytearray(content), dtype=torch.uint8).view(CIFAR10_ROWS, 3073)
     return rows[:, 1:].reshape(-1, 3, 32, 32).float() / 255, _labels(rows[:, 0], 10, name)
 
 

@@ -7,6 +7,7 @@ the output capsules (which lets a pose become longer than 1).
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastcaps._checks import check_number
 from fastcaps.functional import compute_dtype, squash, without_autocast
-from fastcaps.routing.dynamic.reference import VOTES_AT_ONCE, coupling, iterations, last_output, transform
+from fastcaps.routing.dynamic.reference import VOTES_AT_ONCE, Iteration, coupling, iterations, last_output, transform
 
 CHOICES = {
     "softmax": ("outputs", "inputs"),
@@ -195,6 +196,26 @@ def plain_routing(
         detach: as there.
         eps: as there.
     """
+    for step in plain_iterations(
+        poses, weight, prior, bias, num_iterations, convention, leaky=leaky, detach=detach, eps=eps
+    ):
+        last = step
+    return Routed(last.v, last.c, last.s)
+
+
+def plain_iterations(
+    poses: Tensor,
+    weight: Tensor | None,
+    prior: Tensor | None,
+    bias: Tensor | None,
+    num_iterations: int,
+    convention: Convention,
+    *,
+    leaky: bool = False,
+    detach: bool = False,
+    eps: float = 0.0,
+) -> Iterator[Iteration]:
+    """The iterations of :func:`plain_routing`, which takes the same; the values of one are those of a run that ends."""
 
     def agreement(u: Tensor, v: Tensor) -> Tensor:
         each = (u * v[:, None]).sum(-1)
@@ -202,10 +223,8 @@ def plain_routing(
 
     u = transform(poses, weight)  # [B, I, J, D_out]
     logits = (u.new_zeros(()) if prior is None else prior).expand(u.shape[:-1])
-    for step in iterations(
+    return iterations(
         u, logits, bias, num_iterations, leaky=leaky, detach=detach, eps=eps, may_close=prior is not None,
         coupling=convention.coupling, weighted_sum=lambda c, u: (c[..., None] * u).sum(1),
         squash=convention.squashed, agreement=agreement,
-    ):  # fmt: skip
-        last = step
-    return Routed(last.v, last.c, last.s)
+    )  # fmt: skip

@@ -6,7 +6,6 @@ import pytest
 import torch
 from peers import seed
 from support.layers_to_convert import BY_NAME, CONSTANT_T, LAYERS, J, poses_for, quietly
-from torch import nn
 
 from fastcaps.convert import Recipe
 from fastcaps.routing.conventions import CHOICES
@@ -78,7 +77,7 @@ def test_each_flag_flipped_is_refused_and_named(name, T):
                 dataclasses.replace(recipe, **{flag: value})
             continue
         wrong = dataclasses.replace(recipe, **{flag: value})
-        report = quietly(nn.Sequential(layer), poses_for(name), recipes=[wrong])
+        report = quietly(layer, poses_for(name), recipes=[wrong])
         assert report.replaced == [], f"{flag}={value}: {report}"
         assert type(layer) is type(LAYERS[name](T))
         text = str(report)

@@ -1,5 +1,6 @@
 """Downloads: checked, kept whole or not at all."""
 
+import contextlib
 import errno
 import functools
 import hashlib
@@ -7,6 +8,7 @@ import http.server
 import os
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,16 @@ from fastcaps.data import datasets, mnist, sources
 from fastcaps.data.sources import Source
 
 
+@contextlib.contextmanager
+def serving(handler: Callable[..., http.server.BaseHTTPRequestHandler]) -> Iterator[str]:
+    """A server on this machine: its address."""
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()  # looks so often whether to end
+    yield f"http://127.0.0.1:{httpd.server_address[1]}/"
+    httpd.shutdown()
+    httpd.server_close()
+
+
 @pytest.fixture
 def server(tmp_path):
     """A folder served on this machine: its path and its address."""
@@ -30,12 +42,8 @@ def server(tmp_path):
         def log_message(self, *args):
             pass
 
-    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=folder))
-    thread = threading.Thread(target=httpd.serve_forever, daemon=True)
-    thread.start()
-    yield folder, f"http://127.0.0.1:{httpd.server_address[1]}/"
-    httpd.shutdown()
-    httpd.server_close()
+    with serving(functools.partial(Quiet, directory=folder)) as address:
+        yield folder, address
 
 
 def served(monkeypatch, folder, address, contents):
@@ -96,12 +104,9 @@ def answering(tmp_path, monkeypatch):
         answer.update(raw=raw, hangs=hangs)
         mnist(tmp_path / "root", download=True)
 
-    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Raw)
-    threading.Thread(target=httpd.serve_forever, daemon=True).start()
-    monkeypatch.setattr(datasets, "MNIST", Source(f"http://127.0.0.1:{httpd.server_address[1]}/", datasets.MNIST.files))
-    yield fetch_from
-    httpd.shutdown()
-    httpd.server_close()
+    with serving(Raw) as address:
+        monkeypatch.setattr(datasets, "MNIST", Source(address, datasets.MNIST.files))
+        yield fetch_from
 
 
 ANSWERS = {
@@ -208,6 +213,7 @@ def test_two_writers_never_mix(tmp_path):
 
 
 def _write_often(path: Path) -> int:
+    os.fsync = lambda file: None  # most of the time would go by waiting for the disk
     for _ in range(100):
         write_whole(path, b"whole" * 1000)
     return 0

@@ -41,7 +41,13 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
+TRAINS = "docs/tutorial.md"
+
+
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(p, marks=pytest.mark.train if p == TRAINS else ()) for p in PAGES if blocks(p, "python")],
+)
 def test_code_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {"__name__": "page"}
@@ -120,4 +126,4 @@ def test_settings_table_is_current():
     spec = importlib.util.spec_from_file_location("settings_table", ROOT / "docs" / "settings_table.py")
     table = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(table)
-    assert table.PAGE.read_text() == table.current()
+    assert table.PAGE.read_text() == table.current(), "run python docs/settings_table.py"

@@ -77,6 +77,7 @@ def at_test(at: int) -> None:
 def main(moment: str, at: str, *options: str) -> int:
     """``fastcaps train *options``, stopped at a moment."""
     callbacks.monotonic = itertools.count().__next__  # a clock that ticks once a step
+    callbacks.Pictures.on_validation_end = lambda *arguments: None  # they are slow
     moments = {"checkpoint": at_checkpoint, "write": at_write, "test": at_test, "pictures": at_pictures}
     if moment in moments:
         moments[moment](int(at))

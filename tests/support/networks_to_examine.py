@@ -35,9 +35,24 @@ def look(model, shape=SHAPE, **losses):
     return examine(model, random_sample(model, shape), **losses)
 
 
+def sample():
+    """Images of :data:`SHAPE`."""
+    return torch.rand(7, *SHAPE)
+
+
+def up_to(check, model, sample):
+    """The first finding of each check up to this one; what is found later, as by training, is not looked for."""
+    found = {}
+    for finding in iter_findings(model, sample):
+        found.setdefault(finding.check, finding)
+        if finding.check == check:
+            break
+    return found
+
+
 def first(check, model, sample):
-    """The first finding of a check; what is found later, as by training, is not looked for."""
-    return next(finding for finding in iter_findings(model, sample) if finding.check == check)
+    """The first finding of a check."""
+    return up_to(check, model, sample)[check]
 
 
 class Routes(nn.Module):
@@ -65,6 +80,33 @@ class Routes(nn.Module):
         return v
 
 
-def examined(check, model, *shape):
+def examined_up_to(check, model, *shape):
     torch.manual_seed(0)
-    return first(check, model, torch.randn(7, *(shape or (12, 3))))
+    return up_to(check, model, torch.randn(7, *(shape or (12, 3))))
+
+
+def examined(check, model, *shape):
+    return examined_up_to(check, model, *shape)[check]
+
+
+class Planted(seed.Capsule):
+    """The seed form with one mistake, or none."""
+
+    mistake = "none"
+
+    def forward(self, x):
+        u = torch.einsum("ijod,bid->bijo", self.weights[0], x)
+        b = u.new_zeros(u.shape[:3])
+        for _ in range(self.num_routing - (self.mistake == "iterations")):
+            c = b.softmax(1 if self.mistake == "softmax" else 2)
+            s = torch.einsum("bij,bijo->bjo", c, u)
+            n2 = (s * s).sum(1 if self.mistake == "squash" else -1, keepdim=True)
+            v = s * n2 / (1 + n2) / (n2 + (0 if self.mistake == "zero" else 1e-8)).sqrt()
+            a = torch.einsum("bijo,bjo->bij", u, v)
+            b = b + (a.mean(0, keepdim=True) if self.mistake == "batch" else a)
+        return v
+
+
+def plant(model, mistake):
+    """Give a network of :mod:`peers.seed` a mistake."""
+    model.digits.__class__ = type("Planted", (Planted,), {"mistake": mistake})

@@ -3,6 +3,7 @@
 The error budgets are those of ``fastcaps.selftest`` (``fastcaps.exactness.error_budget``); no test has its own.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -179,7 +180,21 @@ def _layout(tensor: Tensor, layout: str) -> Tensor:
 
 
 def make_inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> Inputs:
-    """Random inputs, already rounded to ``dtype``, and so large that routing takes a decision.
+    """Random inputs, already rounded to ``dtype``, and so large that routing takes a decision."""
+    tensors, mask, grad = _deciding_inputs(case, seed)
+    rounded = {
+        name: _layout(x.to(dtype, copy=True), case.layout if x.dim() > 2 else "contiguous")
+        for name, x in tensors.items()
+    }
+    call = route_votes if case.votes else dynamic_routing
+    return Inputs(
+        rounded, None if mask is None else mask.clone(), _layout(grad.to(dtype, copy=True), case.grad_layout), call
+    )
+
+
+@functools.cache
+def _deciding_inputs(case: Case, seed: int) -> tuple[dict[str, Tensor], Tensor | None, Tensor]:
+    """Tensors, mask and incoming gradient in float64; made once, and not to be changed.
 
     With small votes one iteration and three, or full and detached gradients, differ by less than rounding, and a wrong
     kernel passes: the scale is raised until the entropy of the last coupling is below 0.7 log J.
@@ -220,9 +235,7 @@ def make_inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> Inputs:
             # In place, as the layout must stay; an expanded tensor has one row to scale.
             rows = tensors[name][:1] if tensors[name].stride(0) == 0 else tensors[name]
             rows *= 1.25
-    rounded = {name: _layout(x.to(dtype), case.layout if x.dim() > 2 else "contiguous") for name, x in tensors.items()}
-    call = route_votes if case.votes else dynamic_routing
-    return Inputs(rounded, mask, _layout(grad.to(dtype), case.grad_layout), call)
+    return tensors, mask, grad
 
 
 def last_entropy(case: Case, tensors: dict[str, Tensor], mask: Tensor | None) -> float:
@@ -322,27 +335,33 @@ def error_of(name: str, result: dict[str, Tensor], exact: dict[str, Tensor]) -> 
     return difference / size if size > 0 else 0.0 if difference == 0 else math.inf
 
 
+@functools.cache
+def exact_results(case: Case, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
+    """What :func:`run` gives in float64 on the inputs in ``dtype``; computed once, and not to be changed."""
+    return run(reference_op, case, make_inputs(case, dtype, seed), torch.float64, "cpu")
+
+
+@functools.cache
 def errors_of_reference(case: Case, dtype: torch.dtype, device: str, seed: int) -> dict[str, float]:
     """How far plain PyTorch in ``dtype`` is from float64: the largest of three draws of the inputs, as the error of a
     tensor with few entries may be small by luck. For float64 itself, where nothing more exact is at hand, it is
     float32's error times the ratio of the two roundings."""
-    narrow = torch.float32 if dtype == torch.float64 else dtype
-    scale = torch.finfo(dtype).eps / torch.finfo(narrow).eps
+    if dtype == torch.float64:
+        scale = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+        return {name: scale * error for name, error in errors_of_reference(case, torch.float32, device, seed).items()}
     errors: dict[str, float] = {}
     for draw in range(seed, seed + 3):
-        inputs = make_inputs(case, narrow, draw)
-        exact = run(reference_op, case, inputs, torch.float64, "cpu")
-        result = run(reference_op, case, inputs, narrow, device)
+        exact = exact_results(case, dtype, draw)
+        result = run(reference_op, case, make_inputs(case, dtype, draw), dtype, device)
         for name in exact:
-            errors[name] = max(errors.get(name, 0.0), scale * error_of(name, result, exact))
+            errors[name] = max(errors.get(name, 0.0), error_of(name, result, exact))
     return errors
 
 
 def check(op: Callable[..., Tensor], case: Case, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> None:
     """Assert that ``op`` is as exact as the dtype allows: output and every gradient against float64."""
     inputs = make_inputs(case, dtype, seed)
-    exact = run(reference_op, case, inputs, torch.float64, "cpu")
-    result = run(op, case, inputs, dtype, device)
+    exact, result = exact_results(case, dtype, seed), run(op, case, inputs, dtype, device)
     reference_error = errors_of_reference(case, dtype, device, seed)
     for name, value in exact.items():
         gradient = name != "output"

@@ -215,7 +215,7 @@ def test_a_checkpoint_of_which_a_byte_is_changed_is_refused(stopped, tmp_path):
             assert str(WholeFiles().load_checkpoint(path)) == str(whole)
 
 
-@pytest.mark.usefixtures("no_report", "_digits_at_hand")
+@pytest.mark.usefixtures("no_figures", "_digits_at_hand")
 @pytest.mark.parametrize("seeds", [range(12), pytest.param(range(12, 200), marks=pytest.mark.slow)], ids=len)
 def test_a_checkpoint_that_was_edited(stopped, tmp_path, capsys, seeds):
     """The last step of the run is made after each edit that is harmless."""
@@ -252,7 +252,7 @@ def test_a_checkpoint_that_was_edited(stopped, tmp_path, capsys, seeds):
     assert statuses == {0, 1}
 
 
-@pytest.mark.usefixtures("no_report")
+@pytest.mark.usefixtures("no_figures")
 def test_a_checkpoint_of_another_version_of_lightning_goes_on(stopped, tmp_path):
     shutil.copytree(stopped, tmp_path / "run")
     checkpoint = torch.load(stopped / "last.ckpt", weights_only=True)

@@ -117,7 +117,7 @@ def greys(tmp_path):
 
 
 @pytest.mark.train
-@pytest.mark.usefixtures("no_report")
+@pytest.mark.usefixtures("no_figures")
 def test_a_balanced_run_goes_on_as_if_nothing_had_been(greys, tmp_path, monkeypatch):
     options = [*greys, "--epochs", "2", "--sampling", "balanced", "--class-weights", "1,2,3", "--shift", "1"]
     assert train(tmp_path / "whole", *options) == 0
@@ -131,7 +131,7 @@ def test_a_balanced_run_goes_on_as_if_nothing_had_been(greys, tmp_path, monkeypa
 
 
 @pytest.mark.train
-@pytest.mark.usefixtures("no_report")
+@pytest.mark.usefixtures("no_figures")
 def test_class_weights_reach_the_loss(greys, tmp_path):
     for name, weights in (("none", "none"), ("ones", "1,1,1"), ("one", "0,1,0")):
         assert train(tmp_path / name, *greys, "--class-weights", weights) == 0

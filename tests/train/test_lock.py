@@ -33,7 +33,7 @@ def test_readers_are_not_kept_out(whole, colours, tmp_path):
         assert cli.main(["show", str(whole / "model.safetensors"), picture, "--out", str(tmp_path / "show.html")]) == 0
 
 
-@pytest.mark.usefixtures("no_report")
+@pytest.mark.usefixtures("no_figures")
 def test_what_a_dead_process_leaves_keeps_nobody_out(tmp_path):
     (tmp_path / lock.NAME).write_bytes(b"process 1 on another since long ago")
     assert train(tmp_path, *TINY) == 0
@@ -90,7 +90,7 @@ def test_where_there_are_no_locks_a_run_goes_on_with_a_warning(tmp_path, monkeyp
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
-@pytest.mark.usefixtures("no_report")
+@pytest.mark.usefixtures("no_figures")
 def test_only_the_first_process_of_a_run_locks(tmp_path, monkeypatch):
     monkeypatch.setattr(rank_zero_only, "rank", 1)
     with locked(tmp_path), pytest.raises(ValueError, match="the same for all processes"):

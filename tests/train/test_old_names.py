@@ -26,7 +26,7 @@ def of_0_1(config: dict) -> dict:
     return config | {"version": "0.1.0", "settings": {"iterations": settings.pop("num_iterations")} | settings}
 
 
-@pytest.mark.usefixtures("no_report")
+@pytest.mark.usefixtures("no_figures")
 def test_a_run_of_0_1_goes_on(tmp_path_factory, tmp_path):
     whole, options = tmp_path_factory.mktemp("whole"), [*SMALL, "--no-bias"]  # 0.1 knew no bias
     assert train(whole, *options) == 0

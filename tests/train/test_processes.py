@@ -37,7 +37,7 @@ def as_srun_would(*options: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one CPU core")
-@pytest.mark.usefixtures("no_report")
+@pytest.mark.usefixtures("no_figures")
 def test_two_processes_are_one(tmp_path):
     options = [*SMALL, "--epochs", "2", "--precision", "64", "--schedule", "constant"]  # 22 steps
     assert train(tmp_path / "one", *options) == 0
@@ -57,7 +57,7 @@ def test_two_processes_are_one(tmp_path):
     assert errors[0] == errors[1]
 
 
-@pytest.mark.usefixtures("no_report")
+@pytest.mark.usefixtures("no_figures")
 def test_parts_of_a_batch_add_up(tmp_path):
     options = [*SMALL, "--epochs", "1", "--precision", "64"]
     assert train(tmp_path / "whole", *options) == 0

@@ -45,7 +45,7 @@ def counted_steps(monkeypatch) -> list[int]:
         ("pictures", 1, -9, 19),  # after it
     ],
 )
-@pytest.mark.usefixtures("no_report")
+@pytest.mark.usefixtures("no_figures")
 def test_a_stopped_run_goes_on_as_if_nothing_had_been(whole, tmp_path, monkeypatch, moment, at, status, kept):
     options = (*SMALL, "--out", str(tmp_path / "run"))
     found, errors = Forked(interrupted.main, moment, str(at), *options, stderr=tmp_path / "stderr").wait()
@@ -65,7 +65,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(whole, tmp_path, monkeypat
     assert not (tmp_path / "run" / "run.lock").exists()
 
 
-@pytest.mark.usefixtures("no_report")
+@pytest.mark.usefixtures("no_figures")
 @pytest.mark.parametrize("precision", ["32", "64"])
 def test_a_finished_run_can_be_made_longer(tmp_path, monkeypatch, capsys, precision):
     options = [*SMALL, "--schedule", "constant", "--precision", precision]
@@ -85,7 +85,7 @@ def test_a_finished_run_can_be_made_longer(tmp_path, monkeypatch, capsys, precis
     assert "epochs was 1 and is now 2" in capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("no_report")
+@pytest.mark.usefixtures("no_figures")
 def test_the_old_model_stays_until_the_longer_run_has_its_own(tmp_path, monkeypatch):
     assert train(tmp_path, *SMALL, "--epochs", "1", "--schedule", "constant") == 0
     (tmp_path / "report.html").write_text("of the old model")
@@ -100,7 +100,7 @@ def test_the_old_model_stays_until_the_longer_run_has_its_own(tmp_path, monkeypa
     assert not (tmp_path / "report.html").exists()  # a report that could not be written is not another model's
 
 
-@pytest.mark.usefixtures("no_report")
+@pytest.mark.usefixtures("no_figures")
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, capsys):
     assert train(tmp_path / "run", *SMALL, "--epochs", "1", "--schedule", "constant") == 0
     before = (tmp_path / "run" / "last.ckpt").read_bytes()
@@ -125,7 +125,7 @@ def test_a_disk_that_is_full_for_the_log_is_named(tmp_path, monkeypatch, capsys)
     assert f"No space left on device: '{tmp_path}'" in capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("no_report")
+@pytest.mark.usefixtures("no_figures")
 def test_a_damaged_checkpoint_is_refused(tmp_path, capsys):
     assert train(tmp_path, *SMALL, "--epochs", "1", "--schedule", "constant") == 0
     last = tmp_path / "last.ckpt"
@@ -141,7 +141,7 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, capsys):
     assert f"{last} is not of a run of fastcaps train" in capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("no_report")
+@pytest.mark.usefixtures("no_figures")
 def test_a_checkpoint_says_what_run_it_is_of(tmp_path, capsys):
     assert train(tmp_path, *SMALL, "--epochs", "1") == 0
     (tmp_path / "config.json").unlink()

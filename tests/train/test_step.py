@@ -103,7 +103,7 @@ def test_the_baseline(tmp_path, capsys):
         small(torch.rand(2, 1, 8, 9))
 
 
-@pytest.mark.usefixtures("no_report")
+@pytest.mark.usefixtures("no_figures")
 @pytest.mark.slow
 def test_half_precision_and_compilation(tmp_path, monkeypatch, capsys):
     options, dtypes, compiled = [*SMALL, "--epochs", "1"], set(), []
@@ -138,7 +138,7 @@ def test_half_precision_and_compilation(tmp_path, monkeypatch, capsys):
     assert_same(tmp_path / "compiled", tmp_path / "eager", 1e-4)
 
 
-@pytest.mark.usefixtures("no_report")
+@pytest.mark.usefixtures("no_figures")
 def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path, capsys):
     assert train(tmp_path, *SMALL, "--lr", "1e36", "--checkpoint-seconds", "0", "--reconstruction", "0") == 1
     err = capsys.readouterr().err

@@ -78,7 +78,7 @@ def test_show_draws_images_of_ones_own(whole, tmp_path, capsys):
     assert cli.main(["show", str(tmp_path / "none"), str(page)]) == 1
 
 
-@pytest.mark.usefixtures("no_report")
+@pytest.mark.usefixtures("no_figures")
 def test_a_configuration_is_taken_back(whole, tmp_path):
     assert train(tmp_path / "again", "--config", str(whole / "config.json")) == 0
     assert_same(whole, tmp_path / "again")
@@ -138,6 +138,7 @@ def test_real_digits_and_pairs_of_them(little_mnist, tmp_path, options, capsys):
     assert "takes images" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_images_of_a_folder_are_scaled(colours, tmp_path, capsys):
     from PIL import Image
 

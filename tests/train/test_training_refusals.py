@@ -86,7 +86,7 @@ def test_values_of_a_configuration_are_checked_in_its_name_and_combinations_with
         read_settings(file, {"epochs": 3})
 
 
-@pytest.mark.usefixtures("no_report")
+@pytest.mark.usefixtures("no_figures")
 def test_a_folder_that_holds_a_run(whole, tmp_path, capsys):
     assert train(whole, *SMALL) == 1
     assert "--resume goes on, --overwrite begins anew" in capsys.readouterr().err
@@ -125,7 +125,7 @@ def test_a_changed_image_changes_the_fingerprint(colours):
         assert after["class names"] == ["blue", "red"]
 
 
-@pytest.mark.usefixtures("no_report")
+@pytest.mark.usefixtures("no_figures")
 def test_names_of_classes_are_kept(colours, tmp_path, capsys):
     options = [*TINY, "--data", "image-folder", "--root", str(colours)]
     model = str(tmp_path / "run" / "model.safetensors")
@@ -168,7 +168,7 @@ def test_a_full_or_read_only_disk_leaves_the_old_run(tmp_path, monkeypatch, caps
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.usefixtures("no_report")
+@pytest.mark.usefixtures("no_figures")
 def test_signals_mean_afterwards_what_they_meant_before(tmp_path):
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     assert train(tmp_path, *SMALL, "--epochs", "1") == 0
@@ -278,7 +278,8 @@ def test_evaluation_on_fewer_classes_than_the_network_knows(whole, tmp_path, cap
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:12]] == ["a", "b", *"23456789"]
 
 
-def test_a_report_without_a_log(whole, tmp_path):
+def test_a_report_without_a_log(whole, tmp_path, monkeypatch):
+    monkeypatch.setattr("fastcaps.train.report.network_sections", lambda *_: [])  # they are slow, and know no log
     shutil.copytree(whole, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "log")
     assert train(tmp_path / "run", "--resume") == 0
