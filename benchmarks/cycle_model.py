@@ -53,7 +53,8 @@ LATENCIES = {
     "others": Constant(20, ASSUMED),
 }
 # The same for loads from global memory: it depends on where the data of a loop lie.
-SCATTERED_L2 = Constant(850, f"{FITTED}, sweeps at B = 1024: 8 lines an instruction, beside traffic")
+L2_OF_12_WARPS = Constant(850, f"{FITTED}, sweeps of the forward at B = 1024: 8 lines an instruction")
+L2_OF_8_WARPS = Constant(700, f"{FITTED}, sweeps of the backward at B = 1024: less traffic")
 MOSTLY_L1 = Constant(300, f"{FITTED}, last sweep: three of the four warps of a block find V and ds in L1")
 CLOCK_GHZ = 1.755  # assumed for an H200 under load, whose highest is 1.98
 
@@ -68,6 +69,7 @@ KINDS = {
            "LDC", "@!PT"),
 }  # fmt: skip
 PIPES = {kind: pipe for pipe, kinds in KINDS.items() for kind in kinds}
+OPERANDS = int(LATENCIES["operands"].cycles)
 STARTS = range(0, 8 * 37, 37)  # by how many cycles a warp starts after the one before; the result is the mean of these
 
 
@@ -105,13 +107,14 @@ def latency(instruction: Instruction, load: Constant) -> int:
 
 def busy(code: Code) -> dict[str, int]:
     """For how many cycles a round of the loop keeps each pipe of a scheduler busy, for each warp."""
-    total: collections.Counter[str] = collections.Counter()
+    total = dict.fromkeys(INTERVALS, 0)
     for instruction in code:
-        total[pipe(instruction)] += interval(instruction)
-    return dict(total)
+        if pipe(instruction) != FREE:
+            total[pipe(instruction)] += interval(instruction)
+    return {name: count for name, count in total.items() if count}
 
 
-def cycles(code: Code, warps: int, load: Constant = SCATTERED_L2) -> float:
+def cycles(code: Code, warps: int, load: Constant) -> float:
     """Of a round of the loop for each warp, in the long run; a load from global memory takes `load`."""
     runs = [Scheduler(code, warps, load, start).long_run() for start in (STARTS if warps > 1 else [0])]
     return sum(runs) / len(runs)
@@ -187,19 +190,29 @@ class Scheduler:
         return (*warps, *(max(time - self.now, 0) for time in self.free.values()))
 
     def issue(self) -> None:
-        """The next instruction of the first warp in turn that can issue as early as any can."""
-        steps, free = self.steps, self.free
-        times = [max(warp.ready, free[steps[warp.place].pipe]) for warp in self.warps]
-        self.now = max(self.now, min(times))
-        chosen = next(n for n, time in enumerate(times) if time <= self.now)
-        if chosen:
-            self.warps = self.warps[chosen:] + self.warps[:chosen]
-        self.play(self.warps[0])
+        """The next instruction of the first warp in turn that can, as soon as any can."""
+        warp = self.able()
+        if warp is None:
+            self.now = min(max(warp.ready, self.free[self.steps[warp.place].pipe]) for warp in self.warps)
+            warp = self.able()
+        assert warp is not None
+        self.play(warp)
         self.now += 1
+
+    def able(self) -> Warp | None:
+        """The first warp in turn that can issue now; it then is the one that issued last."""
+        now, free, steps = self.now, self.free, self.steps
+        for n, warp in enumerate(self.warps):
+            if warp.ready <= now and free[steps[warp.place].pipe] <= now:
+                if n:
+                    self.warps = self.warps[n:] + self.warps[:n]
+                return warp
+        return None
 
     def play(self, warp: Warp) -> None:
         """Issue a warp's next instruction now."""
-        step, now, boards = self.steps[warp.place], self.now, warp.boards
+        now, boards = self.now, warp.boards
+        step = self.steps[warp.place]
         done = now + step.latency
         if step.columns:
             done = self.multiply(step)
@@ -212,15 +225,15 @@ class Scheduler:
         if step.commits:
             warp.groups[step.commits].append(done)
         _, reads, writes, stall = step.control
-        if writes is not None:
-            boards[writes] = max(boards[writes], done)
-        if reads is not None:
-            boards[reads] = max(boards[reads], now + int(LATENCIES["operands"].cycles))
+        if writes is not None and boards[writes] < done:
+            boards[writes] = done
+        if reads is not None and boards[reads] < now + OPERANDS:
+            boards[reads] = now + OPERANDS
         warp.place += 1
         if warp.place == len(self.steps):
             warp.place = 0
             self.rounds += 1
-        warp.ready = max(now + max(stall, 1), self.awaited(warp))
+        warp.ready = self.ready(warp, now + (stall or 1))
 
     def multiply(self, step: Step) -> int:
         """When a product of wgmma is done: the warp goes on at once, and the tensor cores take it up in its turn. They
@@ -229,13 +242,14 @@ class Scheduler:
         self.free["shared"] = max(self.free["shared"], self.now) + step.columns // 4
         return self.free["wgmma"] + step.latency
 
-    def awaited(self, warp: Warp) -> int:
-        """When all is there that a warp's next instruction waits for."""
-        step = self.steps[warp.place]
-        time = max([warp.boards[n] for n in step.control.waits], default=0)
+    def ready(self, warp: Warp, time: int) -> int:
+        """When all is there that a warp's next instruction waits for, at `time` at the earliest."""
+        step, boards = self.steps[warp.place], warp.boards
+        for board in step.control.waits:
+            if boards[board] > time:
+                time = boards[board]
         if step.awaits:
             name, left = step.awaits
-            groups = warp.groups[name]
-            if len(groups) > left:
-                time = max(time, groups[-1 - left])
+            if len(warp.groups[name]) > left:
+                time = max(time, warp.groups[name][-1 - left])
         return time

@@ -1,9 +1,9 @@
 """How many cycles the sweeps of the native CUDA kernels take by the cycle model, without a GPU.
 
-    make gpu-static                                  # the table; writes results/gpu-cycles.json and sass-current.txt.gz
+    make gpu-static                                  # the table; writes results/gpu-cycles.json and sass-current.txt.xz
     python benchmarks/gpu_cycles.py --json           # a row for each pass and precision
     python benchmarks/gpu_cycles.py variant.cubin    # of kernels compiled alone: nvcc -cubin
-    python benchmarks/gpu_cycles.py benchmarks/results/sass-6cb0157.txt.gz    # of loops that were kept
+    python benchmarks/gpu_cycles.py benchmarks/results/sass-6cb0157.txt.xz    # of loops that were kept
 
 A unit is what 8 samples, one input capsule and a tile of 10 output capsules of 16 entries take, as in cuda_static.
 `slots` are its instructions, `alone` are the cycles of a warp that has the scheduler for itself. With `warps` of them a
@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import sass
-from cycle_model import INTERVALS, MOSTLY_L1, SCATTERED_L2, Constant, busy, cycles
+from cycle_model import INTERVALS, L2_OF_8_WARPS, L2_OF_12_WARPS, MOSTLY_L1, Constant, busy, cycles
 from sass import Code, Instruction
 
 from fastcaps.routing import backend
 
 RESULTS = Path(__file__).parent / "results"
-CURRENT = RESULTS / "sass-current.txt.gz"
+CURRENT = RESULTS / "sass-current.txt.xz"
 TABLE = RESULTS / "gpu-cycles.json"
 ARCHITECTURE = "sm_90"
 FORMS = {"float32": "float, false", "tf32": "float, true", "bfloat16": "bfloat16, false"}
@@ -43,7 +43,7 @@ class Pass(NamedTuple):
     warps: int  # of a scheduler: as many blocks are resident as registers let
     softmax: bool = True  # whether there are exponentials in it: one kernel has a loop with and one without
     streamed: bool = False  # whether matrices are loaded meanwhile: a round is a chunk of input capsules then
-    load: Constant = SCATTERED_L2
+    load: Constant = L2_OF_12_WARPS
 
     @property
     def units(self) -> int:
@@ -59,7 +59,7 @@ PASSES = {
     # Where the matrices and poses of a block do not fit into shared memory:
     "uniform, streamed": Pass("tile_sweep<{}, uniform, false>", warps=3, softmax=False, streamed=True),
     "softmax, streamed": Pass("tile_sweep<{}, softmax, false>", warps=3, streamed=True),
-    "backward, streamed": Pass("tile_sweep<{}, softmax, true>", warps=2, streamed=True),
+    "backward, streamed": Pass("tile_sweep<{}, softmax, true>", warps=2, streamed=True, load=L2_OF_8_WARPS),
 }
 
 
@@ -86,7 +86,7 @@ def loop_of(kernel: Code, wanted: Pass) -> list[Instruction]:
 
 def loops_of(file: Path) -> dict[str, Code]:
     """All passes' loops, by precision and pass; of kept ones, of a cubin, or of the extension."""
-    if file.name.endswith(".txt.gz"):
+    if file.name.endswith(".txt.xz"):
         return sass.read(file)[1]
     import cuda_static  # and with it Triton, which has the tools that read machine code
 
@@ -162,7 +162,7 @@ def rows(loops: dict[str, Code]) -> list[dict[str, Any]]:
                 continue
             code = played(loops[f"{precision}, {name}"])
             row = {"pass": name, "precision": precision, "warps": wanted.warps, "slots": len(code)}
-            row["alone"] = cycles(code, 1, wanted.load)
+            row["alone"] = round(cycles(code, 1, wanted.load), 1)
             row["cycles"] = round(cycles(code, wanted.warps, wanted.load) / wanted.warps, 1)
             row["busy"] = busy(code)
             row["spill_bytes"] = spill_bytes(code)
@@ -173,12 +173,10 @@ def rows(loops: dict[str, Code]) -> list[dict[str, Any]]:
 def text(found: list[dict[str, Any]]) -> str:
     """The rows as a table."""
     pipes = [pipe for pipe in INTERVALS if any(pipe in row["busy"] for row in found)]
-    lines = [f"{'':<20} warps slots alone cycles spill | busy: " + " ".join(f"{pipe:>7}" for pipe in pipes)]
+    lines = [f"{'':<20} warps slots  alone cycles spill | busy: " + " ".join(f"{pipe:>7}" for pipe in pipes)]
     for row in found:
         place = f"{row['precision']}, {row['pass']}"
-        counts = (
-            f"{row['warps']:>5} {row['slots']:>5} {row['alone']:>5.0f} {row['cycles']:>6.1f} {row['spill_bytes']:>5}"
-        )
+        counts = f"{row['warps']:>5} {row['slots']:>5} {row['alone']:>6} {row['cycles']:>6} {row['spill_bytes']:>5}"
         lines.append(f"{place:<20} {counts} |       " + " ".join(f"{row['busy'].get(pipe, 0):>7}" for pipe in pipes))
     return "\n".join(lines)
 
@@ -213,7 +211,7 @@ def main() -> int:
         "file", nargs="?", type=Path, help="default: the installed extension, else the loops kept of one"
     )
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
-    parser.add_argument("--keep", type=Path, metavar="FILE.txt.gz", help="keep the loops in a file")
+    parser.add_argument("--keep", type=Path, metavar="FILE.txt.xz", help="keep the loops in a file")
     parser.add_argument("--write", action="store_true", help=f"write {TABLE.name} and {CURRENT.name}")
     arguments = parser.parse_args()
     file = arguments.file or installed() or CURRENT

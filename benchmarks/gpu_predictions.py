@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_predictions.py
 
-The loops are those of the commits that were measured (results/sass-*.txt.gz), the sizes the paper's layer at B = 1024:
+The loops are those of the commits that were measured (results/sass-*.txt.xz), the sizes the paper's layer at B = 1024:
 
 - sweeps of the forward, all three: time in a graph less that of `squash_vectors`;
 - a sweep of the backward;
@@ -12,7 +12,6 @@ The loops are those of the commits that were measured (results/sass-*.txt.gz), t
 import json
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import gpu_cycles
@@ -21,6 +20,7 @@ from cycle_model import CLOCK_GHZ, cycles
 from gpu_cycles import PASSES, RESULTS
 from sass import Code
 
+Rounds = Callable[[Code], int]
 MULTIPROCESSORS, BLOCK_WARPS = 132, 4
 # Units of a warp at B = 1024. A block has 4 batch tiles, of which there are 128. 3 blocks of a multiprocessor make 12
 # slices of 96 input capsules, 2 blocks 8 of 144.
@@ -34,14 +34,15 @@ class Run(NamedTuple):
 
     file: str
     commit: str
-    rounds: Callable[[Code], int] = gpu_cycles.nested_rounds
+    rounds: Rounds = gpu_cycles.nested_rounds
 
 
 def staged_rounds(loop: Code) -> int:
-    """As `nested_rounds`, at a commit whose last sweep copied V, ds and statistics of the next batch tile by cp.async."""
+    """As `nested_rounds`, where the last sweep copies V, ds and statistics of the next batch tile by cp.async."""
     copies = sum(instruction.kind == "LDGSTS" for instruction in loop)
-    # V and ds of an iteration, 2.5 copies of a thread, none of which is left for the loop over four; statistics
-    return {7: 5, 4: 0, 1: 2}.get(copies) if copies in (7, 4, 1) else gpu_cycles.nested_rounds(loop)
+    # Over V and ds of three iterations; in it over four copies at a time, when up to three are done; over statistics.
+    of_copies = {7: 5, 4: 0, 1: 2}
+    return of_copies[copies] if copies in of_copies else gpu_cycles.nested_rounds(loop)
 
 
 RUNS = [Run("gpu-nvidia-h200-1.json", "6cb0157"), Run("gpu-nvidia-h200-2.json", "8018ea6", staged_rounds)]
@@ -54,7 +55,9 @@ def measured(run: Run) -> dict[str, dict[str, float]]:
     for precision in gpu_cycles.FORMS:
         large, small = (cases.get(f"{shape} | {precision} | fastcaps native") for shape in ("paper-1024", "paper"))
         if large and small:
-            sweep, calls = kernel(large, "tile_sweep")  # names that begin alike are there once, with the last one's time
+            sweep, calls = kernel(
+                large, "tile_sweep"
+            )  # names that begin alike are there once, with the last one's time
             found[precision] = {
                 "forward": large["forward"]["graph_us"]["median"] - kernel(large, "squash_vectors<")[0],
                 "backward": sweep / calls,
@@ -68,7 +71,7 @@ def kernel(case: dict[str, Any], name: str) -> list[float]:
     return next(value for key, value in case["kernels_us"].items() if f"::{name}" in key)
 
 
-def predicted(loops: dict[str, Code], precision: str, rounds: Callable[[Code], int]) -> dict[str, float]:
+def predicted(loops: dict[str, Code], precision: str, rounds: Rounds = gpu_cycles.nested_rounds) -> dict[str, float]:
     """The same by the model."""
 
     def unit(name: str) -> float:
@@ -86,7 +89,7 @@ def predicted(loops: dict[str, Code], precision: str, rounds: Callable[[Code], i
 
 def compared(run: Run) -> list[tuple[str, str, float, float]]:
     """Precision, part, microseconds measured and predicted."""
-    _, loops = sass.read(RESULTS / f"sass-{run.commit}.txt.gz")
+    _, loops = sass.read(RESULTS / f"sass-{run.commit}.txt.xz")
     return [
         (precision, part, time, model[part])
         for precision, times in measured(run).items()
@@ -101,6 +104,11 @@ def main() -> int:
         print(f"{run.file}, commit {run.commit}")
         for precision, part, time, model in compared(run):
             print(f"  {precision:<9} {part:<9} {time:6.1f} us measured, {model:6.1f} predicted: {model / time:.2f}")
+    print("the kernels as they are now")
+    _, loops = sass.read(gpu_cycles.CURRENT)
+    for precision in gpu_cycles.FORMS:
+        for part, model in predicted(loops, precision).items():
+            print(f"  {precision:<9} {part:<9} {model:22.1f} predicted")
     return 0
 
 

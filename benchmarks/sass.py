@@ -12,7 +12,7 @@ the instruction that it goes to by its number::
     B--2---:R-:W-:S05  @P0 BRA -> 0
 """
 
-import gzip
+import lzma
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -139,11 +139,11 @@ def cut(code: Code, loop: Loop) -> list[Instruction]:
 def write(path: Path, title: str, kept: dict[str, Code]) -> None:
     """Keep pieces of code by their names, below a line that says what they are."""
     pieces = ["\n".join([name, *map(str, code)]) for name, code in kept.items()]
-    path.write_bytes(gzip.compress("\n\n".join([title, *pieces, ""]).encode(), mtime=0))
+    path.write_bytes(lzma.compress("\n\n".join([title, *pieces, ""]).encode(), preset=9))
 
 
 def read(path: Path) -> tuple[str, dict[str, list[Instruction]]]:
     """What `write` has kept: the title, and the pieces."""
-    title, *pieces = gzip.decompress(path.read_bytes()).decode().strip().split("\n\n")
+    title, *pieces = lzma.decompress(path.read_bytes()).decode().strip().split("\n\n")
     named = (piece.splitlines() for piece in pieces)
     return title, {name: [Instruction.parsed(line) for line in lines] for name, *lines in named}
