@@ -70,7 +70,9 @@ KINDS = {
 }  # fmt: skip
 PIPES = {kind: pipe for pipe, kinds in KINDS.items() for kind in kinds}
 OPERANDS = int(LATENCIES["operands"].cycles)
-STARTS = range(0, 8 * 37, 37)  # by how many cycles a warp starts after the one before; the result is the mean of these
+# By how many cycles a warp starts after the one before. That decides which of a few rhythms the warps fall into, so the
+# mean counts.
+STARTS = range(0, 8 * 37, 37)
 
 
 def pipe(instruction: Instruction) -> str:
@@ -125,7 +127,7 @@ class Step(NamedTuple):
 
     kind: str
     control: Control
-    pipe: str
+    pipe: str  # that it waits for
     interval: int
     latency: int
     columns: int  # of a product by wgmma
@@ -144,7 +146,8 @@ class Step(NamedTuple):
             awaits = name, int(left, 16)
         elif i.kind == "HGMMA":
             n, commits = columns(i), "gsb0" if "gsb0" in i.operands else ""
-        return cls(i.kind, i.control, FREE if n else pipe(i), interval(i), latency(i, load), n, commits, awaits)
+        waits_for = FREE if n else pipe(i)
+        return cls(i.kind, i.control, waits_for, interval(i), latency(i, load), n, commits, awaits)
 
 
 class Warp:

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import sass
 from cycle_model import INTERVALS, L2_OF_8_WARPS, L2_OF_12_WARPS, MOSTLY_L1, Constant, busy, cycles
-from sass import Code, Instruction
+from sass import Code
 
 from fastcaps.routing import backend
 
@@ -73,7 +73,7 @@ def has(code: Code, *kinds: str) -> bool:
     return any(instruction.kind in kinds for instruction in code)
 
 
-def loop_of(kernel: Code, wanted: Pass) -> list[Instruction]:
+def loop_of(kernel: Code, wanted: Pass) -> Code:
     """The loop of a kernel that a pass is: the longest innermost one with matrix instructions, or the one around it."""
 
     def inside(loop: sass.Loop) -> Code:
@@ -129,11 +129,11 @@ def nested_rounds(loop: Code) -> int:
     return 2 if loads == 4 else 1  # eight loads of a lane in the first section of a tile, four on their way at a time
 
 
-def played(loop: Code, rounds: Callable[[Code], int] = nested_rounds) -> list[Instruction]:
+def played(loop: Code, rounds: Callable[[Code], int] = nested_rounds) -> Code:
     """What is issued in a round of a loop: everything once, as if no jump forward was taken, and loops inside as often
     as `rounds` says."""
     inside = [inner for inner in sass.loops(loop) if inner != (0, len(loop) - 1)]
-    result: list[Instruction] = []
+    result: Code = []
     done = 0
     for first, last in sorted(inner for inner in inside if not any(sass.within(inner, other) for other in inside)):
         body = sass.cut(loop, (first, last))

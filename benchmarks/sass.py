@@ -82,7 +82,7 @@ class Instruction(NamedTuple):
         return f"{self.control}  {' '.join(word for word in words if word)}"
 
 
-Code = Sequence[Instruction]
+Code = list[Instruction]
 
 
 def _words(text: str) -> tuple[str, str, str]:
@@ -91,7 +91,7 @@ def _words(text: str) -> tuple[str, str, str]:
     return name, operands, predicate
 
 
-def disassembled(text: str) -> list[Instruction]:
+def disassembled(text: str) -> Code:
     """The instructions of one kernel, of what nvdisasm or cuobjdump print of it, with encodings or without."""
     found: list[list] = []  # text, control
     places: dict[str, int] = {}  # of labels and addresses
@@ -129,11 +129,11 @@ def innermost(found: Sequence[Loop]) -> list[Loop]:
     return [loop for loop in found if not any(within(other, loop) for other in found)]
 
 
-def cut(code: Code, loop: Loop) -> list[Instruction]:
+def cut(code: Code, loop: Loop) -> Code:
     """The instructions of a loop, numbered anew."""
     first, last = loop
-    inside = range(first, last + 1)
-    return [i._replace(target=i.target - first if i.target in inside else None) for i in code[first : last + 1]]
+    moved = {n: n - first for n in range(first, last + 1)}
+    return [i if i.target is None else i._replace(target=moved.get(i.target)) for i in code[first : last + 1]]
 
 
 def write(path: Path, title: str, kept: dict[str, Code]) -> None:
@@ -142,7 +142,7 @@ def write(path: Path, title: str, kept: dict[str, Code]) -> None:
     path.write_bytes(lzma.compress("\n\n".join([title, *pieces, ""]).encode(), preset=9))
 
 
-def read(path: Path) -> tuple[str, dict[str, list[Instruction]]]:
+def read(path: Path) -> tuple[str, dict[str, Code]]:
     """What `write` has kept: the title, and the pieces."""
     title, *pieces = lzma.decompress(path.read_bytes()).decode().strip().split("\n\n")
     named = (piece.splitlines() for piece in pieces)

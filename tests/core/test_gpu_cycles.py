@@ -55,7 +55,7 @@ def test_kept_code_is_read_as_it_was(tmp_path):
     assert sass.read(tmp_path / "kept") == ("a compiler", {"all": code, "loop": sass.cut(code, (1, 3))})
 
 
-def loop(*lines: str) -> list[sass.Instruction]:
+def loop(*lines: str) -> sass.Code:
     """Instructions, each behind a short form of its control word, and the jump back, after which 5 cycles pass."""
     code = []
     for line in (*lines, "S05 BRA -> 0"):
@@ -66,7 +66,7 @@ def loop(*lines: str) -> list[sass.Instruction]:
     return code
 
 
-def cycles(code: list[sass.Instruction], warps: int = 1) -> float:
+def cycles(code: sass.Code, warps: int = 1) -> float:
     return cycle_model.cycles(code, warps, Constant(850, "test"))
 
 
@@ -77,7 +77,7 @@ def test_a_chain_takes_its_stall_counts_and_leaves_slots_for_others():
 
 
 def test_a_scoreboard_is_waited_for():
-    def until(load: str) -> list[sass.Instruction]:
+    def until(load: str) -> sass.Code:
         return loop(f"W0:S01 {load}", "B0-----:S04 FADD R1, R0, R0")
 
     assert cycles(until("LDS R0, [R2]")) == 30 + 4 + 5
@@ -113,7 +113,7 @@ def test_the_path_to_shared_memory_is_shared_by_four_schedulers():
 
 
 def test_copies_into_shared_memory_are_waited_for_in_groups():
-    def copied(left: int) -> list[sass.Instruction]:
+    def copied(left: int) -> sass.Code:
         return loop("S01 LDGSTS.E.128 [R9], desc[UR6][R6.64]", "W0:S01 LDGDEPBAR", f"S04 DEPBAR.LE SB0, {left:#x}")
 
     assert cycles(copied(0)) == 850 + 4 + 5
