@@ -217,8 +217,11 @@ def main() -> int:
     file = arguments.file or installed() or CURRENT
     if not arguments.file and file == CURRENT:
         print(f"gpu_cycles: no CUDA kernels are installed; these are the loops in {CURRENT}", file=sys.stderr)
+    if not file.is_file():
+        parser.error(f"no such file: {file}")
     loops = loops_of(file)
-    found = rows(loops)
+    if not (found := rows(loops)):
+        parser.error(f"{file} has none of the kernels of PASSES for {ARCHITECTURE}; the names are those of cuda_static")
     print(as_lines(found) if arguments.json else text(found))
     if arguments.keep:
         keep(arguments.keep, loops)

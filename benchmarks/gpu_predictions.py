@@ -55,9 +55,8 @@ def measured(run: Run) -> dict[str, dict[str, float]]:
     for precision in gpu_cycles.FORMS:
         large, small = (cases.get(f"{shape} | {precision} | fastcaps native") for shape in ("paper-1024", "paper"))
         if large and small:
-            sweep, calls = kernel(
-                large, "tile_sweep"
-            )  # names that begin alike are there once, with the last one's time
+            # Of kernels whose names begin alike these files have the last one only: the backward's.
+            sweep, calls = kernel(large, "tile_sweep")
             found[precision] = {
                 "forward": large["forward"]["graph_us"]["median"] - kernel(large, "squash_vectors<")[0],
                 "backward": sweep / calls,
