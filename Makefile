@@ -96,6 +96,7 @@ $(SANITIZE)/%: tests/support/kernels.cpp $(wildcard csrc/cpu/* csrc/*.h)
 gpu-static: $(READY)
 	$(BIN)/python benchmarks/gpu_static.py --write
 	$(BIN)/python benchmarks/cuda_static.py --write
+	$(BIN)/python benchmarks/gpu_cycles.py --write
 
 # On a machine with a GPU, offline, with the Python that is there (torch, triton, numpy, pytest); each at most 8 minutes.
 GPU_PYTHON := PYTHONPATH=. timeout 480 $(PYTHON)

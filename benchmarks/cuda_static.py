@@ -19,6 +19,7 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
+import sass
 import triton
 
 import fastcaps
@@ -28,7 +29,7 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 EXTENSION = next(iter(sorted(Path(fastcaps.__file__).parent.glob("_C*.so"))), None)
 SWEEPS = ("uniform", "softmax", "with_stats", "stats_only")
 CLASSES = {
-    "matrix": ("HMMA",), "FFMA": ("FFMA", "FMUL", "FADD"), "special": ("MUFU",), "shuffle": ("SHFL",), "LDS": ("LDS",),
+    "matrix": ("HMMA",), "FFMA": ("FFMA", "FMUL", "FADD"), "special": ("MUFU",), "shuffle": ("SHFL",), "LDS": ("LDS", "LDSM"),
     "LDG": ("LDG",), "local": ("LDL", "STL"),
 }  # fmt: skip
 
@@ -47,19 +48,10 @@ def demangled(names: list[str]) -> list[str]:
     return [line.replace(" >", ">") for line in short.splitlines()]
 
 
-def instructions(section: str) -> tuple[list[str], list[tuple[int, int]]]:
+def instructions(section: str) -> tuple[list[str], list[sass.Loop]]:
     """The names of a kernel's instructions, and its loops (first, last), shortest first."""
-    found: list[str] = []
-    labels: dict[str, int] = {}
-    for line in section.splitlines():
-        if label := re.match(r"\s*(\.L_x_\d+):", line):
-            labels[label[1]] = len(found)
-        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
-            found.append(re.sub(r"^@!?U?P\d+\s+", "", instruction[1]))  # and not "@!PT", which never runs
-    jumps = [(n, re.search(r"^BRA.*?`\((\.L_x_\d+)\)", text)) for n, text in enumerate(found)]
-    # An endless loop of one instruction pads the end of a kernel.
-    loops = {(labels[j[1]], n) for n, j in jumps if j and labels.get(j[1], n + 1) < n}
-    return [text.split()[0] for text in found], sorted(loops, key=lambda loop: (loop[1] - loop[0], loop))
+    code = sass.disassembled(section)
+    return [instruction.name for instruction in code], sass.loops(code)
 
 
 def counted(names: list[str]) -> dict[str, int]:
@@ -69,21 +61,20 @@ def counted(names: list[str]) -> dict[str, int]:
     return {"slots": len(names), **{k: sum(kinds[i] for i in group) for k, group in CLASSES.items()}, **wide}
 
 
-def unit(names: list[str], loops: list[tuple[int, int]], gradients: bool, plain: bool) -> dict[str, int]:
+def unit(names: list[str], loops: list[sass.Loop], gradients: bool, plain: bool) -> dict[str, int]:
     """One round of the loop over input capsules or samples: the innermost with matrix instructions; of several the
     longest, but for one that takes the largest logit where another need not; without `plain` the loop around it, as
     the innermost is then the one over D_in."""
     matrix = [loop for loop in loops if any(name.startswith("HMMA") for name in names[loop[0] : loop[1] + 1])]
-    around = [(a, b) for a, b in matrix if any(a <= c and d <= b and (a, b) != (c, d) for c, d in matrix)]
-    innermost = [loop for loop in matrix if loop not in around]
+    innermost = sass.innermost(matrix)
     unshifted = [(a, b) for a, b in innermost if takes_softmax(names[a : b + 1], shifted=False)]
     first, last = (unshifted or innermost)[-1]
     if not plain:
-        first, last = next((a, b) for a, b in around if a <= first and last <= b)
+        first, last = next(loop for loop in matrix if sass.within((first, last), loop))
     total = collections.Counter(counted(names[first : last + 1]))
     if gradients:  # one iteration is in there: of three, the first is the uniform one and goes another, short way
         for inner in loops:
-            if first <= inner[0] and inner[1] <= last and inner != (first, last):
+            if sass.within(inner, (first, last)):
                 total.update(counted(names[inner[0] : inner[1] + 1]))
     return dict(total)
 
@@ -99,13 +90,22 @@ def compiler() -> str:
     return re.search(r"V([\d.]+)", said)[1]  # type: ignore[index]
 
 
+def extract(architecture: str, folder: str) -> None:
+    """The extension's machine code for an architecture, as files *.cubin."""
+    command = [TOOLS / "cuobjdump", "-xelf", architecture, EXTENSION]
+    subprocess.run(command, cwd=folder, capture_output=True, check=True)
+
+
+def usage(file: Path) -> dict[str, str]:
+    """What the kernels of a file of machine code use, by their mangled names: registers and stack."""
+    return dict(re.findall(r"Function (\S+):\s+(REG:\d+ STACK:\d+)", tool("cuobjdump", "-res-usage", file)))
+
+
 def table(architectures: list[str]) -> list[dict[str, Any]]:
     """A row for each kernel and architecture of the extension."""
     with tempfile.TemporaryDirectory() as folder, ThreadPool() as pool:  # the time is that of the tools
         for architecture in architectures:
-            subprocess.run(
-                [TOOLS / "cuobjdump", "-xelf", architecture, EXTENSION], cwd=folder, capture_output=True, check=True
-            )
+            extract(architecture, folder)
         found = pool.map(kernels, sorted(Path(folder).glob("*.cubin")))
     return sorted(itertools.chain(*found), key=lambda row: (row["architecture"], row["kernel"]))
 
@@ -113,12 +113,12 @@ def table(architectures: list[str]) -> list[dict[str, Any]]:
 def kernels(file: Path) -> list[dict[str, Any]]:
     """The rows of one file of machine code."""
     architecture = file.name.split(".")[-2]
-    usage = dict(re.findall(r"Function (\S+):\s+(REG:\d+ STACK:\d+)", tool("cuobjdump", "-res-usage", file)))
+    used = usage(file)
     sections = re.split(r"(?=\.section\s+\.text\.)", tool("nvdisasm", "-c", file))[1:]
     mangled = [re.match(r"\.section\s+\.text\.([^,\s]+)", section)[1] for section in sections]  # type: ignore[index]
     rows = []
     for section, symbol, name in zip(sections, mangled, demangled(mangled), strict=True):
-        registers, stack = (int(n) for n in re.findall(r"\d+", usage[symbol]))
+        registers, stack = (int(n) for n in re.findall(r"\d+", used[symbol]))
         names, loops = instructions(section)
         row = {"architecture": architecture, "kernel": name, "registers": registers, "stack": stack}
         row["all"] = counted(names)

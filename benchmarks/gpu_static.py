@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import cuda_static
+import sass
 import torch
 import triton
 import triton.language as tl
@@ -132,7 +133,7 @@ def loops(text: str) -> tuple[dict[str, int], int]:
     innermost loop reach into local memory, where spilled registers lie."""
     whole, found = cuda_static.instructions(text)
     names = [name.split(".")[0] for name in whole]
-    innermost = [a for a in found if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in found)]
+    innermost = sass.innermost(found)
     spilled = sum(name in CLASSES["local"] for a, b in innermost for name in names[a : b + 1])
     if not innermost:
         return {}, spilled
