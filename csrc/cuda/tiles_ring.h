@@ -19,10 +19,9 @@ namespace fastcaps::cuda {
 // Warps of a block, the only one of its multiprocessor, by their registers.
 constexpr int kForwardRingWarps = 12, kBackwardRingWarps = 8;
 FASTCAPS_INDEX int ring_warps(bool backward) { return backward ? kBackwardRingWarps : kForwardRingWarps; }
-constexpr int kRingChunk = 4;   // input capsules, whose poses are 128 bytes of a sample
-constexpr int kRingPlaces = 2;  // for chunks
-constexpr int kFillAfter =
-    1;  // input capsules of a chunk are done before the next is asked for: others have their time
+constexpr int kRingChunk = 2;   // input capsules
+constexpr int kRingPlaces = 4;  // for chunks
+constexpr int kRingAhead = 2;   // chunks: a place is filled again two chunks after it was read, and two before the next
 
 // Where things lie in a chunk's place, in units of 16 bytes, half a row of eight entries. Of a matrix two units stay
 // free after four rows and one at the end, of the poses of a sample one: so eight rows that are read at once never meet
@@ -35,19 +34,22 @@ struct RingPlace {
 };
 constexpr int kRingUnit = 16;
 template <class T, int WARPS>
-constexpr int64_t kRingBytes = kRingUnit + kRingPlaces * (RingPlace<T, WARPS>::size * kRingUnit + 2 * sizeof(Barrier));
+constexpr int64_t kRingBytes = kRingPlaces * (RingPlace<T, WARPS>::size * kRingUnit + 2 * sizeof(Barrier));
 
 template <class T, int WARPS>
 struct Ring {
   using Place = RingPlace<T, WARPS>;
   const TileArguments& args;
   const int begin, end, first_b, first_j;  // first_b: of the block
-  int n = 0, parity = 0;                   // the place of the chunk that is next, and whether the ring's round is odd
-  bool used = false;                       // whether a chunk has been in the place of the one after
+  int chunk = 0;                           // the next
 
-  __device__ char* place(int n) const { return shared_memory<char>() + n * Place::size * kRingUnit; }
-  __device__ Barrier* filled(int n) const { return reinterpret_cast<Barrier*>(place(kRingPlaces)) + n; }
-  __device__ Barrier* read(int n) const { return filled(kRingPlaces + n); }
+  __device__ char* place(int c) const { return shared_memory<char>() + c % kRingPlaces * (Place::size * kRingUnit); }
+  __device__ Barrier* barriers() const {
+    return reinterpret_cast<Barrier*>(shared_memory<char>() + kRingPlaces * Place::size * kRingUnit);
+  }
+  __device__ Barrier* filled(int c) const { return barriers() + c % kRingPlaces; }
+  __device__ Barrier* read(int c) const { return barriers() + kRingPlaces + c % kRingPlaces; }
+  __device__ static int parity(int c) { return c / kRingPlaces % 2; }  // of the barriers' phases
 
   __device__ void start() const {
     if (threadIdx.x < kRingPlaces) {
@@ -57,11 +59,12 @@ struct Ring {
     __syncthreads();
   }
 
-  // This thread's copies of the chunk that begins with input capsule i.
-  __device__ void fill(int n, int i) const {
+  // This thread's copies of chunk c, which begins with input capsule i.
+  __device__ void fill(int c, int i) const {
+    if (i >= end) return;
     constexpr int units = T::JT * T::D * 2, threads = 32 * WARPS;   // units: of an input capsule's matrices
     const int capsules = end - i, thread = forgotten(threadIdx.x);  // capsules: or more than a chunk has
-    const Shared to = shared_place(place(n));
+    const Shared to = shared_place(place(c));
 #pragma unroll
     for (int first = 0; first < units; first += threads) {
       const int unit = first + thread, j = unit / (2 * T::D), half = unit % (2 * T::D);
@@ -79,7 +82,7 @@ struct Ring {
       copy_16(to + kRingUnit * (Place::poses + b * Place::pose + half), from,
               first_b + b < args.B && half / 2 < capsules);
     }
-    arrive_after_copies(filled(n));
+    arrive_after_copies(filled(c));
   }
 };
 
@@ -90,7 +93,8 @@ __device__ bool ring_slice(Ring<T, WARPS>& ring, int slice) {
   const TileArguments& args = ring.args;
   const int warp = warp_of_block(), lane = threadIdx.x % 32;
   Sums<F, T, kind, BACKWARD, SHIFTED> sums{args};
-  if (ring.begin < ring.end) ring.fill(ring.n, ring.begin);
+#pragma unroll
+  for (int n = 0; n < kRingAhead; ++n) ring.fill(ring.chunk + n, ring.begin + n * kRingChunk);
   sums.start(ring.first_b / kTileSamples + warp, ring.first_j / T::JT);
 
   // The rows whose places this lane gives: of matrices, in each section, and of poses.
@@ -99,38 +103,35 @@ __device__ bool ring_slice(Ring<T, WARPS>& ring, int slice) {
     const int m = T::first_m(section);
     return kRingUnit * (Place::row(T::row_capsule(m, r), T::row_entry(m, r)) + half);
   };
-  const int first = row(0), last = row(T::sections - 1);
+  const int first = row(0), last_section = row(T::sections - 1);
   const int pose = kRingUnit * (Place::poses + (8 * warp + lane / 4) * Place::pose) + lane % 4 * 4;
 #pragma unroll 1
-  for (int i = ring.begin; i < ring.end; i += kRingChunk) {
-    wait_for(ring.filled(ring.n), ring.parity);
-    const int capsules = ring.end - i < kRingChunk ? ring.end - i : kRingChunk;
-    Shared matrices = shared_place(ring.place(ring.n));
+  for (int i = ring.begin; i < ring.end; i += kRingChunk, ++ring.chunk) {
+    if (ring.chunk + kRingAhead >= kRingPlaces)
+      wait_for(ring.read(ring.chunk + kRingAhead), ring.parity(ring.chunk + kRingAhead - kRingPlaces));
+    ring.fill(ring.chunk + kRingAhead, i + kRingAhead * kRingChunk);
+    wait_for(ring.filled(ring.chunk), ring.parity(ring.chunk));
+    const int last = i + kRingChunk < ring.end ? i + kRingChunk : ring.end;
+    const float* entries = reinterpret_cast<const float*>(ring.place(ring.chunk) + pose);
+    Shared matrices = shared_place(ring.place(ring.chunk));
 #pragma unroll 1
-    for (int k = 0; k < capsules; ++k, matrices += kRingUnit * Place::capsule) {
-      const float* const entries = reinterpret_cast<const float*>(ring.place(ring.n) + pose) + 8 * k;
+    for (int capsule = i; capsule < last; ++capsule, matrices += kRingUnit * Place::capsule, entries += kOctet) {
       float x[2] = {entries[0], entries[4]};
       if constexpr (F::TF32) x[0] = rounded_to_tf32(x[0]), x[1] = rounded_to_tf32(x[1]);
-      sums.add(i + k, [&](float* u) {
+      sums.add(capsule, [&](float* u) {
         each<T::M>([&]<int number>() {
           constexpr int m = (number + T::first_m(T::sections - 1)) % T::M, section = T::section_of_m(m);
           constexpr int e = 2 * (m - T::first_m(section));  // by which the lanes' entries differ from those of `row`
           float a[4];
-          load_operand<kRingUnit * Place::row(0, e)>(a, matrices + (section == 0 ? first : last));
+          load_operand<kRingUnit * Place::row(0, e)>(a, matrices + (section == 0 ? first : last_section));
           if constexpr (F::TF32)
             for (int n = 0; n < 4; ++n) a[n] = rounded_to_tf32(a[n]);
           exact_product<F>(u + 4 * m, a, x);
         });
       });
-      if (k == kFillAfter - 1 && i + kRingChunk < ring.end) {
-        const int next = 1 - ring.n;
-        if (ring.used) wait_for(ring.read(next), ring.parity ^ next);
-        ring.fill(next, i + kRingChunk);
-      }
     }
     __syncwarp();
-    if (lane == 0) arrive(ring.read(ring.n));
-    ring.n = 1 - ring.n, ring.parity ^= ring.n == 0, ring.used = true;
+    if (lane == 0) arrive(ring.read(ring.chunk));
   }
   if (!SHIFTED && __syncthreads_or(sums.out_of_range())) return true;
   sums.finish(nullptr, slice);
