@@ -199,8 +199,20 @@ struct Plan {
     const int of_block = kGeneralWarps * bytes_of_a_warp <= kSharedBytes ? kGeneralWarps : 1;
     return {ceil_div(warps, of_block), 32 * of_block, of_block * bytes_of_a_warp};
   }
-  void tile_sweep(Sweep sweep, const TileArguments& args) const {
-    const int64_t bands = ceil_div(ceil_div(z.B, kTileSamples), band_tiles);
+  // Whether a sweep's matrices go through a ring: its form is that for which it is written, and a band is full.
+  bool by_ring(Sweep sweep, bool backward) const {
+    return plain() && in.stored == Stored::real && z.D_in == kOctet &&
+           (sweep == Sweep::uniform || sweep == Sweep::softmax) && z.B > kTileSamples * (ring_warps(backward) - 1);
+  }
+  void tile_sweep(Sweep sweep, TileArguments args) const {
+    const int64_t batch_tiles = ceil_div(z.B, kTileSamples);
+    if (by_ring(sweep, args.ds)) {
+      args.band_tiles = ring_warps(args.ds);
+      const int64_t blocks = ceil_div(batch_tiles, args.band_tiles) * slices * tiles();
+      with_form([&]<class In, bool TF32>() { launch_tile_ring<In, TF32>(kind, sweep, blocks, stream, args); });
+      return;
+    }
+    const int64_t bands = ceil_div(batch_tiles, band_tiles);
     const int64_t shared =
         std::max(2 * args.chunk_capsules * matrix_bytes(), band_tiles < 4 ? 16 * 8 * capsules * rows : 0);
     const Grid grid{bands * slices * (sweep == Sweep::stats_only ? 1 : tiles()), kTileThreads, shared};

@@ -186,6 +186,92 @@ __device__ inline T* shared_memory() {
 #endif
 }
 
+// The same number, of which the compiler knows nothing: what follows from it is computed where it is used, and does not
+// wait in registers while a loop runs that needs them.
+__device__ inline int forgotten(int x) {
+#ifndef FASTCAPS_EMULATED
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
+// A place in shared memory, in bytes.
+using Shared = uint32_t;
+__device__ inline Shared shared_place(const void* at) {
+#ifdef FASTCAPS_EMULATED
+  return Shared(static_cast<const char*>(at) - emulated::shared_memory);
+#else
+  return Shared(__cvta_generic_to_shared(at));
+#endif
+}
+
+// Operand a of mma.sync from rows of eight numbers as they lie: lanes 0 .. 7 give the places of entries 0 .. 3 of rows
+// 0 .. 7, lanes 8 .. 15 those of rows 8 .. 15, and 16 .. 31 those of entries 4 .. 7. Column slots are entries then.
+template <int offset>
+__device__ inline void load_operand(float (&a)[4], Shared row) {
+#ifdef FASTCAPS_EMULATED
+  emulated::load_matrices(a, row + offset);
+#else
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4+%5];"
+               : "=f"(a[0]), "=f"(a[1]), "=f"(a[2]), "=f"(a[3])
+               : "r"(row), "n"(offset));
+#endif
+}
+
+// ------------------------------------------------------------------------------------------------------------- copies
+
+// A barrier in shared memory that other threads wait at without stopping those that arrive: phase n is over when so
+// many have arrived as it was made for.
+struct Barrier {
+  uint64_t state;
+};
+__device__ inline void start_barrier(Barrier* barrier, int count) {
+#ifdef FASTCAPS_EMULATED
+  emulated::start_barrier(&barrier->state, count);
+#else
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_place(barrier)), "r"(count) : "memory");
+#endif
+}
+__device__ inline void arrive(Barrier* barrier) {
+#ifdef FASTCAPS_EMULATED
+  emulated::arrive(&barrier->state);
+#else
+  asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(shared_place(barrier))
+               : "memory");
+#endif
+}
+// Until a phase of that parity is over.
+__device__ inline void wait_for(Barrier* barrier, int parity) {
+#ifdef FASTCAPS_EMULATED
+  emulated::wait_for(&barrier->state, parity);
+#else
+  uint32_t over;
+  do
+    asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared.b64 p, [%1], %2;\nselp.b32 %0, 1, 0, p;\n}"
+                 : "=r"(over)
+                 : "r"(shared_place(barrier)), "r"(parity)
+                 : "memory");
+  while (!over);
+#endif
+}
+
+// 16 bytes to shared memory, zeros where they are not `there`, while this thread goes on.
+__device__ inline void copy_16(Shared to, const void* from, bool there) {
+#ifdef FASTCAPS_EMULATED
+  emulated::copy_16(to, there ? from : nullptr);
+#else
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
+#endif
+}
+// This thread arrives at a barrier when its copies so far are done.
+__device__ inline void arrive_after_copies(Barrier* barrier) {
+#ifdef FASTCAPS_EMULATED
+  emulated::arrive_after_copies(&barrier->state);
+#else
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_place(barrier)) : "memory");
+#endif
+}
+
 // ------------------------------------------------------------------------------------------------------------- launch
 
 struct Grid {

@@ -7,6 +7,7 @@
 #include "cuda/tiles.h"
 #include "cuda/tiles_backward.h"
 #include "cuda/tiles_persistent.h"
+#include "cuda/tiles_ring.h"
 #include "cuda/tiles_sweep.h"
 #include "cuda/vectors.h"
 
@@ -15,6 +16,9 @@ namespace fastcaps::cuda {
 template <class In, bool TF32>
 void launch_tile_sweep(TileKind kind, Sweep sweep, bool plain, Grid grid, cudaStream_t stream,
                        const TileArguments& args);
+// A sweep through a ring; `blocks` of one band of batch tiles, which is what a block of the ring has.
+template <class In, bool TF32>
+void launch_tile_ring(TileKind kind, Sweep sweep, int64_t blocks, cudaStream_t stream, const TileArguments& args);
 template <class In, bool TF32>
 void launch_tile_gradients(TileKind kind, bool plain, Grid grid, cudaStream_t stream, const TileArguments& args);
 // All iterations of a forward or (but for the first one's sweep) backward; false if they do not fit the GPU at once.
@@ -44,6 +48,21 @@ void launch_tile_sweep(TileKind kind, Sweep sweep, bool plain, Grid grid, cudaSt
 }
 
 template <class In, bool TF32>
+void launch_tile_ring(TileKind kind, Sweep sweep, int64_t blocks, cudaStream_t stream, const TileArguments& args) {
+  if constexpr (sizeof(In) == 4)
+    with_tile(kind, [&]<class T>() {
+      using Plain = Form<In, TF32, true>;
+      void (*kernel)(TileArguments) = tile_ring_sweep<Plain, T, Sweep::uniform, false>;
+      if (sweep == Sweep::softmax)
+        kernel = args.ds ? tile_ring_sweep<Plain, T, Sweep::softmax, true>
+                         : tile_ring_sweep<Plain, T, Sweep::softmax, false>;
+      const int warps = ring_warps(args.ds);
+      const int64_t bytes = args.ds ? kRingBytes<T, kBackwardRingWarps> : kRingBytes<T, kForwardRingWarps>;
+      launch(kernel, {blocks, 32 * warps, bytes}, stream, args, "tile_ring_sweep", args);
+    });
+}
+
+template <class In, bool TF32>
 void launch_tile_gradients(TileKind kind, bool plain, Grid grid, cudaStream_t stream, const TileArguments& args) {
   with_tile(kind, [&]<class T>() {
     void (*kernel)(TileArguments) = tile_gradients<Form<In, TF32, false>, T>;
@@ -68,6 +87,7 @@ bool launch_tile_persistent(TileKind kind, bool backward, bool plain, int64_t bl
 }
 #define FASTCAPS_INSTANTIATE(...)                                                                                \
   template void launch_tile_sweep<__VA_ARGS__>(TileKind, Sweep, bool, Grid, cudaStream_t, const TileArguments&); \
+  template void launch_tile_ring<__VA_ARGS__>(TileKind, Sweep, int64_t, cudaStream_t, const TileArguments&);     \
   template void launch_tile_gradients<__VA_ARGS__>(TileKind, bool, Grid, cudaStream_t, const TileArguments&);    \
   template bool launch_tile_persistent<__VA_ARGS__>(TileKind, bool, bool, int64_t, cudaStream_t, PersistentArguments);
 FASTCAPS_INSTANTIATE(FASTCAPS_TILE_FORM)

@@ -88,9 +88,11 @@ struct Persistent {
     for (int n = turn; n < end - begin; n += turns) {
       const float2* const poses = pose(n, 0);
       const float x[2] = {poses->x, poses->y};
-      sums.add(fragments + n * octets * T::M * 32, x, begin + n, [&](float (&more)[2], int first_d) {
-        const float2 next = poses[first_d / 8 * tile.band_tiles * 32];
-        more[0] = next.x, more[1] = next.y;
+      sums.add(begin + n, [&](float* u) {
+        votes<F, T>(u, fragments + n * octets * T::M * 32, x, tile, [&](float (&more)[2], int first_d) {
+          const float2 next = poses[first_d / 8 * tile.band_tiles * 32];
+          more[0] = next.x, more[1] = next.y;
+        });
       });
     }
     if (!SHIFTED && __syncthreads_or(sums.out_of_range())) return true;

@@ -66,11 +66,11 @@ struct Sums {
     }
   }
 
-  // What input capsule i adds.
-  template <class Load>
-  __device__ void add(const float4* fragments, const float (&x)[2], int i, Load&& load) {
+  // What input capsule i adds, whose votes are had by get_votes(u).
+  template <class Votes>
+  __device__ void add(int i, Votes&& get_votes) {
     float u[4 * T::M];
-    votes<F, T>(u, fragments, x, args, load);
+    get_votes(u);
     if constexpr (kind == Sweep::uniform) {
 #pragma unroll
       for (int n = 0; n < 4 * T::M; ++n) sums[n] += u[n];
@@ -225,8 +225,10 @@ __device__ bool sweep_slice(const TileArguments& args, int band, int slice, int 
     for (int n = i + turn; n < last; n += turns, now += turns * capsule_fragments) {
       x[0] = next[0], x[1] = next[1];
       load_pose<F>(next, args, sums.first_b + sums.g, n + turns, end, d);
-      sums.add(now, x, n, [&](float (&more)[2], int first_d) {
-        load_pose<F>(more, args, sums.first_b + sums.g, n, end, first_d + d);
+      sums.add(n, [&](float* u) {
+        votes<F, T>(u, now, x, args, [&](float (&more)[2], int first_d) {
+          load_pose<F>(more, args, sums.first_b + sums.g, n, end, first_d + d);
+        });
       });
     }
     __syncthreads();

@@ -85,18 +85,28 @@ inline uint16_t narrow_float16(float x) {
 
 // ---------------------------------------------------------------------------------------------------------- fibers
 
-constexpr int kMostThreads = 256, kStack = 128 << 10, kCanaries = 64;
+constexpr int kMostThreads = 384, kStack = 128 << 10, kCanaries = 64;
 
 enum Scope { of_warp, of_block, of_grid };
 
 struct Exchange {
   uint32_t words[6];
 };
+// 16 bytes that are on their way to shared memory; from nowhere: zeros.
+struct Copy {
+  char* to;
+  const void* from;
+};
+struct Arrival {  // at a barrier, when these copies are done
+  void* barrier;
+  std::vector<Copy> copies;
+};
 struct Block {
   unsigned index;
   int arrived[kMostThreads / 32 + 1][2];  // of each warp, and last of the block, for odd and even meetings
   Exchange exchanges[2][kMostThreads];
   int any[2];  // of the predicates that a meeting of the block has been given
+  std::vector<Arrival> arrivals;
   std::vector<uint32_t> memory;
   char* shared_memory;
 };
@@ -106,7 +116,8 @@ struct Fiber {
   Block* block;
   unsigned thread;
   bool started, done;
-  int meetings[3];  // that it has been at, of each scope
+  int meetings[3];           // that it has been at, of each scope
+  std::vector<Copy> copies;  // at whose end it has not arrived yet anywhere
   std::unique_ptr<char[]> stack{new char[kStack]};
 };
 
@@ -166,6 +177,7 @@ inline void run(int64_t first, int64_t blocks, int threads, int64_t shared_bytes
     Block& block = all_blocks[n];
     block.index = unsigned(first + n);
     std::memset(block.arrived, 0, sizeof(block.arrived));
+    block.arrivals.clear();
     block.memory.assign(shared_bytes / 4 + kCanaries + 4, 0xffffffff);
     block.shared_memory = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(block.memory.data()) + 15) / 16 * 16);
   }
@@ -219,6 +231,59 @@ inline const Exchange* exchange(const Exchange& mine) {
   all[threadIdx.x] = mine;
   meet(of_warp);
   return all + threadIdx.x / 32 * 32;
+}
+
+// A barrier's words: how many arrive in a phase, how many of them have not, and the number of the phase.
+struct BarrierState {
+  uint16_t expected, left;
+  uint32_t phase;
+};
+inline void start_barrier(void* at, int count) {
+  *static_cast<BarrierState*>(at) = {uint16_t(count), uint16_t(count), 0};
+}
+inline void arrive(void* at) {
+  BarrierState& barrier = *static_cast<BarrierState*>(at);
+  require(barrier.left > 0, "a barrier that nobody has started");
+  if (--barrier.left == 0) barrier.left = barrier.expected, ++barrier.phase;
+  ++progress;
+}
+inline void land(const std::vector<Copy>& copies) {
+  for (const Copy& copy : copies) copy.from ? std::memcpy(copy.to, copy.from, 16) : std::memset(copy.to, 0, 16);
+}
+// Copies are as late as they may be: they land when somebody waits for them. Until then there is NaN.
+inline void copy_16(uint32_t to, const void* from) {
+  require(to % 16 == 0 && reinterpret_cast<uintptr_t>(from) % 16 == 0, "a copy that is not aligned");
+  std::memset(shared_memory + to, 0xff, 16);
+  current->copies.push_back({shared_memory + to, from});
+}
+inline void arrive_after_copies(void* barrier) {
+  current->block->arrivals.push_back({barrier, std::move(current->copies)});
+  current->copies.clear();
+}
+inline void wait_for(void* at, int parity) {
+  std::vector<Arrival>& arrivals = current->block->arrivals;
+  while ((static_cast<BarrierState*>(at)->phase & 1) == unsigned(parity)) {
+    size_t kept = 0;
+    for (size_t n = 0; n < arrivals.size(); ++n)
+      if (arrivals[n].barrier == at) {
+        land(arrivals[n].copies);
+        arrive(at);
+      } else if (kept++ != n) {
+        std::swap(arrivals[kept - 1], arrivals[n]);
+      }
+    arrivals.resize(kept);
+    if ((static_cast<BarrierState*>(at)->phase & 1) == unsigned(parity)) wait();
+  }
+}
+
+inline void load_matrices(float (&a)[4], uint32_t row) {
+  const Exchange* all = exchange({{row}});
+  const int lane = threadIdx.x % 32;
+  for (int n = 0; n < 4; ++n) {
+    const char* from = shared_memory + all[8 * n + lane / 4].words[0];
+    require(reinterpret_cast<uintptr_t>(from) % 16 == 0, "a row that is not aligned");
+    std::memcpy(&a[n], from + 4 * (lane % 4), 4);
+  }
 }
 
 // What the tensor cores do, as far as it is known: operands cut to tf32, exact products, a sum that is cut off.

@@ -117,8 +117,8 @@ def case_id(case: Case) -> str:
 
 
 # Small calls of all kernels. Native: both tiles of 16 entries and the one of 32, one and several of them, one to four
-# batch tiles in a block, poses of several steps, the batch in parts, the loops without branches and those with all
-# options, no tiles.
+# batch tiles in a block, poses of several steps, the batch in parts, the loops without branches, those whose matrices
+# go through a ring and those with all options, no tiles.
 EVERY_KERNEL = {
     "triton": [
         Case(sizes=(18, 5, 3, 4, 6), prior="IJ", bias="J", mask=True),
@@ -132,6 +132,9 @@ EVERY_KERNEL = {
         Case(sizes=(17, 9, 8, 4, 16), num_iterations=2),
         Case(sizes=(37, 5, 5, 8, 32)),
         Case(sizes=(70, 2, 10, 8, 16), prior="IJ", bias="J"),
+        Case(sizes=(97, 13, 10, 8, 16), bias="J"),
+        Case(sizes=(90, 3, 8, 8, 16), num_iterations=2),
+        Case(sizes=(60, 9, 5, 8, 32)),
         Case(sizes=(9, 5, 23, 20, 7), prior="BIJ", mask=True, leaky=True),
         Case(sizes=(3, 7, 20, 8, 16), detach=True),
         Case(sizes=(26, 3, 11, 60, 30), prior="closed"),
