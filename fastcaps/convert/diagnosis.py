@@ -67,18 +67,23 @@ def diagnose(layer: nn.Module, recipe: Recipe, args: tuple[Any, ...], kwargs: di
 
 def fit(comparison: Comparison) -> Fit:
     """The combination of conventions that is closest to the old layer."""
+    rough = _rough_fit(comparison)
+    if rough.error > ROUGH:
+        return rough
+    return closest(comparison, _with_epsilons_and_gradients(rough.recipe))
+
+
+def _rough_fit(comparison: Comparison) -> Fit:
+    """The same by the outputs of one case alone."""
     recipe = comparison.plan.recipe
-    decisive = _decisive(comparison)
+    rough, decisive = Fit(recipe, math.inf), _decisive(comparison)
     if decisive is None:
-        return Fit(recipe, math.inf)
-    rough = Fit(recipe, math.inf)
+        return rough
     for one in combinations(recipe, comparison.num_iterations):
         rough = min(rough, Fit(one, _output_error(one, *decisive, recipe)), key=lambda found: found.error)
         if rough.error <= comparison.limit:
             break
-    if rough.error > ROUGH:
-        return rough
-    return closest(comparison, _with_epsilons_and_gradients(rough.recipe))
+    return rough
 
 
 def _decisive(comparison: Comparison) -> tuple[Case, Result] | None:
@@ -102,6 +107,7 @@ def closest(comparison: Comparison, candidates: Iterable[Recipe]) -> Fit:
         errors = [Fit(one.recipe, max(one.error, _error(one.recipe, *found, comparison.plan.recipe))) for one in fits]
         equal = [one for one in errors if one.error <= comparison.limit]
         fits = equal or [min(errors, key=lambda one: one.error)]
+        del found  # before the old layer runs in the next case
     return min(fits, key=lambda one: one.error)
 
 
