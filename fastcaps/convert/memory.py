@@ -10,9 +10,6 @@ from fastcaps.convert.converted import Plan
 from fastcaps.convert.verdict import refuse
 from fastcaps.measure import free_memory
 
-# What is held at the peak: numbers of parameters, of products of the votes, and of votes in each iteration.
-PARAMETERS_HELD, PRODUCTS_HELD, VOTES_HELD = 3, 2, 2
-
 
 def needed_memory(layer: nn.Module, plan: Plan, poses: Tensor, num_iterations: int) -> int:
     """About the most bytes that a comparison takes beside the layer, in float64.
@@ -20,19 +17,18 @@ def needed_memory(layer: nn.Module, plan: Plan, poses: Tensor, num_iterations: i
     First the old layer runs alone, on a copy of it. Many layers repeat the weight for each sample, or multiply it with
     the poses entry by entry: they hold ``[B, I, J, D_out, D_in]`` in the forward, and again in the backward. Later five
     times the layer is held, which is less: the copy, the gradients of two results, and in a third run the weight in
-    another order and its gradient. With logits of the batch that run holds two such tensors in each iteration, without
-    ``B``.
+    another order and its gradient. With logits of the batch that run holds ``[I, J, D_out, D_in]`` twice for each
+    iteration. Autograd keeps the votes in each iteration; where they are the poses, they are held as a weight is.
     """
     given = batches(layer, plan, poses.detach(), torch.Generator())
-    B, iterations = max(len(plan.canonical(layer, x)) for x in given.values()), num_iterations + 1
+    B = max(len(plan.canonical(layer, x)) for x in given.values())
     tensors = plan.tensors(layer, poses)
     x, weight = tensors["poses"], tensors["weight"]
     votes = math.prod(x.shape[1:]) if weight is None else x.shape[1] * math.prod(weight.shape[1:3])  # of a sample
     products = 0 if weight is None else votes * weight.shape[3]
-    repeated = max(B, iterations) if plan.recipe.logits == "batch" else B
-    entries = PARAMETERS_HELD * sum(parameter.numel() for parameter in layer.parameters())
-    entries += PRODUCTS_HELD * repeated * products + VOTES_HELD * iterations * B * votes
-    return 8 * entries
+    repeated = max(B, num_iterations + 1) if plan.recipe.logits == "batch" else B
+    parameters = sum(parameter.numel() for parameter in layer.parameters())
+    return 8 * (3 * parameters + 2 * repeated * products + (2 * num_iterations + 8) * B * votes)
 
 
 def refuse_without_memory(layer: nn.Module, plan: Plan, poses: Tensor, num_iterations: int) -> None:
