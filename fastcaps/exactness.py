@@ -12,7 +12,7 @@ from fastcaps.functional import compute_dtype
 from fastcaps.routing import dynamic_routing
 from fastcaps.routing.backend import BACKENDS, why_unavailable
 
-PIECE = 1 << 16  # about the entries that are compared at a time
+PIECE = 1 << 16  # entries, about, that are compared at a time
 
 
 def relative_error(value: Tensor, exact: Tensor) -> float:
