@@ -29,8 +29,8 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 EXTENSION = next(iter(sorted(Path(fastcaps.__file__).parent.glob("_C*.so"))), None)
 SWEEPS = ("uniform", "softmax", "with_stats", "stats_only")
 CLASSES = {
-    "matrix": ("HMMA",), "FFMA": ("FFMA", "FMUL", "FADD"), "special": ("MUFU",), "shuffle": ("SHFL",), "LDS": ("LDS", "LDSM"),
-    "LDG": ("LDG",), "local": ("LDL", "STL"),
+    "matrix": ("HMMA",), "FFMA": ("FFMA", "FMUL", "FADD"), "special": ("MUFU",), "shuffle": ("SHFL",),
+    "LDS": ("LDS", "LDSM"), "LDG": ("LDG",), "local": ("LDL", "STL"),
 }  # fmt: skip
 
 

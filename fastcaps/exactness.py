@@ -12,12 +12,22 @@ from fastcaps.functional import compute_dtype
 from fastcaps.routing import dynamic_routing
 from fastcaps.routing.backend import BACKENDS, why_unavailable
 
+PIECE = 1 << 16  # entries, about, that are compared at a time
+
 
 def relative_error(value: Tensor, exact: Tensor) -> float:
     """``|value - exact| / |exact|`` in L2 over all entries and in float64; where ``exact`` is 0, 0 or infinity."""
-    difference = (value.double() - exact.double()).norm().item()
-    size = exact.double().norm().item()
+    pairs = zip(_pieces(value), _pieces(exact), strict=True)
+    norms = [torch.stack([(a.double() - b.double()).norm(), b.double().norm()]) for a, b in pairs]
+    difference, size = (math.hypot(*column) for column in torch.stack(norms).T.tolist())
     return difference / size if size > 0 else 0.0 if difference == 0 else math.inf
+
+
+def _pieces(t: Tensor) -> tuple[Tensor, ...]:
+    """A tensor in views along its longest axis: in float64 a weight as a whole would take its memory several times."""
+    t = torch.atleast_1d(t)
+    longest = max(t.shape)
+    return t.split(max(1, PIECE * longest // max(1, t.numel())), t.shape.index(longest))
 
 
 def error_budget(dtype: torch.dtype, reference_error: float, gradient: bool) -> float:

@@ -64,9 +64,10 @@ def cases(layer: nn.Module, plan: Plan, poses: Tensor, num_iterations: int, dtyp
     All are made of one copy of the layer: a case holds until the next one is asked for.
     """
     generator, model = torch.Generator().manual_seed(0), detached_copy(layer, dtype)
-    for source, given in batches(layer, plan, poses.detach().to(dtype), generator).items():
+    for source, given in batches(layer, plan, poses.detach(), generator).items():
         if not given.numel():
             continue
+        given = given.to(dtype)
         for weights in (Weights.DECISIVE, Weights.SHORT, Weights.MODEL):
             _restore(model, layer, plan)
             T = _route_twice(model, plan, num_iterations) if weights is Weights.DECISIVE else num_iterations

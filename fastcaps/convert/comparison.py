@@ -14,14 +14,13 @@ from fastcaps.convert.cases import Case, Weights, cases
 from fastcaps.convert.contents import contents, differences
 from fastcaps.convert.converted import Plan
 from fastcaps.convert.ignored import other_values
+from fastcaps.convert.memory import refuse_without_memory
 from fastcaps.convert.modules import detached_copy, map_floating
 from fastcaps.convert.recipes import Recipe, as_tuple
 from fastcaps.convert.results import LABELS, LIMIT, LIMIT_FLOAT32, Difference, Errors, Result
 from fastcaps.convert.verdict import Refusal, Refused, Verdict, refuse
-from fastcaps.measure import free_memory
 
 NORM_EPS_LIMIT = 1e-5  # what leaving norm_eps out may change
-PARAMETERS_HELD, VOTES_HELD = 12, 16  # at the peak of a comparison: of the layer, and of a sample and an iteration
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -30,7 +29,7 @@ def verify(
 ) -> Verdict:
     """Compare a layer with what a recipe makes of it; the layer itself is not touched.
 
-    In float64, beside the layer: a copy, the gradients of two results, and a third run: see :func:`needed_memory`.
+    What is held beside the layer: see :func:`fastcaps.convert.memory.needed_memory`.
 
     Args:
         layer: the old layer.
@@ -53,33 +52,8 @@ def prepare(layer: nn.Module, recipe: Recipe, args: tuple[Any, ...], kwargs: dic
     """
     _refuse_what_would_be_lost(layer)
     plan, poses, num_iterations = _bind(layer, recipe, args, kwargs)
-    _refuse_without_memory(layer, plan, poses, num_iterations)
+    refuse_without_memory(layer, plan, poses, num_iterations)
     return _prepare(layer, plan, poses, num_iterations, args, kwargs)
-
-
-def needed_memory(layer: nn.Module, plan: Plan, poses: Tensor, num_iterations: int) -> int:
-    """About the bytes that a comparison takes beside the layer, in float64.
-
-    That is: a copy of the layer, the gradients of two results, a third run with its weight in another order and its
-    gradient, what the old layer makes of its weight, and what autograd keeps of the votes of the few samples.
-    """
-    x = plan.canonical(layer, poses)
-    weight = plan.tensors(layer, poses)["weight"]
-    votes = math.prod(x.shape[1:]) if weight is None else x.shape[1] * math.prod(weight.shape[1:3])
-    parameters = sum(parameter.numel() for parameter in layer.parameters())
-    return 8 * (PARAMETERS_HELD * parameters + (num_iterations + 1) * VOTES_HELD * votes)
-
-
-def _refuse_without_memory(layer: nn.Module, plan: Plan, poses: Tensor, num_iterations: int) -> None:
-    needed, free = needed_memory(layer, plan, poses, num_iterations), free_memory(poses.device)
-    if free is not None and needed > free:
-        text = f"comparing it takes about {_in_words(needed)} of memory, and {_in_words(free)} are free"
-        refuse(f"{text}: free some, or convert it on a machine that has it")
-
-
-def _in_words(count: int) -> str:
-    """Bytes as 12.4 GB or 0.3 MB."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def _refuse_what_would_be_lost(layer: nn.Module) -> None:
@@ -228,6 +202,7 @@ class Comparison:
                 with_float32 = not any(outcome.float32 for outcome in outcomes)
                 outcomes.append(self._check(*found, wanted, computed, notes, with_float32))
                 self._refuse_what_is_not_ignored(*found, notes)
+                del found  # before the old layer runs in the next case
         if not any(outcome.weights is Weights.DECISIVE for outcome in outcomes):
             refuse("no weights were found for which the old layer is finite and its routing decides", notes=notes)
         moved = Difference.largest(outcome.moved for outcome in outcomes if outcome.weights is Weights.MODEL)
@@ -252,6 +227,7 @@ class Comparison:
         recipe, exact = self.plan.recipe, expected(self.plan.recipe, case)
         agrees = self._close(old, exact, recipe, case) or self._tolerated(old, exact, case)
         if agrees and computed != recipe:
+            del exact  # before the other is made
             exact = expected(computed, case)
         new = Result.of(partial(_new_call, Plan.of(wanted, case.layer), case), case.layer, case.poses, recipe.returned)
         moved = Errors.of(new, old).largest
@@ -272,12 +248,12 @@ class Comparison:
         """The largest errors of old and new layer in float32; None where the old one does not run in it."""
         rounded = replace(case, layer=detached_copy(case.layer, torch.float32), poses=case.poses.float())
         try:
-            before = replace(self, dtype=torch.float32).old(rounded)
+            before = max(Errors.of(replace(self, dtype=torch.float32).old(rounded), old).largest)
         except Exception:  # it knows float64 alone
             return None
         new_call = partial(_new_call, Plan.of(wanted, rounded.layer), rounded)
         after = Result.of(new_call, rounded.layer, rounded.poses, self.plan.recipe.returned)
-        return max(Errors.of(before, old).largest), max(Errors.of(after, exact).largest)
+        return before, max(Errors.of(after, exact).largest)
 
     def observe(self, case: Case, notes: list[str]) -> tuple[Case, Result] | None:
         """What the old layer computes for the samples for which it is finite; None where there are none."""

@@ -109,6 +109,7 @@ def closest(comparison: Comparison, candidates: Iterable[Recipe]) -> Fit:
         errors = [Fit(one.recipe, max(one.error, _error(one.recipe, *found, comparison.plan.recipe))) for one in fits]
         equal = [one for one in errors if one.error <= comparison.limit]
         fits = equal or [min(errors, key=lambda one: one.error)]
+        del found  # before the old layer runs in the next case
     return min(fits, key=lambda one: one.error)
 
 

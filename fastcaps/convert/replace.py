@@ -41,8 +41,9 @@ def replace_capsules(
     danielhavir, say) is left out, which may change outputs and gradients by 1e-5 at the model's own weights (to 1e-9,
     the old layer is the recipe with it and the new one the recipe without it); a layer that cannot run in float64 is
     compared in float32, to a few times the rounding error of plain PyTorch, as the report then says; and a recipe of
-    one's own may have a ``tolerance``. Beside the layer the comparison takes 15 to 24 times the memory of its weight in
-    float32: a copy of it, the gradients of two results and a third run, all in float64, for a few samples.
+    one's own may have a ``tolerance``. The comparison holds a copy of the layer, the gradients of two results and a
+    third run, all in float64: up to 11 times the memory of the weight in float32. It is about 20 times where the old
+    layer repeats its weight for each of the few samples, and more where input capsules share the weight.
 
     A layer stays the same object, with its parameters, attributes, hooks and methods; what changes is its ``forward``.
     Optimizers, averaged copies, data-parallel wrappers and state dicts need no change; that a training ends where it

@@ -1,4 +1,6 @@
-"""warmup and selftest."""
+"""warmup, selftest and the relative error."""
+
+import math
 
 import pytest
 import torch
@@ -6,6 +8,8 @@ from torch import nn
 
 import fastcaps
 from fastcaps import CapsuleLayer, dynamic_routing
+from fastcaps.exactness import PIECE, relative_error
+from fastcaps.measure import training_cost
 
 
 def test_warmup_runs_every_layer_and_leaves_nothing_behind():
@@ -35,6 +39,24 @@ def test_warmup_runs_every_layer_and_leaves_nothing_behind():
         fastcaps.warmup(nn.Linear(2, 2))
     with pytest.raises(TypeError, match=r"\(B, I, J, D_in, D_out\)"):
         fastcaps.warmup((2, 7, 5))
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2), (5,), (1, 3 * PIECE), (7, 301, 2, 41)])
+def test_relative_error_of_all_entries_whatever_their_order(shape):
+    order = tuple(reversed(range(len(shape))))
+    value, exact = torch.randn(shape, dtype=torch.float64), torch.randn(shape[::-1]).permute(order)
+    wanted = (value - exact.double()).norm() / exact.double().norm() if value.numel() else 0.0
+    assert relative_error(value, exact) == pytest.approx(float(wanted), rel=1e-12)
+    assert relative_error(exact, exact) == relative_error(0 * exact, 0 * exact) == 0
+    if value.numel():
+        assert relative_error(exact, 0 * exact) == math.inf
+        value.view(-1)[-1] = math.nan
+        assert not relative_error(value, exact) <= math.inf
+
+
+def test_relative_error_takes_no_copy_of_a_large_tensor():
+    value, exact = torch.randn(20, PIECE, dtype=torch.float64), torch.randn(20, PIECE)
+    assert training_cost(lambda: relative_error(value, exact), "cpu", rounds=1).peak < 0.3 * exact.nbytes
 
 
 def test_selftest_covers_all_backends_and_can_fail(monkeypatch):
