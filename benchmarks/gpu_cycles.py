@@ -18,6 +18,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +34,7 @@ CURRENT = RESULTS / "sass-current.txt.xz"
 TABLE = RESULTS / "gpu-cycles.json"
 ARCHITECTURE = "sm_90"
 FORMS = {"float32": "float, false", "tf32": "float, true", "bfloat16": "bfloat16, false"}
-CHUNK = 4  # input capsules whose matrices a sweep loads at a time
+CHUNK, RING_CHUNK = 4, 3  # input capsules whose matrices a sweep loads, or copies to its ring, at a time
 
 
 class Pass(NamedTuple):
@@ -42,13 +43,13 @@ class Pass(NamedTuple):
     kernel: str
     warps: int  # of a scheduler: as many blocks are resident as registers let
     softmax: bool = True  # whether there are exponentials in it: one kernel has a loop with and one without
-    streamed: bool = False  # whether matrices are loaded meanwhile: a round is a chunk of input capsules then
+    chunk: int = 0  # input capsules of a round, where their matrices come meanwhile: the loop around is meant then
     load: Constant = L2_OF_12_WARPS
 
     @property
     def units(self) -> int:
         """Of a round."""
-        return CHUNK if self.streamed else 1
+        return self.chunk or 1
 
 
 PASSES = {
@@ -57,9 +58,13 @@ PASSES = {
     "backward": Pass("tile_persistent<{}, true>", warps=2),
     "last": Pass("tile_gradients<{}>", warps=2, load=MOSTLY_L1),
     # Where the matrices and poses of a block do not fit into shared memory:
-    "uniform, streamed": Pass("tile_sweep<{}, uniform, false>", warps=3, softmax=False, streamed=True),
-    "softmax, streamed": Pass("tile_sweep<{}, softmax, false>", warps=3, streamed=True),
-    "backward, streamed": Pass("tile_sweep<{}, softmax, true>", warps=2, streamed=True, load=L2_OF_8_WARPS),
+    "uniform, streamed": Pass("tile_sweep<{}, uniform, false>", warps=3, softmax=False, chunk=CHUNK),
+    "softmax, streamed": Pass("tile_sweep<{}, softmax, false>", warps=3, chunk=CHUNK),
+    "backward, streamed": Pass("tile_sweep<{}, softmax, true>", warps=2, chunk=CHUNK, load=L2_OF_8_WARPS),
+    # The same for many samples of float32:
+    "uniform, ring": Pass("tile_ring_sweep<{}, uniform, false>", warps=3, softmax=False, chunk=RING_CHUNK),
+    "softmax, ring": Pass("tile_ring_sweep<{}, softmax, false>", warps=3, chunk=RING_CHUNK),
+    "backward, ring": Pass("tile_ring_sweep<{}, softmax, true>", warps=2, chunk=RING_CHUNK, load=L2_OF_8_WARPS),
 }
 
 
@@ -74,14 +79,16 @@ def has(code: Code, *kinds: str) -> bool:
 
 
 def loop_of(kernel: Code, wanted: Pass) -> Code:
-    """The loop of a kernel that a pass is: the longest innermost one with matrix instructions, or the one around it."""
+    """The loop of a kernel that a pass is: the longest innermost one with matrix instructions, but for one that takes
+    the largest logit where another need not; or the loop around it."""
 
     def inside(loop: sass.Loop) -> Code:
         return kernel[loop[0] : loop[1] + 1]
 
     matrix = [loop for loop in sass.loops(kernel) if has(inside(loop), "HMMA", "HGMMA")]
-    *_, unit = (loop for loop in sass.innermost(matrix) if has(inside(loop), "MUFU") == wanted.softmax)
-    return sass.cut(kernel, next(loop for loop in matrix if sass.within(unit, loop)) if wanted.streamed else unit)
+    units = [loop for loop in sass.innermost(matrix) if has(inside(loop), "MUFU") == wanted.softmax]
+    unit = ([loop for loop in units if not has(inside(loop), "FMNMX")] or units)[-1]
+    return sass.cut(kernel, next(loop for loop in matrix if sass.within(unit, loop)) if wanted.chunk else unit)
 
 
 def loops_of(file: Path) -> dict[str, Code]:
@@ -119,10 +126,10 @@ def kernels_of(file: Path) -> dict[str, Code]:
     return {names[symbol]: sass.disassembled(text) for symbol, text in zip(sections[::2], sections[1::2], strict=True)}
 
 
-def nested_rounds(loop: Code) -> int:
+def nested_rounds(loop: Code, chunk: int = CHUNK) -> int:
     """How often a loop inside a pass's loop runs in a round of that, for the paper's layer."""
     if has(loop, "HMMA", "HGMMA"):
-        return CHUNK
+        return chunk
     if has(loop, "MUFU"):
         return 2  # of three iterations, as the first has a constant coupling and no round
     loads = sum(instruction.kind == "LDG" for instruction in loop)
@@ -153,18 +160,23 @@ def spill_bytes(loop: Code) -> int:
     return len(places)
 
 
+def tabled(name: str) -> bool:
+    """Whether a pass has a row: not those that wait for loads, whose latency is a guess."""
+    return "streamed" not in name
+
+
 def rows(loops: dict[str, Code]) -> list[dict[str, Any]]:
-    """A row for each precision and pass whose data lie in shared memory."""
+    """A row for each precision and pass whose data lie in shared memory, or are on their way there."""
     found = []
     for precision in FORMS:
         for name, wanted in PASSES.items():
-            if wanted.streamed or f"{precision}, {name}" not in loops:
+            if not tabled(name) or f"{precision}, {name}" not in loops:
                 continue
-            code = played(loops[f"{precision}, {name}"])
-            row = {"pass": name, "precision": precision, "warps": wanted.warps, "slots": len(code)}
-            row["alone"] = round(cycles(code, 1, wanted.load), 1)
-            row["cycles"] = round(cycles(code, wanted.warps, wanted.load) / wanted.warps, 1)
-            row["busy"] = busy(code)
+            code = played(loops[f"{precision}, {name}"], partial(nested_rounds, chunk=wanted.chunk))
+            row = {"pass": name, "precision": precision, "warps": wanted.warps, "slots": len(code) // wanted.units}
+            row["alone"] = round(cycles(code, 1, wanted.load) / wanted.units, 1)
+            row["cycles"] = round(cycles(code, wanted.warps, wanted.load) / wanted.warps / wanted.units, 1)
+            row["busy"] = {pipe: round(time / wanted.units) for pipe, time in busy(code).items()}
             row["spill_bytes"] = spill_bytes(code)
             found.append(row)
     return found

@@ -12,6 +12,7 @@ The loops are those of the commits that were measured (results/sass-*.txt.xz), t
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import gpu_cycles
@@ -75,12 +76,14 @@ def predicted(loops: dict[str, Code], precision: str, rounds: Rounds = gpu_cycle
 
     def unit(name: str) -> float:
         wanted = PASSES[name]
-        code = gpu_cycles.played(loops[f"{precision}, {name}"], rounds)
+        of_pass = partial(gpu_cycles.nested_rounds, chunk=wanted.chunk) if "ring" in name else rounds
+        code = gpu_cycles.played(loops[f"{precision}, {name}"], of_pass)
         return cycles(code, wanted.warps, wanted.load) / wanted.units
 
+    way = "ring" if f"{precision}, uniform, ring" in loops else "streamed"  # with as many units of a warp
     of_warp = {
-        "forward": FORWARD_UNITS * (unit("uniform, streamed") + 2 * unit("softmax, streamed")),
-        "backward": BACKWARD_UNITS * unit("backward, streamed"),
+        "forward": FORWARD_UNITS * (unit(f"uniform, {way}") + 2 * unit(f"softmax, {way}")),
+        "backward": BACKWARD_UNITS * unit(f"backward, {way}"),
         "last": LAST_UNITS * unit("last"),
     }
     return {part: count / CLOCK_GHZ / 1000 for part, count in of_warp.items()}

@@ -68,6 +68,8 @@ class Instruction(NamedTuple):
     @property
     def bytes(self) -> int:
         """What each lane loads or stores."""
+        if self.kind == "LDSM":  # as in "LDSM.16.M88.4": so many matrices, of which a lane has four bytes each
+            return 4 * int(self.name.rsplit(".", 1)[1]) if self.name[-1].isdigit() and ".M88." in self.name else 4
         return 16 if ".128" in self.name else 8 if ".64" in self.name else 4
 
     @classmethod
