@@ -104,17 +104,18 @@ __device__ bool ring_slice(Ring<T, WARPS>& ring, int slice) {
 #pragma unroll 1
   for (int i = ring.begin; i < ring.end; i += kRingChunk) {
     const unsigned n = ring.n, next = ring.next(), round = ring.round, next_round = ring.next_round();
-    if (next_round > 0) wait_for(ring.read(next), (next_round - 1) % 2);
+    wait_for(ring.read(next), (next_round + 1) % 2);  // in the first round nobody has read it, and it is over already
     ring.fill(next, i + kRingChunk);
     wait_for(ring.filled(n), round % 2);
-    const int last = i + kRingChunk < ring.end ? i + kRingChunk : ring.end;
-    const float* entries = reinterpret_cast<const float*>(ring.place(n) + pose);
-    Shared matrices = shared_place(ring.place(n));
+    const int capsules = least(ring.end - i, kRingChunk);
+    const float* const poses = reinterpret_cast<const float*>(ring.place(n) + pose);
+    const Shared place = shared_place(ring.place(n));
 #pragma unroll 1
-    for (int capsule = i; capsule < last; ++capsule, matrices += kRingUnit * Place::capsule, entries += kOctet) {
-      float x[2] = {entries[0], entries[4]};
+    for (int k = 0; k < capsules; ++k) {
+      const Shared matrices = place + k * kRingUnit * Place::capsule;
+      float x[2] = {poses[k * kOctet], poses[k * kOctet + 4]};
       if constexpr (F::TF32) x[0] = rounded_to_tf32(x[0]), x[1] = rounded_to_tf32(x[1]);
-      sums.add(capsule, [&](float* u) {
+      sums.add(i + k, [&](float* u) {
         each<T::M>([&]<int number>() {
           constexpr int m = (number + T::first_m(T::sections - 1)) % T::M, section = T::section_of_m(m);
           constexpr int e = 2 * (m - T::first_m(section));  // by which the lanes' entries differ from those of `row`
