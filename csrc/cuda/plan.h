@@ -201,14 +201,14 @@ struct Plan {
   }
   // Whether a sweep's matrices go through a ring: its form is that for which it is written, and a band is full.
   bool by_ring(Sweep sweep, bool backward) const {
-    return plain() && in.stored == Stored::real && z.D_in == kOctet &&
+    return plain() && in.stored == Stored::real && z.D_in == kOctet && tiles() == 1 &&
            (sweep == Sweep::uniform || sweep == Sweep::softmax) && z.B > kTileSamples * (ring_warps(backward) - 1);
   }
   void tile_sweep(Sweep sweep, TileArguments args) const {
     const int64_t batch_tiles = ceil_div(z.B, kTileSamples);
     if (by_ring(sweep, args.ds)) {
       args.band_tiles = ring_warps(args.ds);
-      const int64_t blocks = ceil_div(batch_tiles, args.band_tiles) * slices * tiles();
+      const int64_t blocks = ceil_div(batch_tiles, args.band_tiles) * slices;
       with_form([&]<class In, bool TF32>() { launch_tile_ring<In, TF32>(kind, sweep, blocks, stream, args); });
       return;
     }

@@ -240,7 +240,7 @@ __device__ inline void arrive(Barrier* barrier) {
                : "memory");
 #endif
 }
-// Until a phase of that parity is over.
+// Until the phase of that parity is over, which the one before the first is from the start.
 __device__ inline void wait_for(Barrier* barrier, int parity) {
 #ifdef FASTCAPS_EMULATED
   emulated::wait_for(&barrier->state, parity);

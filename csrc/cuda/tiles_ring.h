@@ -19,20 +19,22 @@ namespace fastcaps::cuda {
 // Warps of a block, the only one of its multiprocessor, by their registers.
 constexpr int kForwardRingWarps = 12, kBackwardRingWarps = 8;
 FASTCAPS_INDEX int ring_warps(bool backward) { return backward ? kBackwardRingWarps : kForwardRingWarps; }
-constexpr int kRingChunk = 2;   // input capsules
-constexpr int kRingPlaces = 4;  // for chunks
-constexpr int kRingAhead = 2;   // chunks: a place is filled again two chunks after it was read, and two before the next
+constexpr int kRingChunk = 3;   // input capsules
+constexpr int kRingPlaces = 3;  // for chunks: one that is read, one that is filled, one that slower warps still read
 
-// Where things lie in a chunk's place, in units of 16 bytes, half a row of eight entries. Of a matrix two units stay
-// free after four rows and one at the end, of the poses of a sample one: so eight rows that are read at once never meet
-// in a bank (where D is 16).
+// Where things lie in a chunk's place, in units of 16 bytes, half a row of eight entries: matrices in their order, but
+// two units stay free after eight and one more after 32, so that eight rows that are read at once never meet in a bank;
+// the poses of a sample, after which one stays free.
+constexpr int kRingUnit = 16, kUnits = 32, kUnitsPlaced = 41;
+FASTCAPS_INDEX int placed(int unit) { return unit + unit / 8 * 2 + unit / kUnits; }
 template <class T, int WARPS>
 struct RingPlace {
-  static constexpr int matrix = 2 * T::D + T::D / 2 + 1, capsule = T::JT * matrix, pose = 2 * kRingChunk + 1;
+  static constexpr int units = 2 * T::JT * T::D;  // of an input capsule's matrices
+  static constexpr int capsule = placed(units), pose = 2 * kRingChunk + 1;
   static constexpr int poses = kRingChunk * capsule, size = poses + WARPS * kTileSamples * pose;
-  static FASTCAPS_INDEX int row(int j, int e) { return matrix * j + 2 * e + e / 4 * 2; }
+  static_assert(units % kUnits == 0 && placed(kUnits) == kUnitsPlaced);
+  static FASTCAPS_INDEX int row(int j, int e) { return placed(2 * (j * T::D + e)); }
 };
-constexpr int kRingUnit = 16;
 template <class T, int WARPS>
 constexpr int64_t kRingBytes = kRingPlaces * (RingPlace<T, WARPS>::size * kRingUnit + 2 * sizeof(Barrier));
 
@@ -40,16 +42,14 @@ template <class T, int WARPS>
 struct Ring {
   using Place = RingPlace<T, WARPS>;
   const TileArguments& args;
-  const int begin, end, first_b, first_j;  // first_b: of the block
-  int chunk = 0;                           // the next
+  const int begin, end, first_b;  // input capsules of the slice, and the first sample of the block
+  unsigned n = 0, round = 0;      // the place of the chunk that is next, and how often all were used before
 
-  __device__ char* place(int c) const { return shared_memory<char>() + c % kRingPlaces * (Place::size * kRingUnit); }
-  __device__ Barrier* barriers() const {
-    return reinterpret_cast<Barrier*>(shared_memory<char>() + kRingPlaces * Place::size * kRingUnit);
-  }
-  __device__ Barrier* filled(int c) const { return barriers() + c % kRingPlaces; }
-  __device__ Barrier* read(int c) const { return barriers() + kRingPlaces + c % kRingPlaces; }
-  __device__ static int parity(int c) { return c / kRingPlaces % 2; }  // of the barriers' phases
+  __device__ char* place(unsigned n) const { return shared_memory<char>() + n * (Place::size * kRingUnit); }
+  __device__ Barrier* filled(unsigned n) const { return reinterpret_cast<Barrier*>(place(kRingPlaces)) + n; }
+  __device__ Barrier* read(unsigned n) const { return filled(kRingPlaces + n); }
+  __device__ unsigned next() const { return n + 1 == kRingPlaces ? 0 : n + 1; }
+  __device__ unsigned next_round() const { return n + 1 == kRingPlaces ? round + 1 : round; }
 
   __device__ void start() const {
     if (threadIdx.x < kRingPlaces) {
@@ -59,30 +59,27 @@ struct Ring {
     __syncthreads();
   }
 
-  // This thread's copies of chunk c, which begins with input capsule i.
-  __device__ void fill(int c, int i) const {
+  // This thread's copies of the chunk that begins with input capsule i.
+  __device__ void fill(unsigned n, int i) const {
     if (i >= end) return;
-    constexpr int units = T::JT * T::D * 2, threads = 32 * WARPS;   // units: of an input capsule's matrices
-    const int capsules = end - i, thread = forgotten(threadIdx.x);  // capsules: or more than a chunk has
-    const Shared to = shared_place(place(c));
+    constexpr unsigned threads = 32 * WARPS, of_sample = 8;  // threads that share a sample's poses
+    static_assert(2 * kRingChunk <= of_sample && kTileSamples % (32 / of_sample) == 0);
+    const unsigned capsules = end - i, thread = forgotten(threadIdx.x);  // capsules: or more than a chunk has
+    const Shared to = shared_place(place(n));
+    const float* const weight = static_cast<const float*>(args.weight) + int64_t(i) * (4 * Place::units) + 4 * thread;
+    const Shared row = to + kRingUnit * (thread / kUnits * kUnitsPlaced + placed(thread % kUnits));
 #pragma unroll
-    for (int first = 0; first < units; first += threads) {
-      const int unit = first + thread, j = unit / (2 * T::D), half = unit % (2 * T::D);
-      if (units % threads && unit >= units) break;
-      const float* from = static_cast<const float*>(args.weight) + matrix_of(args, i, first_j) * (T::D * 8) + 4 * unit;
-      const Shared row = to + kRingUnit * (Place::row(j, half / 2) + half % 2);
+    for (unsigned unit = 0; unit < kRingChunk * Place::units; unit += threads)
+      if (unit + thread < capsules * Place::units && unit + thread < kRingChunk * Place::units)
+        copy_16(row + kRingUnit * (unit / kUnits * kUnitsPlaced), weight + 4 * unit, true);
+    const unsigned b = thread / of_sample, half = thread % of_sample;
+    const float* const poses = static_cast<const float*>(args.poses) + pose_of(args, first_b + b, i) * 8 + 4 * half;
 #pragma unroll
-      for (int k = 0; k < kRingChunk; ++k, from += args.J * (T::D * 8))
-        if (k < capsules) copy_16(row + kRingUnit * k * Place::capsule, from, true);
-    }
-#pragma unroll
-    for (int first = 0; first < WARPS * kTileSamples * 2 * kRingChunk; first += threads) {
-      const int unit = first + thread, b = unit / (2 * kRingChunk), half = unit % (2 * kRingChunk);
-      const float* const from = static_cast<const float*>(args.poses) + pose_of(args, first_b + b, i) * 8 + 4 * half;
-      copy_16(to + kRingUnit * (Place::poses + b * Place::pose + half), from,
-              first_b + b < args.B && half / 2 < capsules);
-    }
-    arrive_after_copies(filled(c));
+    for (unsigned more = 0; more < WARPS * kTileSamples; more += threads / of_sample)
+      if (half < 2 * kRingChunk)
+        copy_16(to + kRingUnit * (Place::poses + (b + more) * Place::pose + half), poses + int64_t(more) * args.I * 8,
+                int(first_b + b + more) < args.B && half < 2 * capsules);
+    arrive_after_copies(filled(n));
   }
 };
 
@@ -93,9 +90,8 @@ __device__ bool ring_slice(Ring<T, WARPS>& ring, int slice) {
   const TileArguments& args = ring.args;
   const int warp = warp_of_block(), lane = threadIdx.x % 32;
   Sums<F, T, kind, BACKWARD, SHIFTED> sums{args};
-#pragma unroll
-  for (int n = 0; n < kRingAhead; ++n) ring.fill(ring.chunk + n, ring.begin + n * kRingChunk);
-  sums.start(ring.first_b / kTileSamples + warp, ring.first_j / T::JT);
+  ring.fill(ring.n, ring.begin);
+  sums.start(ring.first_b / kTileSamples + warp, 0);
 
   // The rows whose places this lane gives: of matrices, in each section, and of poses.
   const int r = lane % 8 + lane / 8 % 2 * 8, half = lane / 16;
@@ -106,19 +102,20 @@ __device__ bool ring_slice(Ring<T, WARPS>& ring, int slice) {
   const int first = row(0), last_section = row(T::sections - 1);
   const int pose = kRingUnit * (Place::poses + (8 * warp + lane / 4) * Place::pose) + lane % 4 * 4;
 #pragma unroll 1
-  for (int i = ring.begin; i < ring.end; i += kRingChunk, ++ring.chunk) {
-    if (ring.chunk + kRingAhead >= kRingPlaces)
-      wait_for(ring.read(ring.chunk + kRingAhead), ring.parity(ring.chunk + kRingAhead - kRingPlaces));
-    ring.fill(ring.chunk + kRingAhead, i + kRingAhead * kRingChunk);
-    wait_for(ring.filled(ring.chunk), ring.parity(ring.chunk));
-    const int last = i + kRingChunk < ring.end ? i + kRingChunk : ring.end;
-    const float* entries = reinterpret_cast<const float*>(ring.place(ring.chunk) + pose);
-    Shared matrices = shared_place(ring.place(ring.chunk));
+  for (int i = ring.begin; i < ring.end; i += kRingChunk) {
+    const unsigned n = ring.n, next = ring.next(), round = ring.round, next_round = ring.next_round();
+    wait_for(ring.read(next), (next_round + 1) % 2);  // in the first round nobody has read it, and it is over already
+    ring.fill(next, i + kRingChunk);
+    wait_for(ring.filled(n), round % 2);
+    const int capsules = least(ring.end - i, kRingChunk);
+    const float* const poses = reinterpret_cast<const float*>(ring.place(n) + pose);
+    const Shared place = shared_place(ring.place(n));
 #pragma unroll 1
-    for (int capsule = i; capsule < last; ++capsule, matrices += kRingUnit * Place::capsule, entries += kOctet) {
-      float x[2] = {entries[0], entries[4]};
+    for (int k = 0; k < capsules; ++k) {
+      const Shared matrices = place + k * kRingUnit * Place::capsule;
+      float x[2] = {poses[k * kOctet], poses[k * kOctet + 4]};
       if constexpr (F::TF32) x[0] = rounded_to_tf32(x[0]), x[1] = rounded_to_tf32(x[1]);
-      sums.add(capsule, [&](float* u) {
+      sums.add(i + k, [&](float* u) {
         each<T::M>([&]<int number>() {
           constexpr int m = (number + T::first_m(T::sections - 1)) % T::M, section = T::section_of_m(m);
           constexpr int e = 2 * (m - T::first_m(section));  // by which the lanes' entries differ from those of `row`
@@ -131,21 +128,22 @@ __device__ bool ring_slice(Ring<T, WARPS>& ring, int slice) {
       });
     }
     __syncwarp();
-    if (lane == 0) arrive(ring.read(ring.chunk));
+    if (lane == 0) arrive(ring.read(n));
+    ring.n = next, ring.round = next_round;
   }
   if (!SHIFTED && __syncthreads_or(sums.out_of_range())) return true;
   sums.finish(nullptr, slice);
   return false;
 }
 
-// Block: (slice, tile of output capsules, band of WARPS batch tiles), the last running fastest.
+// Block: (slice, band of WARPS batch tiles), the last running fastest. All output capsules are in the tile.
 template <class F, class T, Sweep kind, bool BACKWARD>
 __global__ void __launch_bounds__(32 * ring_warps(BACKWARD), 1) tile_ring_sweep(TileArguments args) {
   constexpr int WARPS = ring_warps(BACKWARD);
-  const int bands = int(ceil_div(ceil_div(args.B, kTileSamples), WARPS)), tiles = int(ceil_div(args.J, T::JT));
-  const int band = blockIdx.x % bands, slice = blockIdx.x / bands / tiles, tile = blockIdx.x / bands % tiles;
+  const int bands = int(ceil_div(ceil_div(args.B, kTileSamples), WARPS));
+  const int band = blockIdx.x % bands, slice = blockIdx.x / bands;
   Ring<T, WARPS> ring{args, int(share_begin(args.I, args.slices, slice)),
-                      int(share_begin(args.I, args.slices, slice + 1)), kTileSamples * band * WARPS, tile * T::JT};
+                      int(share_begin(args.I, args.slices, slice + 1)), kTileSamples * band * WARPS};
   ring.start();
   if constexpr (kTriesUnshifted<F, kind>)
     if (!ring_slice<F, T, kind, BACKWARD, false>(ring, slice)) return;
