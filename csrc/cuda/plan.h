@@ -199,20 +199,29 @@ struct Plan {
     const int of_block = kGeneralWarps * bytes_of_a_warp <= kSharedBytes ? kGeneralWarps : 1;
     return {ceil_div(warps, of_block), 32 * of_block, of_block * bytes_of_a_warp};
   }
-  // Whether a sweep's matrices go through a ring: its form is that for which it is written, and a band is full.
-  bool by_ring(Sweep sweep, bool backward) const {
-    return plain() && in.stored == Stored::real && z.D_in == kOctet && tiles() == 1 &&
-           (sweep == Sweep::uniform || sweep == Sweep::softmax) && z.B > kTileSamples * (ring_warps(backward) - 1);
+  // Whether the matrices of sweeps go through a ring: all are of the form for which it is written, and two thirds of
+  // the warps have samples.
+  bool by_ring(bool backward) const {
+    const int64_t batch_tiles = ceil_div(z.B, kTileSamples);
+    return z.B > 0 && kind != TileKind::none && plain() && in.stored == Stored::real && z.D_in == kOctet &&
+           tiles() == 1 && 3 * batch_tiles >= 2 * ring_bands(backward) * ring_warps(backward);
+  }
+  int64_t ring_bands(bool backward) const { return ceil_div(z.B, kTileSamples * ring_warps(backward)); }
+  // For sweeps in launches of their own, with no more slices than before: by a ring one wave of blocks.
+  Plan of_sweeps(bool backward) const {
+    Plan plan = *this;
+    if (by_ring(backward)) plan.slices = std::clamp<int64_t>(multiprocessors() / ring_bands(backward), 1, slices);
+    return plan;
   }
   void tile_sweep(Sweep sweep, TileArguments args) const {
-    const int64_t batch_tiles = ceil_div(z.B, kTileSamples);
-    if (by_ring(sweep, args.ds)) {
-      args.band_tiles = ring_warps(args.ds);
-      const int64_t blocks = ceil_div(batch_tiles, args.band_tiles) * slices;
+    const bool backward = args.ds, of_form = sweep == Sweep::uniform || sweep == Sweep::softmax;
+    if (of_form && by_ring(backward)) {
+      args.band_tiles = ring_warps(backward);
+      const int64_t blocks = ring_bands(backward) * slices;
       with_form([&]<class In, bool TF32>() { launch_tile_ring<In, TF32>(kind, sweep, blocks, stream, args); });
       return;
     }
-    const int64_t bands = ceil_div(batch_tiles, band_tiles);
+    const int64_t bands = ceil_div(ceil_div(z.B, kTileSamples), band_tiles);
     const int64_t shared =
         std::max(2 * args.chunk_capsules * matrix_bytes(), band_tiles < 4 ? 16 * 8 * capsules * rows : 0);
     const Grid grid{bands * slices * (sweep == Sweep::stats_only ? 1 : tiles()), kTileThreads, shared};

@@ -114,6 +114,13 @@ __device__ inline float log_of_two(float x) {
 #endif
 }
 __device__ inline double log_of_two(double x) { return log2(x); }
+// The exponent of a normal number, which keeps a mantissa between 1 and 2: of that log_of_two is exact to its last
+// bits.
+__device__ inline float take_exponent(float& x) {
+  const uint32_t bits = bits_of(x);
+  x = from_bits((bits & 0x7fffff) | 0x3f800000);
+  return float(int(bits >> 23) - 127);
+}
 
 // ------------------------------------------------------------------------------------------------------------- tf32
 
@@ -214,7 +221,8 @@ __device__ inline void load_operand(float (&a)[4], Shared row) {
 #else
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4+%5];"
                : "=f"(a[0]), "=f"(a[1]), "=f"(a[2]), "=f"(a[3])
-               : "r"(row), "n"(offset));
+               : "r"(row), "n"(offset)
+               : "memory");
 #endif
 }
 

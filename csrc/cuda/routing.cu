@@ -27,7 +27,7 @@ namespace {
 
 template <class Real>
 int64_t run_forward(const Routing<Real>& in, bool allow_tf32, void* out, Real* sums, Scratch scratch, void* stream) {
-  const Plan<Real> plan(in, allow_tf32, kForwardBlocks, stream);
+  Plan<Real> plan(in, allow_tf32, kForwardBlocks, stream);
   const Sizes& z = plan.z;
   Real* const partial = scratch.take<Real>(plan.partial_size());
   Real* const V = scratch.take<Real>(plan.stride_t);
@@ -45,6 +45,8 @@ int64_t run_forward(const Routing<Real>& in, bool allow_tf32, void* out, Real* s
   TileArguments tile = plan.tile_arguments();
   if constexpr (std::is_same_v<Real, float>) tile.V = V, tile.partial = partial;
   if (plan.run_persistent(false, tile, vectors)) return scratch.used;
+  plan = plan.of_sweeps(false);
+  if (!plan.absorbed) vectors.slices = plan.slices;
   for (int64_t t = 0; t < z.T; ++t) {
     if (plan.absorbed) {
       if (t > 0) plan.transform(V, z.B, true, V_poses);
@@ -158,7 +160,7 @@ void last_sweep(const Plan<Real>& plan, const Gradients<Real>& out, const LastSw
 template <class Real>
 int64_t run_backward(const Routing<Real>& in, bool allow_tf32, const Gradients<Real>& out, Scratch scratch,
                      void* stream) {
-  const Plan<Real> plan(in, allow_tf32, kBackwardBlocks, stream);
+  Plan<Real> plan(in, allow_tf32, kBackwardBlocks, stream);
   const Sizes& z = plan.z;
   const int64_t first = in.detach ? z.T - 1 : 0, absorbed_size = plan.absorbed ? z.B * z.J * z.D_in : 0;
   const bool absorbed_weight = plan.absorbed && out.d_weight;
@@ -189,6 +191,8 @@ int64_t run_backward(const Routing<Real>& in, bool allow_tf32, const Gradients<R
   TileArguments tile = plan.tile_arguments();
   if constexpr (std::is_same_v<Real, float>) tile.V = V, tile.ds = ds, tile.stats = stats, tile.partial = partial;
   const bool persistent = !in.detach && plan.run_persistent(true, tile, vectors);
+  if (!persistent) plan = plan.of_sweeps(true);
+  if (!plan.absorbed) vectors.slices = plan.slices;
   if (!persistent) plan.per_warp(earlier_outputs<Real>, z.B * z.J, vectors, "earlier_outputs");
   if (plan.absorbed) plan.transform(V, z.T * z.B, true, V_poses);
   const Real* const seen_V = plan.absorbed ? V_poses : V;

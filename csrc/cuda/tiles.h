@@ -6,8 +6,9 @@
 // three products of numbers split for tf32 are as exact as float32 itself; half types are exact in tf32 as they are.
 // Long sums are added outside of the tensor cores, which cut their sums off.
 //
-// Logits are to base 2, and so is V: the kernels see log2(e) V. Statistics of the softmax are [3, I, B]: the largest
-// logit, log2 of the sum of 2^(logit - largest) and, in the backward, sum_j c dc.
+// Logits are to base 2, and so is V: the kernels see log2(e) V. Statistics of the softmax are [3, I, B]: a
+// shift, log2 of the sum of 2^(logit - shift) and, in the backward, sum_j c dc. The shift is the largest logit, or what
+// keeps the logarithm small.
 //
 // Indices: g a quad of the warp, t a lane of it; m an instruction of the tile, r a register; s one of a lane's two
 // samples; n an entry of a capsule that a lane has, or an input capsule of a chunk; d an entry of an input pose.

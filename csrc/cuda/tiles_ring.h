@@ -61,16 +61,15 @@ struct Ring {
 
   // This thread's copies of the chunk that begins with input capsule i.
   __device__ void fill(unsigned n, int i) const {
-    if (i >= end) return;
     constexpr unsigned threads = 32 * WARPS, of_sample = 8;  // threads that share a sample's poses
     static_assert(2 * kRingChunk <= of_sample && kTileSamples % (32 / of_sample) == 0);
-    const unsigned capsules = end - i, thread = forgotten(threadIdx.x);  // capsules: or more than a chunk has
+    const unsigned capsules = least(end - i, kRingChunk), thread = forgotten(threadIdx.x);
     const Shared to = shared_place(place(n));
     const float* const weight = static_cast<const float*>(args.weight) + int64_t(i) * (4 * Place::units) + 4 * thread;
     const Shared row = to + kRingUnit * (thread / kUnits * kUnitsPlaced + placed(thread % kUnits));
 #pragma unroll
     for (unsigned unit = 0; unit < kRingChunk * Place::units; unit += threads)
-      if (unit + thread < capsules * Place::units && unit + thread < kRingChunk * Place::units)
+      if (unit + thread < capsules * Place::units)
         copy_16(row + kRingUnit * (unit / kUnits * kUnitsPlaced), weight + 4 * unit, true);
     const unsigned b = thread / of_sample, half = thread % of_sample;
     const float* const poses = static_cast<const float*>(args.poses) + pose_of(args, first_b + b, i) * 8 + 4 * half;
@@ -78,7 +77,7 @@ struct Ring {
     for (unsigned more = 0; more < WARPS * kTileSamples; more += threads / of_sample)
       if (half < 2 * kRingChunk)
         copy_16(to + kRingUnit * (Place::poses + (b + more) * Place::pose + half), poses + int64_t(more) * args.I * 8,
-                int(first_b + b + more) < args.B && half < 2 * capsules);
+                first_b + b + more < unsigned(args.B) && half < 2 * capsules);
     arrive_after_copies(filled(n));
   }
 };
@@ -90,7 +89,7 @@ __device__ bool ring_slice(Ring<T, WARPS>& ring, int slice) {
   const TileArguments& args = ring.args;
   const int warp = warp_of_block(), lane = threadIdx.x % 32;
   Sums<F, T, kind, BACKWARD, SHIFTED> sums{args};
-  ring.fill(ring.n, ring.begin);
+  if (ring.begin < ring.end) ring.fill(ring.n, ring.begin);
   sums.start(ring.first_b / kTileSamples + warp, 0);
 
   // The rows whose places this lane gives: of matrices, in each section, and of poses.
@@ -104,9 +103,12 @@ __device__ bool ring_slice(Ring<T, WARPS>& ring, int slice) {
 #pragma unroll 1
   for (int i = ring.begin; i < ring.end; i += kRingChunk) {
     const unsigned n = ring.n, next = ring.next(), round = ring.round, next_round = ring.next_round();
-    wait_for(ring.read(next), (next_round + 1) % 2);  // in the first round nobody has read it, and it is over already
-    ring.fill(next, i + kRingChunk);
+    if (i + kRingChunk < ring.end) {
+      wait_for(ring.read(next), (next_round + 1) % 2);  // in the first round nobody has read it, and it is over already
+      ring.fill(next, i + kRingChunk);
+    }
     wait_for(ring.filled(n), round % 2);
+    __syncwarp();
     const int capsules = least(ring.end - i, kRingChunk);
     const float* const poses = reinterpret_cast<const float*>(ring.place(n) + pose);
     const Shared place = shared_place(ring.place(n));

@@ -17,8 +17,9 @@ enum class Sweep {
   stats_only,  // they are written, nothing else: goes through all tiles
 };
 
-// Sums of 2^logit for which logits need not be shifted by the largest one: no shares above 2^-106 are left out.
-constexpr float kLeastSum = 0x1p-20f, kLargestSum = 0x1p100f;
+// Sums of 2^logit for which logits need not be shifted by the largest one: no shares above 2^-106 are left out, and
+// gradients may be as large as 2^87.
+constexpr float kLeastSum = 0x1p-20f, kLargestSum = 0x1p40f;
 
 // Whether a sweep first takes softmaxes of logits as they are: finding the largest one is a fifth of its time, by the
 // cycle model. Where a sum is not within the bounds, the sweep is done again.
@@ -140,8 +141,10 @@ struct Sums {
       const float scale = reciprocal(sum);
       if constexpr (BACKWARD) mean[s] = sum_over_capsules(weighted) * scale;
       each<T::sections>([&]<int section>() { c[section][s] *= scale; });
-      if ((BACKWARD || !summed) && g == 0 && sample(s) < args.B)
+      if ((BACKWARD || !summed) && g == 0 && sample(s) < args.B) {
+        if constexpr (!SHIFTED) top = take_exponent(sum);
         write_stats(top, log_of_two(sum), BACKWARD ? mean[s] : 0, i, s);
+      }
     }
   }
 

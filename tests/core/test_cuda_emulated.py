@@ -36,14 +36,15 @@ def emulated(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", EVERY_KERNEL["native"], ids=case_id)
 def test_the_order_of_threads_changes_nothing(emulated, monkeypatch, case, dtype):
-    """A missing barrier shows when the threads of a block run in one order or in the other; nor does it matter whether
-    all iterations are in one launch."""
-    check(emulated, case, dtype)
+    """A missing barrier shows when the threads of a block run in one order or in the other: with all iterations in one
+    launch, and with one for each sweep."""
     inputs = make_inputs(case, dtype)
-    ascending = run(emulated, case, inputs, dtype, "cpu")
-    monkeypatch.setattr(emulated_cuda, "descending", True)
     for resident_blocks in (6, 0):
         monkeypatch.setattr(emulated_cuda, "resident_blocks", resident_blocks)
+        monkeypatch.setattr(emulated_cuda, "descending", False)
+        check(emulated, case, dtype)
+        ascending = run(emulated, case, inputs, dtype, "cpu")
+        monkeypatch.setattr(emulated_cuda, "descending", True)
         descending = run(emulated, case, inputs, dtype, "cpu")
         for name, value in ascending.items():
             assert torch.equal(value, descending[name]), name
@@ -77,30 +78,33 @@ def test_as_many_slices_as_on_a_large_gpu(emulated, monkeypatch, resident_blocks
     check(emulated, Case(sizes=(9, 70, 10, 8, 16), num_iterations=2), torch.float32)
 
 
-@pytest.mark.parametrize("resident_blocks", [6, 0])
-@pytest.mark.parametrize("sign", [1, -1])
-def test_logits_whose_powers_of_two_overflow_or_vanish(emulated, monkeypatch, sign, resident_blocks):
-    """The bias decides the outputs; the votes of one input capsule lie along it, or against it."""
+@pytest.mark.parametrize(
+    ("sizes", "resident_blocks"), [((9, 12, 10, 8, 16), 6), ((9, 12, 10, 8, 16), 0), ((90, 4, 5, 8, 32), 0)], ids=str
+)
+@pytest.mark.parametrize("factor", [4.0, 1.7, -4.0])
+def test_logits_whose_powers_of_two_overflow_or_vanish(emulated, monkeypatch, factor, sizes, resident_blocks):
+    """The bias decides the outputs; the votes of one input capsule lie along it, or against it. With the factor in the
+    middle sums do not overflow, but their products with large gradients would."""
     monkeypatch.setattr(emulated_cuda, "resident_blocks", resident_blocks)
-    inputs = make_inputs(Case(sizes=(9, 12, 10, 8, 16)), torch.float64)
+    inputs = make_inputs(Case(sizes=sizes), torch.float64)
     poses, weight = (tensor.clone() for tensor in inputs.tensors.values())
     bias = 40 * torch.nn.functional.normalize(inputs.grad[0], dim=1)
     poses[:, 1], weight[1] = 0, 0
-    poses[:, 1, 0], weight[1, :, :, 0] = 4 * sign, bias
+    poses[:, 1, 0], weight[1, :, :, 0] = factor, bias
     results = []
     reference = backend_op("reference")
     for op, dtype in ((emulated, torch.float32), (reference, torch.float32), (reference, torch.float64)):
         tensors = [tensor.to(dtype).requires_grad_() for tensor in (poses, weight, bias)]
         out = op(**dict(zip(("poses", "weight", "bias"), tensors, strict=True)), num_iterations=2)
-        results.append([out, *torch.autograd.grad(out, tensors, inputs.grad.to(dtype))])
-    V = squash(bias + torch.einsum("ijdk,bik->bjd", weight, poses) / 10)
+        results.append([out, *torch.autograd.grad(out, tensors, 2**40 * inputs.grad.to(dtype))])
+    V = squash(bias + torch.einsum("ijdk,bik->bjd", weight, poses) / sizes[2])
     logits = torch.einsum("bk,jdk,bjd->bj", poses[:, 1], weight[1], V) / math.log(2)
-    assert (sign * logits > 150).all()
+    assert (logits / factor > 50).all()
     for ours, plain, exact in zip(*results, strict=True):
         assert relative_error(ours, exact) <= error_budget(torch.float32, relative_error(plain, exact), gradient=True)
 
 
-@pytest.mark.parametrize("sizes", [(9, 40, 10, 8, 16), (9, 12, 20, 12, 32)], ids=str)
+@pytest.mark.parametrize("sizes", [(9, 40, 10, 8, 16), (9, 12, 20, 12, 32), (90, 4, 10, 8, 16)], ids=str)
 def test_tf32_is_rounded_and_as_exact_as_that_is(emulated, monkeypatch, sizes):
     from fastcaps.routing.dynamic import api
 

@@ -207,7 +207,9 @@ inline void run(int64_t first, int64_t blocks, int threads, int64_t shared_bytes
     }
     require(progress != before, "threads wait for each other forever");
   }
+  for (int64_t n = 0; n < blocks * threads; ++n) require(fibers[n].copies.empty(), "copies that nobody waits for");
   for (int64_t n = 0; n < blocks; ++n) {
+    require(all_blocks[n].arrivals.empty(), "copies that nobody waited for");
     const char* end = all_blocks[n].shared_memory + shared_bytes;
     for (int m = 0; m < kCanaries; ++m)
       require(reinterpret_cast<const uint32_t*>(end)[m] == 0xffffffff, "a write past the end of shared memory");
@@ -243,7 +245,7 @@ inline void start_barrier(void* at, int count) {
 }
 inline void arrive(void* at) {
   BarrierState& barrier = *static_cast<BarrierState*>(at);
-  require(barrier.left > 0, "a barrier that nobody has started");
+  require(barrier.expected != 0xffff, "a barrier that nobody has started");
   if (--barrier.left == 0) barrier.left = barrier.expected, ++barrier.phase;
   ++progress;
 }
@@ -261,6 +263,7 @@ inline void arrive_after_copies(void* barrier) {
   current->copies.clear();
 }
 inline void wait_for(void* at, int parity) {
+  require(static_cast<BarrierState*>(at)->expected != 0xffff, "a barrier that nobody has started");
   std::vector<Arrival>& arrivals = current->block->arrivals;
   while ((static_cast<BarrierState*>(at)->phase & 1) == unsigned(parity)) {
     size_t kept = 0;
