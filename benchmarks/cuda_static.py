@@ -57,7 +57,10 @@ def instructions(section: str) -> tuple[list[str], list[sass.Loop]]:
 def counted(names: list[str]) -> dict[str, int]:
     """How many instructions of each class, all of them ("slots"), and loads of 16 bytes."""
     kinds = collections.Counter(name.split(".")[0] for name in names)
-    wide = {f"{kind} 16 bytes": sum(n.startswith(kind) and ".128" in n for n in names) for kind in ("LDS", "LDG")}
+    wide = {
+        f"{kind} 16 bytes": sum(n.startswith(kind) and (".128" in n or ".M88.4" in n) for n in names)
+        for kind in ("LDS", "LDG")
+    }
     return {"slots": len(names), **{k: sum(kinds[i] for i in group) for k, group in CLASSES.items()}, **wide}
 
 
