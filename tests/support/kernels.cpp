@@ -149,6 +149,7 @@ static void one_case(unsigned seed) {
   const bool full_tiles = dice.coin();  // for the loops that look for nothing
   constexpr int64_t full[] = {5, 8, 10, 20};
   if (full_tiles) z.J = full[dice.up_to(4) - 1], z.D_in = 4 * dice.up_to(2), z.D_out = z.J == 5 ? 32 : 16;
+  if (full_tiles && dice.up_to(4) == 1) z.B = 56 + dice.up_to(60), z.D_in = 8;  // matrices go through a ring
 #else
   const bool full_tiles = false;
 #endif
