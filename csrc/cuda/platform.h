@@ -202,9 +202,9 @@ __device__ inline int forgotten(int x) {
   return x;
 }
 
-// A place in shared memory, in bytes.
+// An address in shared memory, in bytes.
 using Shared = uint32_t;
-__device__ inline Shared shared_place(const void* at) {
+__device__ inline Shared shared_address(const void* at) {
 #ifdef FASTCAPS_EMULATED
   return Shared(static_cast<const char*>(at) - emulated::shared_memory);
 #else
@@ -212,8 +212,9 @@ __device__ inline Shared shared_place(const void* at) {
 #endif
 }
 
-// Operand a of mma.sync from rows of eight numbers as they lie: lanes 0 .. 7 give the places of entries 0 .. 3 of rows
-// 0 .. 7, lanes 8 .. 15 those of rows 8 .. 15, and 16 .. 31 those of entries 4 .. 7. Column slots are entries then.
+// Operand a of mma.sync from rows of eight numbers as they lie: lanes 0 .. 7 give the addresses of entries 0 .. 3 of
+// rows 0 .. 7, lanes 8 .. 15 those of rows 8 .. 15, and 16 .. 31 those of entries 4 .. 7. Column slots are entries
+// then.
 template <int offset>
 __device__ inline void load_operand(float (&a)[4], Shared row) {
 #ifdef FASTCAPS_EMULATED
@@ -237,14 +238,14 @@ __device__ inline void start_barrier(Barrier* barrier, int count) {
 #ifdef FASTCAPS_EMULATED
   emulated::start_barrier(&barrier->state, count);
 #else
-  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_place(barrier)), "r"(count) : "memory");
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
 #endif
 }
 __device__ inline void arrive(Barrier* barrier) {
 #ifdef FASTCAPS_EMULATED
   emulated::arrive(&barrier->state);
 #else
-  asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(shared_place(barrier))
+  asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(shared_address(barrier))
                : "memory");
 #endif
 }
@@ -257,7 +258,7 @@ __device__ inline void wait_for(Barrier* barrier, int parity) {
   do
     asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared.b64 p, [%1], %2;\nselp.b32 %0, 1, 0, p;\n}"
                  : "=r"(over)
-                 : "r"(shared_place(barrier)), "r"(parity)
+                 : "r"(shared_address(barrier)), "r"(parity)
                  : "memory");
   while (!over);
 #endif
@@ -276,7 +277,7 @@ __device__ inline void arrive_after_copies(Barrier* barrier) {
 #ifdef FASTCAPS_EMULATED
   emulated::arrive_after_copies(&barrier->state);
 #else
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_place(barrier)) : "memory");
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
 #endif
 }
 

@@ -37,8 +37,8 @@ def emulated(monkeypatch):
 @pytest.mark.parametrize("case", EVERY_KERNEL["native"], ids=case_id)
 def test_the_order_of_threads_changes_nothing(emulated, monkeypatch, case, dtype):
     """A missing barrier shows when the threads of a block run in one order or in the other: with all iterations in one
-    launch, and with one for each sweep."""
-    inputs = make_inputs(case, dtype)
+    launch, and with one for each sweep. Both give the same bits but for a ring, which has slices of its own."""
+    inputs, found = make_inputs(case, dtype), {}
     for resident_blocks in (6, 0):
         monkeypatch.setattr(emulated_cuda, "resident_blocks", resident_blocks)
         monkeypatch.setattr(emulated_cuda, "descending", False)
@@ -48,6 +48,10 @@ def test_the_order_of_threads_changes_nothing(emulated, monkeypatch, case, dtype
         descending = run(emulated, case, inputs, dtype, "cpu")
         for name, value in ascending.items():
             assert torch.equal(value, descending[name]), name
+        found[resident_blocks] = ascending
+    by_ring = dtype == torch.float32 and case.sizes[0] >= 57 and case.prior == "none"
+    for name, value in found[6].items():
+        assert by_ring or torch.equal(value, found[0][name]), name
 
 
 def test_one_launch_where_all_blocks_are_resident_and_one_for_each_sweep_elsewhere(emulated, monkeypatch):
